@@ -1,0 +1,312 @@
+"""The schema of ``conf/``: typed groups, and the checks that span fields.
+
+Nothing here imports torch, transformers or deepspeed, so that a wrong config is refused within a second.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Union
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from harness.errors import UserError, quoted
+
+
+class Kernels(Enum):
+    """Which forward pass ``engine=fastgen`` uses: ``auto`` is deepspeed on CUDA and torch elsewhere."""
+
+    auto = "auto"
+    deepspeed = "deepspeed"
+    torch = "torch"
+
+
+class Weights(Enum):
+    """``pretrained`` reads a checkpoint; ``dummy`` draws random weights of the real shape."""
+
+    pretrained = "pretrained"
+    dummy = "dummy"
+
+
+class DType(Enum):
+    """Type of weights and activations; ``auto`` takes what the device computes fastest."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Stop(Enum):
+    """``eos`` ends at the end-of-sequence token or ``output_len``; ``length`` at exactly ``output_len``."""
+
+    eos = "eos"
+    length = "length"
+
+
+class Order(Enum):
+    """In which order requests enter the engine: the dataset's, or the longest ``output_len`` first."""
+
+    dataset = "dataset"
+    longest_first = "longest_first"
+
+
+class SyntheticPrompt(Enum):
+    """``hi`` is the committee's prompt ``"hi" * (input_len - 1)``; ``random`` draws token ids."""
+
+    hi = "hi"
+    random = "random"
+
+
+@dataclass
+class EngineConfig:
+    """Which engine runs the job, and how; a key that an engine has no use for is ignored by it."""
+
+    name: str = MISSING
+    kernels: Kernels = Kernels.auto
+    token_budget: int = 512
+    max_sequences: int = 64
+    order: Order = Order.longest_first
+    kv_block_size: int = 64
+    kv_memory: Union[int, float, str] = 0.3  # noqa: UP007 (OmegaConf reads typing.Union)
+    batch_size: int = 16
+    kernel_inject: bool = False
+    quantization: str | None = None
+
+
+@dataclass
+class ModelConfig:
+    """Where the weights and the tokenizer come from, and in which type they are used."""
+
+    name: str = MISSING
+    path: str | None = None
+    tokenizer: str | None = None
+    demo: bool = False
+    weights: Weights = Weights.pretrained
+    dtype: DType = DType.auto
+    trust_remote_code: bool = False
+    max_context: int | None = None
+    architecture: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DatasetConfig:
+    """Which requests are run, and how many."""
+
+    name: str = MISSING
+    path: str | None = None
+    num_samples: int | None = None
+    input_len: int | None = None
+    output_len: int | None = None
+    prompt: SyntheticPrompt = SyntheticPrompt.hi
+    seed: int = 0
+
+
+@dataclass
+class GenerationConfig:
+    """When a request is finished. Decoding is greedy, as in the challenge."""
+
+    stop: Stop = Stop.eos
+    max_output_len: int | None = None
+
+
+@dataclass
+class ParallelConfig:
+    """Ranks: ``tp`` shards one model, ``dp`` runs replicas; the launch has ``tp * dp`` ranks."""
+
+    tp: int = 1
+    dp: int = 1
+
+
+@dataclass
+class HardwareConfig:
+    """Peak figures of one device, from its data sheet; null is unknown and leaves utilisation empty."""
+
+    name: str = MISSING
+    peak_flops: dict[str, float | None] = field(default_factory=dict)
+    memory_bytes: int | None = None
+    memory_bandwidth: float | None = None
+    interconnect_bandwidth: float | None = None
+
+
+@dataclass
+class SweepConfig:
+    """How ``--multirun`` treats jobs that already ran."""
+
+    resume: bool = False
+
+
+@dataclass
+class Config:
+    """One run, resolved."""
+
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    results_dir: str = "results"
+    resume: str | None = None
+    repeat: int = 1
+    verify: int = 0
+    timeout_s: float | None = None
+
+
+ENGINES = ("baseline", "ds_inference", "fastgen", "mii", "simulate")
+NOT_BUILT = ("ds_inference", "mii", "simulate")
+BYTE_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def register() -> None:
+    """Makes the schema known to Hydra under the name that ``conf/config.yaml`` starts from."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def to_config(composed: DictConfig) -> Config:
+    """Returns the composed config as plain typed objects; raises UserError for a value that is missing."""
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise UserError(missing[0], "not set", f"give {missing[0]}=...")
+    # Merged anew: a key that was added with + is in the composed config, though not in the schema.
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(composed)))
+    assert isinstance(config, Config)
+    return config
+
+
+def parse_bytes(setting: float | int | str) -> float:
+    """Returns a number, or a text such as ``2GiB``, as a number of bytes; raises ValueError."""
+    if not isinstance(setting, str):
+        return setting
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", setting)
+    if match is None or match[2].upper() not in BYTE_UNITS:
+        raise ValueError(f"{setting!r} is not a size")
+    return float(match[1]) * BYTE_UNITS[match[2].upper()]
+
+
+def check(config: Config, accelerator: str) -> None:
+    """Refuses what cannot work, before anything heavy is imported.
+
+    Args:
+        accelerator: ``cpu`` or ``cuda``, what the ranks will run on.
+
+    Raises:
+        UserError: naming the field, its value and the way out.
+    """
+    _check_numbers(config)
+    _check_engine(config, accelerator)
+    _check_parallel(config)
+    if config.resume is not None:
+        raise UserError("resume", f"{quoted(config.resume)}: resuming a run is not built yet", "start a new run")
+    if config.verify:
+        raise UserError("verify", f"{config.verify}: checking against HF is not built yet", "use verify=0")
+    if config.repeat != 1:
+        raise UserError("repeat", f"{config.repeat}: repeated runs are not built yet", "use repeat=1 and run again")
+    if not config.results_dir.strip():
+        raise UserError("results_dir", quoted(config.results_dir), "name a directory")
+
+
+def _check_numbers(config: Config) -> None:
+    engine = config.engine
+    at_least_one = {
+        "engine.token_budget": engine.token_budget,
+        "engine.max_sequences": engine.max_sequences,
+        "engine.kv_block_size": engine.kv_block_size,
+        "engine.batch_size": engine.batch_size,
+        "parallel.tp": config.parallel.tp,
+        "parallel.dp": config.parallel.dp,
+        "dataset.num_samples": config.dataset.num_samples,
+        "dataset.input_len": config.dataset.input_len,
+        "dataset.output_len": config.dataset.output_len,
+        "generation.max_output_len": config.generation.max_output_len,
+        "model.max_context": config.model.max_context,
+    }
+    for name, value in at_least_one.items():
+        if value is not None and not 1 <= value <= 2**31:
+            raise UserError(name, str(value), "give a whole number from 1")
+    if config.timeout_s is not None and not (0 < config.timeout_s < math.inf):
+        raise UserError("timeout_s", str(config.timeout_s), "give seconds above 0, or null for none")
+    try:
+        memory = parse_bytes(engine.kv_memory)
+    except ValueError:
+        memory = math.nan
+    if not 0 < memory < 2**60:
+        raise UserError(
+            "engine.kv_memory",
+            quoted(engine.kv_memory),
+            "give a fraction of the free memory up to 1, a number of bytes, or a size such as 2GiB",
+        )
+
+
+def _check_engine(config: Config, accelerator: str) -> None:
+    engine = config.engine
+    if engine.name not in ENGINES:
+        raise UserError("engine.name", quoted(engine.name), f"choose one of {', '.join(ENGINES)}")
+    if engine.token_budget < engine.max_sequences:
+        raise UserError(
+            "engine.token_budget",
+            f"{engine.token_budget} is below engine.max_sequences={engine.max_sequences}, "
+            "and every running sequence needs one token of each pass",
+            "raise the budget or lower max_sequences",
+        )
+    if accelerator != "cuda":
+        if engine.name == "mii":
+            raise UserError("engine", "mii needs CUDA, and this run is on cpu", "use engine=fastgen")
+        if engine.kernel_inject:
+            raise UserError(
+                "engine.kernel_inject",
+                "true needs CUDA: DeepSpeed has no injected kernels for cpu",
+                "use engine.kernel_inject=false",
+            )
+        if engine.kernels is Kernels.deepspeed:
+            raise UserError(
+                "engine.kernels",
+                "deepspeed needs CUDA: its ragged kernels do not exist for cpu",
+                "use engine.kernels=torch or auto",
+            )
+        if config.model.dtype is DType.float16:
+            raise UserError(
+                "model.dtype",
+                "float16 is not computed well on cpu",
+                "use model.dtype=bfloat16, float32 or auto",
+            )
+    if engine.name in NOT_BUILT:
+        raise UserError("engine", f"{engine.name} is not built yet", "use engine=fastgen or engine=baseline")
+    if engine.kernels is Kernels.deepspeed:
+        raise UserError("engine.kernels", "deepspeed is not built yet", "use engine.kernels=torch or auto")
+    if engine.quantization is not None:
+        raise UserError(
+            "engine.quantization",
+            f"{quoted(engine.quantization)}: {engine.name} on {accelerator} has no quantization",
+            "use engine.quantization=null",
+        )
+
+
+def _check_parallel(config: Config) -> None:
+    tp = config.parallel.tp
+    kv_heads = config.model.architecture.get("num_key_value_heads") if config.model.path is None else None
+    check_kv_heads(tp, kv_heads)
+    if config.engine.name == "baseline" and tp > 1:
+        raise UserError(
+            "parallel.tp",
+            f"{tp}: the baseline spreads a large model over devices with accelerate's device_map",
+            "use parallel=single",
+        )
+    if tp > 1:
+        raise UserError("parallel.tp", f"{tp}: tensor parallelism is not built yet", "use parallel.tp=1")
+
+
+def check_kv_heads(tp: int, kv_heads: object) -> None:
+    """Raises UserError when tensor parallelism leaves a rank without a key/value head."""
+    if isinstance(kv_heads, int) and tp > kv_heads:
+        raise UserError(
+            "parallel.tp",
+            f"{tp} ranks share {kv_heads} key/value heads: some would have none",
+            f"use parallel.tp of at most {kv_heads}",
+        )

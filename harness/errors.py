@@ -1,0 +1,32 @@
+"""The one exception a user is meant to read."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can put right: printed as one line, exit status 2, never a traceback.
+
+    Args:
+        field: the config key, file or record concerned, e.g. ``dataset.path`` or ``record 17, output_len``.
+        found: what was found there, with the value.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, field: str, found: str, remedy: str = "") -> None:
+        self.field = field
+        self.found = found
+        self.remedy = remedy
+        super().__init__(one_line(f"{field}: {found}" + (f"; {remedy}" if remedy else "")))
+
+
+def one_line(text: str, limit: int = 600) -> str:
+    """Returns ``text`` on one line, control characters escaped, cut at ``limit`` characters."""
+    line = " ".join(text.split())
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def quoted(value: object, limit: int = 60) -> str:
+    """Returns ``value`` as it can stand inside an error line: short, escaped, its type visible."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
