@@ -1,0 +1,157 @@
+"""What every engine is: load once, warm up, then turn requests into completions as they finish."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from harness.config import EngineConfig, GenerationConfig, Stop
+from harness.results import PassRecord
+from harness.workload import Completion, Request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from harness.checkpoint import Source
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """All an engine is told.
+
+    Attributes:
+        dtype: name of the torch type of weights and activations, resolved (never ``auto``).
+        device: torch device of this rank, ``cpu`` or ``cuda:N``.
+        max_context: longest prompt plus output in tokens; None where the model states none.
+    """
+
+    engine: EngineConfig
+    generation: GenerationConfig
+    source: Source
+    dtype: str
+    device: str
+    max_context: int | None = None
+
+
+@dataclass(slots=True)
+class EngineStatistics:
+    """Where the time of :meth:`Engine.generate` went and how full the passes were.
+
+    All times in seconds. ``prefill_s`` and ``decode_s`` are forward time, shared out by tokens where one
+    pass held both; ``host_s`` is the rest: scheduling, building batches, bookkeeping.
+    """
+
+    steps: int | None = None
+    preemptions: int | None = None
+    recomputed_tokens: int | None = None
+    kv_blocks: int | None = None
+    kv_peak_utilisation: float | None = None
+    peak_sequences: int | None = None
+    mean_tokens_per_pass: float | None = None
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    tokenize_s: float = 0.0
+    detokenize_s: float = 0.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The state of a run between two passes, for whoever watches."""
+
+    running: int
+    waiting: int | None
+    kv_utilisation: float | None
+    prompt_tokens: int
+    output_tokens: int
+
+
+class Engine(ABC):
+    """One way to run the job. Knows nothing of files, Hydra, or ranks other than its own."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.settings = settings
+        self.tokenizer: Any = None
+        self.statistics = EngineStatistics()
+        self.on_pass: Callable[[PassRecord], None] = lambda record: None
+        self.on_progress: Callable[[Progress], None] = lambda progress: None
+
+    @property
+    @abstractmethod
+    def kernels(self) -> str:
+        """Name of what computes the forward pass, for the record."""
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """The settings that bound a pass, for the record; empty for an engine that has none."""
+        return {}
+
+    @abstractmethod
+    def load(self) -> None:
+        """Loads tokenizer and weights onto the device. Raises UserError for what the user can mend."""
+
+    @abstractmethod
+    def warm_up(self) -> None:
+        """Runs each kind of pass once, so that compiling and first-touch costs stay outside the clock."""
+
+    def arrange(self, requests: Sequence[Request]) -> list[Request]:
+        """Returns the requests in the order in which they should be handed to :meth:`generate`."""
+        return list(requests)
+
+    @abstractmethod
+    def generate(self, requests: Iterable[Request], clock: Clock) -> Iterator[Completion]:
+        """Yields one completion a request, rejected ones included, in the order of finishing.
+
+        Args:
+            requests: pulled as the engine has room, so that a shared queue can stand behind it.
+            clock: seconds since the start of the run, for ``first_token_s`` and ``finished_s``.
+        """
+
+    def too_long(self, prompt_tokens: int, output_len: int) -> str | None:
+        """Returns why a request cannot run on this model, or None when it can."""
+        limit = self.settings.max_context
+        if prompt_tokens == 0:
+            return "the prompt has no tokens"
+        if limit is not None and prompt_tokens + output_len > limit:
+            return f"prompt of {prompt_tokens} tokens + output_len {output_len} exceeds the model's context of {limit}"
+        return None
+
+
+class Clock:
+    """Seconds since the run started, on this host's monotonic clock."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+
+    def __call__(self) -> float:
+        return time.perf_counter() - self.started
+
+
+def rejection(request: Request, reason: str, clock: Clock) -> Completion:
+    """Returns the completion that stands for a request which was not run."""
+    return Completion(
+        index=request.index,
+        prompt_tokens=0,
+        output_tokens=0,
+        finish_reason="rejected",
+        token_ids=[],
+        text="",
+        first_token_s=None,
+        finished_s=clock(),
+        error=reason,
+    )
+
+
+def stop_ids(model: PreTrainedModel, generation: GenerationConfig) -> frozenset[int]:
+    """Returns the token ids that end a sequence: the checkpoint's own, or none under ``stop: length``."""
+    if generation.stop is Stop.length:
+        return frozenset()
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    if ids is None:
+        ids = getattr(model.config, "eos_token_id", None)
+    if ids is None:
+        return frozenset()
+    return frozenset([ids] if isinstance(ids, int) else ids)

@@ -1,0 +1,182 @@
+"""FastGen's loop: schedule, forward, sample, finish."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from itertools import islice
+
+from harness import checkpoint
+from harness.config import Order
+from harness.engines.base import Clock, Engine, EngineSettings, EngineStatistics, Progress, rejection
+from harness.engines.fastgen.kv_blocks import KvBlocks
+from harness.engines.fastgen.runner import Runner
+from harness.engines.fastgen.scheduler import RaggedBatch, Scheduler, Sequence
+from harness.results import PassRecord
+from harness.workload import Completion, Request
+
+INTAKE = 256  # requests tokenized at a time; enough to fill a pass, few enough to hold in memory
+
+
+@dataclass(slots=True)
+class _Active:
+    """A request inside the engine, and when its first token came."""
+
+    request: Request
+    first_token_s: float | None = None
+
+
+class FastGenEngine(Engine):
+    """Dynamic SplitFuse over a :class:`Runner`."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        super().__init__(settings)
+        # Imported here, by name: DeepSpeed's kernels fit behind the same contract.
+        from harness.engines.fastgen.torch_runner import TorchRunner
+
+        self.runner: Runner = TorchRunner(settings)
+        self.total_blocks = 0
+
+    @property
+    def kernels(self) -> str:
+        return self.runner.name
+
+    @property
+    def limits(self) -> dict[str, int]:
+        engine = self.settings.engine
+        return {"token_budget": engine.token_budget, "max_sequences": engine.max_sequences}
+
+    def load(self) -> None:
+        """Loads the model and makes the KV cache."""
+        settings = self.settings.engine
+        self.tokenizer = checkpoint.load_tokenizer(self.settings.source)
+        self.runner.load()
+        context = self.settings.max_context
+        per_sequence = -(-context // settings.kv_block_size) if context else 1 << 20
+        self.total_blocks = self.runner.allocate(settings.max_sequences * per_sequence)
+
+    def warm_up(self) -> None:
+        """Runs a full prompt pass and some decodes on made-up tokens."""
+        scheduler = self._scheduler(frozenset())
+        context = self.settings.max_context or 1 << 20
+        room = min(self.total_blocks * self.settings.engine.kv_block_size, context) - 4
+        if room < 1:
+            return
+        length = min(room, self.settings.engine.token_budget)
+        for uid in range(min(2, self.settings.engine.max_sequences)):
+            scheduler.submit(Sequence(uid, [1] * length, length, 4))
+        while scheduler.unfinished:
+            batch = scheduler.schedule()
+            scheduler.complete(batch, self._forward(batch))
+
+    def arrange(self, requests: SequenceOf[Request]) -> list[Request]:
+        """Returns the requests as ``engine.order`` says; equal lengths keep the dataset's order."""
+        if self.settings.engine.order is Order.dataset:
+            return list(requests)
+        return sorted(requests, key=lambda request: -(request.output_len or 0))
+
+    def generate(self, requests: Iterable[Request], clock: Clock) -> Iterator[Completion]:
+        """Yields completions as their sequences finish; see :meth:`Engine.generate`."""
+        self.statistics = statistics = EngineStatistics(kv_blocks=self.total_blocks)
+        scheduler = self._scheduler(self.runner.stop_ids())
+        intake = iter(requests)
+        active: dict[int, _Active] = {}
+        prompt_tokens = output_tokens = steps = tokens = 0
+        more = True
+        while True:
+            while more and len(scheduler.waiting) < INTAKE:
+                taken = list(islice(intake, INTAKE))
+                more = len(taken) == INTAKE
+                yield from self._submit(taken, scheduler, active, clock)
+            if not scheduler.unfinished:
+                break
+            batch = scheduler.schedule()
+            for sequence in scheduler.preempted:
+                self.runner.free(sequence)
+            started = clock()
+            token_ids = self._forward(batch)
+            ended = clock()
+            finished = scheduler.complete(batch, token_ids)
+
+            steps += 1
+            tokens += batch.tokens
+            statistics.prefill_s += (ended - started) * batch.prompt_tokens / batch.tokens
+            statistics.decode_s += (ended - started) * batch.decode_tokens / batch.tokens
+            output_tokens += len(token_ids)
+            for sequence, _, _, last in batch.chunks[batch.decode_tokens :]:
+                # Recomputed tokens were counted when they were first fed.
+                if last and (entry := active[sequence.uid]).first_token_s is None:
+                    entry.first_token_s = ended
+                    prompt_tokens += sequence.prompt_len
+            used = scheduler.blocks.used / scheduler.blocks.total
+            self.on_pass(
+                PassRecord(
+                    step=steps,
+                    started_s=started,
+                    seconds=ended - started,
+                    tokens=batch.tokens,
+                    prompt_tokens=batch.prompt_tokens,
+                    decode_tokens=batch.decode_tokens,
+                    sequences=len(batch.chunks),
+                    kv_utilisation=used,
+                    waiting=len(scheduler.waiting),
+                )
+            )
+            self.on_progress(
+                Progress(len(scheduler.running), len(scheduler.waiting), used, prompt_tokens, output_tokens)
+            )
+            for sequence in finished:
+                self.runner.free(sequence)
+                yield self._completion(sequence, active.pop(sequence.uid), clock)
+
+            statistics.steps = steps
+            statistics.preemptions = scheduler.preemptions
+            statistics.recomputed_tokens = scheduler.recomputed_tokens
+            statistics.kv_peak_utilisation = scheduler.blocks.peak / scheduler.blocks.total
+            statistics.peak_sequences = scheduler.peak_sequences
+            statistics.mean_tokens_per_pass = tokens / steps
+
+    def _scheduler(self, stop_ids: frozenset[int]) -> Scheduler:
+        engine = self.settings.engine
+        blocks = KvBlocks(self.total_blocks, engine.kv_block_size)
+        return Scheduler(engine.token_budget, engine.max_sequences, blocks, stop_ids)
+
+    def _forward(self, batch: RaggedBatch) -> list[int]:
+        rows = self.runner.forward(batch)
+        return (rows.argmax(-1) if rows.ndim == 2 else rows).tolist()
+
+    def _submit(
+        self, requests: list[Request], scheduler: Scheduler, active: dict[int, _Active], clock: Clock
+    ) -> Iterator[Completion]:
+        """Tokenizes requests and queues them; yields the rejections."""
+        started = time.perf_counter()
+        texts = [request.prompt for request in requests if request.prompt_ids is None]
+        encoded = iter(self.tokenizer(texts).input_ids if texts else [])
+        prompts = [next(encoded) if request.prompt_ids is None else list(request.prompt_ids) for request in requests]
+        self.statistics.tokenize_s += time.perf_counter() - started
+        for request, ids in zip(requests, prompts, strict=True):
+            assert request.output_len is not None  # workload.resolve() has seen to it
+            reason = self.too_long(len(ids), request.output_len) or scheduler.refusal(len(ids), request.output_len)
+            if reason:
+                yield rejection(request, reason, clock)
+                continue
+            active[request.index] = _Active(request)
+            scheduler.submit(Sequence(request.index, ids, len(ids), request.output_len))
+
+    def _completion(self, sequence: Sequence, entry: _Active, clock: Clock) -> Completion:
+        started = time.perf_counter()
+        ids = sequence.output_ids
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        self.statistics.detokenize_s += time.perf_counter() - started
+        return Completion(
+            index=sequence.uid,
+            prompt_tokens=sequence.prompt_len,
+            output_tokens=len(ids),
+            finish_reason=sequence.finish_reason or "length",
+            token_ids=ids,
+            text=text,
+            first_token_s=entry.first_token_s,
+            finished_s=clock(),
+        )

@@ -1,0 +1,132 @@
+"""Forward passes on PyTorch: CPU, and any device without DeepSpeed's ragged kernels.
+
+The model is the Hugging Face decoder itself, with its attention replaced through transformers' attention
+interface, so that every Llama-like model works and DeepSpeed's AutoTP can shard it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness import checkpoint
+from harness.engines.base import EngineSettings, stop_ids
+from harness.engines.fastgen.paged_attention import KvCache, build_plan, ragged_attention
+from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
+from harness.environment import available_memory_bytes
+from harness.errors import UserError
+
+ATTENTION = "harness_ragged"
+
+
+class TorchRunner:
+    """One ragged forward a pass through a Hugging Face model."""
+
+    name = "torch"
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.settings = settings
+        self.device = torch.device(settings.device)
+        self.dtype: torch.dtype = getattr(torch, settings.dtype)
+        self.caches: list[KvCache] = []
+
+    def load(self) -> None:
+        """Loads the weights; raises UserError for a model whose attention is not plain causal."""
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(ATTENTION, ragged_attention)
+        self.model = checkpoint.load_model(
+            self.settings.source, dtype=self.dtype, attention=ATTENTION, device=self.settings.device
+        )
+        refuse_unusual_attention(self.model.config, self.settings.max_context)
+
+    def stop_ids(self) -> frozenset[int]:
+        """Returns the checkpoint's end-of-sequence ids, none under ``generation.stop=length``."""
+        return stop_ids(self.model, self.settings.generation)
+
+    def allocate(self, max_blocks: int) -> int:
+        """Makes the cache: ``engine.kv_memory`` worth of blocks, at most ``max_blocks``."""
+        config = self.model.config
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        shape = (kv_heads, self.settings.engine.kv_block_size, head_dim)
+        layers = config.num_hidden_layers
+        block_bytes = 2 * layers * kv_heads * shape[1] * head_dim * self.dtype.itemsize
+        memory = kv_memory_bytes(self.settings.engine.kv_memory, self._free_memory())
+        blocks = min(max_blocks, memory // block_bytes)
+        if blocks < 1:
+            raise UserError(
+                "engine.kv_memory",
+                f"{self.settings.engine.kv_memory} is {memory} bytes, less than one block of "
+                f"{shape[1]} tokens ({block_bytes} bytes)",
+                "give more memory, or a smaller engine.kv_block_size",
+            )
+        self.caches = [KvCache(*(self._zeros(blocks, *shape) for _ in range(2))) for _ in range(layers)]
+        return blocks
+
+    @torch.inference_mode()
+    def forward(self, batch: RaggedBatch) -> Tensor:
+        """Returns the greedy token ids, int64 ``[rows]`` on the CPU, one for each ``last`` chunk."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        for sequence, start, length, last in batch.chunks:
+            if length == 1:
+                tokens.append(sequence.tokens[start])
+                positions.append(start)
+            else:
+                tokens += sequence.tokens[start : start + length]
+                positions += range(start, start + length)
+            if last:
+                rows.append(len(tokens) - 1)
+        output = self.model(
+            input_ids=torch.tensor([tokens], device=self.device),
+            position_ids=torch.tensor([positions], device=self.device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(rows, dtype=torch.int64, device=self.device),
+            ragged=build_plan(batch, self.caches, self.device),
+        )
+        return output.logits[0].argmax(-1).cpu()
+
+    def free(self, sequence: Sequence) -> None:
+        """Nothing to do: the blocks are the scheduler's, and their next holder overwrites them."""
+
+    def _zeros(self, *shape: int) -> Tensor:
+        if self.device.type != "cpu":
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        # torch.zeros writes every page; NumPy's come from the system zeroed, and count only once they are used.
+        return torch.from_numpy(np.zeros(math.prod(shape) * self.dtype.itemsize, np.uint8)).view(self.dtype).view(shape)
+
+    def _free_memory(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[0]
+        return available_memory_bytes()
+
+
+def kv_memory_bytes(setting: float | int | str, free_memory: int) -> int:
+    """Returns ``engine.kv_memory`` in bytes: up to 1 it is a fraction of ``free_memory``, else bytes."""
+    from harness.config import parse_bytes
+
+    amount = parse_bytes(setting)
+    return int(amount * free_memory) if amount <= 1 else int(amount)
+
+
+def refuse_unusual_attention(config: object, max_context: int | None) -> None:
+    """Raises UserError for a model whose tokens do not simply see all tokens before them."""
+    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
+    window = getattr(config, "sliding_window", None)
+    if kinds == {"sliding_attention"} or (not kinds and window and getattr(config, "use_sliding_window", True)):
+        if window and max_context is not None and window >= max_context:
+            return
+    elif not kinds and not getattr(config, "attn_logit_softcapping", None):
+        return
+    raise UserError(
+        "model",
+        f"{getattr(config, 'model_type', '?')} has attention that engine=fastgen does not compute "
+        f"(layer types {sorted(kinds) or ['full_attention']}, sliding window {window})",
+        f"use engine=baseline{f', or model.max_context={window}' if window else ''}",
+    )
