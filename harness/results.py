@@ -1,17 +1,13 @@
-"""The files of a run (``record.json``, ``completions.jsonl``, ...) and ``runs.csv``, the table of all runs.
+"""The directory of a run: ``record.json``, ``config.yaml``, ``completions.jsonl`` and ``passes.csv``.
 
-Every file can be read after a crash at any moment: records are replaced atomically, and a completion or a row
-is one write of one line, so that at most the last line is torn.
+Every file can be read after a crash at any moment: records are replaced atomically, and a completion is one
+write of one line, so that at most the last line is torn. The table of all runs is in ``runs_table``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import datetime
-import errno
 import hashlib
-import io
 import json
 import math
 import os
@@ -20,38 +16,23 @@ import secrets
 import socket
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from enum import Enum
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import filelock
-
 from harness.errors import UserError, quoted
+from harness.files import cannot_write, json_bytes, numbered_lines, open_append, plain, replace, write_all, yaml_bytes
+from harness.runs_table import COLUMNS, append_row, cell_text, read_table
 
 if TYPE_CHECKING:
     from harness.workload import Completion
 
-# fmt: off
-COLUMNS: tuple[str, ...] = (
-    "run_id", "started_at", "status", "error", "engine", "kernels", "model", "weights", "dtype",
-    "quantization", "dataset", "dataset_sha256", "stop", "requests", "completed", "rejected",
-    "prompt_tokens", "output_tokens", "total_tokens", "elapsed_s", "load_s", "warmup_s",
-    "requests_per_s", "total_tokens_per_s", "output_tokens_per_s", "ttft_p50_s", "ttft_p99_s",
-    "latency_p50_s", "latency_p99_s", "tp", "dp", "device", "device_name", "token_budget",
-    "max_sequences", "steps", "preemptions", "kv_peak_utilisation", "peak_memory_bytes",
-    "model_flops_utilisation", "energy_j", "config_hash", "git_commit",
-)
-# fmt: on
 STATUSES = ("ok", "failed", "oom", "timeout", "interrupted", "invalid")
 RUNNING = "running"
 # Keys that change where and how often a job runs, not what it computes.
 UNHASHED_KEYS = ("results_dir", "resume", "sweep", "repeat", "timeout_s", "verify")
-LOCK_TIMEOUT_S = 60.0
 PASSES_FLUSH_S = 1.0
-CELL_LIMIT = 1000
-FORMULA_STARTS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the last four are full-width
 
 
 @dataclass(slots=True)
@@ -97,25 +78,6 @@ def config_hash(config: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
-def plain(value: Any) -> Any:
-    """Returns ``value`` as JSON knows it: enums by value, paths as text, nan and infinity as None."""
-    if isinstance(value, Enum):
-        return plain(value.value)
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
-    if hasattr(value, "items"):
-        return {str(plain(key)): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset | array):
-        return [plain(item) for item in value]
-    if hasattr(value, "tolist"):  # numpy, torch
-        return plain(value.tolist())
-    return str(value)
-
-
 def percentile(values: Sequence[float], q: float) -> float | None:
     """Returns the ``q``-th percentile (0..100) of ``values``, linearly interpolated; None for no values."""
     if not values:
@@ -125,62 +87,6 @@ def percentile(values: Sequence[float], q: float) -> float | None:
     low = math.floor(position)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-
-def _json_bytes(value: Any, indent: int | None = None) -> bytes:
-    """Returns ``value`` as UTF-8 JSON which holds no line separator but those of ``indent``."""
-    text = json.dumps(value, ensure_ascii=False, indent=indent, default=plain)
-    text = re.sub("[\x7f-\x9f\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", text)
-    # A lone surrogate has no UTF-8 form; Python's backslash escape of it is also JSON's.
-    return text.encode("utf-8", errors="backslashreplace")
-
-
-def _yaml_bytes(config: dict[str, Any]) -> bytes:
-    """Returns a resolved config as YAML that ``OmegaConf.load`` reads back to the same values."""
-    from omegaconf import OmegaConf
-
-    literal = json.loads(json.dumps(config).replace("${", "\\\\${"))  # whatever is left of "${" is plain text
-    return OmegaConf.to_yaml(OmegaConf.create(literal)).encode("utf-8", errors="backslashreplace")
-
-
-def _cannot_write(path: str | Path, error: Exception) -> UserError:
-    remedy = "check this path, or set results_dir to another directory"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = "free space, then run again"
-    return UserError(str(path), f"cannot be written: {getattr(error, 'strerror', None) or error}", remedy)
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    """Writes all of ``data``; what a failed write left behind is taken back: no torn line stays."""
-    view = memoryview(data)
-    size = os.fstat(descriptor).st_size
-    try:
-        while view:
-            view = view[os.write(descriptor, view) :]
-    except OSError:
-        if len(view) < len(data):
-            with contextlib.suppress(OSError):
-                os.ftruncate(descriptor, size)
-        raise
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Puts ``data`` in place of ``path``: a reader sees the old file or the new one, whole.
-
-    Raises:
-        UserError: the directory cannot be written, or the disk is full.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise _cannot_write(path, error) from error
 
 
 def read_record(results_dir: str | Path, run_id: str) -> dict[str, Any] | None:
@@ -194,13 +100,6 @@ def read_record(results_dir: str | Path, run_id: str) -> dict[str, Any] | None:
 
 
 # --- completions.jsonl ---
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yields (line number from 1, line) of a regular file; nothing when there is no such file."""
-    if path.is_file():
-        with open(path, "rb") as file:
-            yield from enumerate(file, start=1)
 
 
 def _completion(line: bytes) -> dict[str, Any] | None:
@@ -225,7 +124,7 @@ def read_completions(path: str | Path) -> list[dict[str, Any]]:
         raise UserError(str(path), "there is no such file", "a run writes it when its first request finishes")
     found = []
     try:
-        for number, line in _lines(path):
+        for number, line in numbered_lines(path):
             completion = _completion(line)
             if completion is not None:
                 found.append(completion)
@@ -259,7 +158,7 @@ class _Tally:
     def of_file(cls, path: Path) -> _Tally:
         """Counts what is on disk; lines that are no completions are passed over."""
         tally = cls()
-        for _, line in _lines(path):
+        for _, line in numbered_lines(path):
             completion = _completion(line)
             if completion is not None:
                 tally.add(completion)
@@ -324,7 +223,7 @@ def _close(results_dir: Path, record: dict[str, Any], tally: _Tally, status: str
     row = {name: record[name] for name in COLUMNS}
     # In this order a failure in between leaves the run open to close_unfinished(), which adds no second row.
     append_row(results_dir, row)
-    _replace(results_dir / record["run_id"] / "record.json", _json_bytes(record, indent=2))
+    replace(results_dir / record["run_id"] / "record.json", json_bytes(record, indent=2))
     return row
 
 
@@ -376,7 +275,7 @@ class RunRecorder:
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             found = f"{quoted(str(results_dir))} cannot be written: {getattr(error, 'strerror', None) or error}"
             raise UserError("results_dir", found, "set another directory") from error
-        _read_table(root / "runs.csv")  # better refused now than after the run
+        read_table(root / "runs.csv")  # better refused now than after the run
         earlier = read_record(root, run_id)
         remedy = "start the run under a new id"
         if earlier is None and (directory / "record.json").exists():
@@ -395,7 +294,7 @@ class RunRecorder:
             "pid": os.getpid(),
             "hostname": socket.gethostname(),
         }
-        _replace(directory / "config.yaml", _yaml_bytes(config))
+        replace(directory / "config.yaml", yaml_bytes(config))
         recorder = cls(root, record)
         recorder.note()
         return recorder
@@ -407,7 +306,7 @@ class RunRecorder:
             UserError: the record cannot be written.
         """
         self._record |= plain(figures)
-        _replace(self.directory / "record.json", _json_bytes(self._record, indent=2))
+        replace(self.directory / "record.json", json_bytes(self._record, indent=2))
 
     def add(self, completion: Completion) -> None:
         """Appends one line to ``completions.jsonl``, on its way to the disk before this returns.
@@ -422,10 +321,10 @@ class RunRecorder:
         try:
             if self._completions is None:
                 _mend_last_line(self._completions_path)
-                self._completions = _open_append(self._completions_path)
-            _write_all(self._completions, _json_bytes(entry) + b"\n")
+                self._completions = open_append(self._completions_path)
+            write_all(self._completions, json_bytes(entry) + b"\n")
         except OSError as error:
-            raise _cannot_write(self._completions_path, error) from error
+            raise cannot_write(self._completions_path, error) from error
         self._tally.add(entry)
 
     def add_pass(self, record: PassRecord) -> None:
@@ -434,8 +333,7 @@ class RunRecorder:
         Raises:
             UserError: the file cannot be written.
         """
-        cells = (getattr(record, name) for name in PASS_COLUMNS)
-        self._pending_passes.append(",".join(_cell(name, cell) for name, cell in zip(PASS_COLUMNS, cells, strict=True)))
+        self._pending_passes.append(",".join(cell_text(name, getattr(record, name)) for name in PASS_COLUMNS))
         if time.monotonic() - self._passes_flushed >= PASSES_FLUSH_S:
             self._flush_passes()
 
@@ -447,12 +345,12 @@ class RunRecorder:
             return
         try:
             if self._passes is None:
-                self._passes = _open_append(path)
+                self._passes = open_append(path)
                 if os.fstat(self._passes).st_size == 0:
                     lines.insert(0, ",".join(PASS_COLUMNS))
-            _write_all(self._passes, ("\n".join(lines) + "\n").encode())
+            write_all(self._passes, ("\n".join(lines) + "\n").encode())
         except OSError as error:
-            raise _cannot_write(path, error) from error
+            raise cannot_write(path, error) from error
 
     def finish(self, status: str, error: str | None = None, **figures: Any) -> dict[str, Any]:
         """Closes the run: counts, rates, percentiles, ``record.json`` and one row in ``runs.csv``.
@@ -491,14 +389,10 @@ class RunRecorder:
         return self._row
 
 
-def _open_append(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
-
-
 def _mend_last_line(path: Path) -> None:
     """Ends the last line of a file taken over from a process that died while it wrote, or cuts it off."""
     last, size = b"", 0
-    for _, last in _lines(path):
+    for _, last in numbered_lines(path):
         size += len(last)
     if last and not last.endswith(b"\n"):
         with open(path, "r+b") as file:
@@ -525,109 +419,3 @@ def close_unfinished(results_dir: str | Path, run_id: str, status: str, error: s
         return None
     root = Path(results_dir)
     return _close(root, record, _Tally.of_file(root / run_id / "completions.jsonl"), status, error)
-
-
-# --- runs.csv ---
-
-
-def _cell(name: str, value: Any) -> str:
-    """Returns one cell: unknown is empty, counts are exact, other numbers have 6 digits and times 9.
-
-    Text stays on one line, and none starts a formula in a spreadsheet.
-    """
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return ""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        if value.is_integer() and abs(value) < 2**53:
-            return str(int(value))
-        return format(value, ".9g" if name.endswith("_s") and not name.endswith("_per_s") else ".6g")
-    if isinstance(value, int):
-        return str(value)
-    text = value if isinstance(value, str) else json.dumps(plain(value))
-    text = "".join(char if char.isprintable() else " " for char in text).strip()[:CELL_LIMIT]
-    return "'" + text if text.startswith(FORMULA_STARTS) else text
-
-
-def _csv_text(rows: Iterable[Sequence[str]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
-
-
-def _read_table(path: Path) -> tuple[list[str], list[list[str]], str]:
-    """Returns header and rows of a ``runs.csv``, and what must be written to end a last line torn by a crash.
-
-    Raises:
-        UserError: the file cannot be read, or is no table of runs.
-    """
-    remedy = "move it aside or set another results_dir"
-    if not path.is_file():
-        if path.exists():
-            raise UserError(str(path), "is not a file", remedy)
-        return [], [], ""
-    try:
-        text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
-    except OSError as error:
-        raise UserError(str(path), f"cannot be read: {error.strerror}", remedy) from error
-    if "\n" not in text and ",".join(COLUMNS).startswith(text):
-        return [], [], ""  # empty, or torn before the first row
-    # A row torn inside quotes would swallow the rows after it.
-    mend = "" if text.endswith("\n") else ('"' if text.count('"') % 2 else "") + "\n"
-    try:
-        rows = [row for row in csv.reader(io.StringIO(text + mend, newline="")) if row]
-    except csv.Error:
-        rows = []
-    if not rows or "run_id" not in rows[0]:
-        raise UserError(str(path), "is not a table of runs", remedy)
-    return rows[0], rows[1:], mend
-
-
-def append_row(results_dir: str | Path, row: dict[str, Any]) -> None:
-    """Appends one row to ``<results_dir>/runs.csv`` under a lock, so that concurrent runs lose nothing.
-
-    A table with an older header is rewritten with the columns it lacks; foreign columns stay at the end. A
-    run has one row: a second one with its ``run_id`` is not appended.
-
-    Raises:
-        UserError: the table cannot be locked, read or written.
-    """
-    root = Path(results_dir)
-    path = Path(os.path.realpath(root / "runs.csv"))
-    try:
-        with filelock.FileLock(root / "runs.csv.lock", timeout=LOCK_TIMEOUT_S):
-            header, rows, mend = _read_table(path)
-            old = [dict(zip(header, cells, strict=False)) for cells in rows]
-            if row["run_id"] in (cells.get("run_id") for cells in old):
-                return
-            if tuple(header[: len(COLUMNS)]) == COLUMNS:
-                line = _csv_text([[_cell(name, row.get(name)) for name in header]])
-                table = _open_append(path)
-                try:
-                    _write_all(table, (mend + line).encode("utf-8", errors="surrogateescape"))
-                    os.fsync(table)
-                finally:
-                    os.close(table)
-                return
-            columns = [*COLUMNS, *(name for name in header if name not in COLUMNS)]
-            kept = [[cells.get(name, "") for name in columns] for cells in old]
-            text = _csv_text([columns, *kept, [_cell(name, row.get(name)) for name in columns]])
-            _replace(path, text.encode("utf-8", errors="surrogateescape"))
-    except filelock.Timeout as error:
-        raise UserError(str(path), f"is locked for {LOCK_TIMEOUT_S:.0f} s", "end the process that holds it") from error
-    except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
-        raise _cannot_write(path, error) from error
-
-
-def read_rows(path: str | Path) -> list[dict[str, str]]:
-    """Returns the rows of a ``runs.csv`` as text by column name; cells a torn or older row lacks are empty.
-
-    Raises:
-        UserError: there is no such file, or it is no table of runs.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(str(path), "there is no such file", "run a job first, or name another runs.csv")
-    header, rows, _ = _read_table(path)
-    return [dict.fromkeys(header, "") | dict(zip(header, cells, strict=False)) for cells in rows]
