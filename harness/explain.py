@@ -23,6 +23,8 @@ def explain(error: BaseException) -> UserError:
         r"Value '(.*?)' of type '(\w+)' could not be converted to (\w+).*?full_key: (\S+)", text, re.S
     ):
         return UserError(match[4], f"'{match[1]}' is no {_kind(match[3])}", f"give a {_kind(match[3])}")
+    if match := re.search(r"Value '(.*?)' is not a valid bool.*?full_key: (\S+)", text, re.S):
+        return UserError(match[2], f"'{match[1]}' is no true or false", "give true or false")
     if match := re.search(r"Invalid value '(.*?)', expected one of \[(.*?)\].*?full_key: (\S+)", text, re.S):
         return UserError(match[3], f"'{match[1]}' is not known", f"choose one of {match[2]}")
     if match := re.search(

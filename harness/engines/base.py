@@ -26,6 +26,7 @@ class EngineSettings:
         dtype: name of the torch type of weights and activations, resolved (never ``auto``).
         device: torch device of this rank, ``cpu`` or ``cuda:N``.
         max_context: longest prompt plus output in tokens; None where the model states none.
+        lookahead: most requests taken from the queue before they can start.
     """
 
     engine: EngineConfig
@@ -34,6 +35,7 @@ class EngineSettings:
     dtype: str
     device: str
     max_context: int | None = None
+    lookahead: int = 256
 
 
 @dataclass(slots=True)
@@ -56,6 +58,24 @@ class EngineStatistics:
     tokenize_s: float = 0.0
     detokenize_s: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+def combined(all_ranks: Sequence[EngineStatistics]) -> EngineStatistics:
+    """Returns the statistics of several replicas as one: counts add up, peaks are the highest, times the mean."""
+    whole = EngineStatistics(extra=all_ranks[0].extra)
+    count = len(all_ranks)
+    for name in ("steps", "preemptions", "recomputed_tokens", "kv_blocks"):
+        values = [getattr(rank, name) for rank in all_ranks]
+        setattr(whole, name, None if None in values else sum(values))
+    for name in ("kv_peak_utilisation", "peak_sequences"):
+        values = [getattr(rank, name) for rank in all_ranks]
+        setattr(whole, name, None if None in values else max(values))
+    for name in ("prefill_s", "decode_s", "tokenize_s", "detokenize_s"):
+        setattr(whole, name, sum(getattr(rank, name) for rank in all_ranks) / count)
+    if whole.steps and all(rank.mean_tokens_per_pass is not None for rank in all_ranks if rank.steps):
+        tokens = sum((rank.mean_tokens_per_pass or 0) * (rank.steps or 0) for rank in all_ranks)
+        whole.mean_tokens_per_pass = tokens / whole.steps
+    return whole
 
 
 @dataclass(frozen=True, slots=True)

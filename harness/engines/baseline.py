@@ -48,15 +48,13 @@ class BaselineEngine(Engine):
 
     def generate(self, requests: Iterable[Request], clock: Clock) -> Iterator[Completion]:
         """Yields completions in the dataset's order; see :meth:`Engine.generate`."""
-        self.statistics = statistics = EngineStatistics(preemptions=0, peak_sequences=1)
+        self.statistics = statistics = EngineStatistics(steps=0, peak_sequences=1)
         prompt_tokens = output_tokens = steps = 0
         for request in requests:
             started = time.perf_counter()
             assert request.output_len is not None  # workload.resolve() has seen to it
-            if request.prompt_ids is None:
-                input_ids = self.tokenizer([request.prompt], return_tensors="pt").input_ids
-            else:
-                input_ids = torch.tensor([request.prompt_ids])
+            ids = request.prompt_ids or self.tokenizer(request.prompt).input_ids
+            input_ids = torch.tensor([ids], dtype=torch.int64)
             statistics.tokenize_s += time.perf_counter() - started
             length = input_ids.shape[1]
             reason = self.too_long(length, request.output_len)

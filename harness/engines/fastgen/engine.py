@@ -17,8 +17,6 @@ from harness.engines.fastgen.scheduler import RaggedBatch, Scheduler, Sequence
 from harness.results import PassRecord
 from harness.workload import Completion, Request
 
-INTAKE = 256  # requests tokenized at a time; enough to fill a pass, few enough to hold in memory
-
 
 @dataclass(slots=True)
 class _Active:
@@ -84,11 +82,12 @@ class FastGenEngine(Engine):
         intake = iter(requests)
         active: dict[int, _Active] = {}
         prompt_tokens = output_tokens = steps = tokens = 0
+        lookahead = self.settings.lookahead
         more = True
         while True:
-            while more and len(scheduler.waiting) < INTAKE:
-                taken = list(islice(intake, INTAKE))
-                more = len(taken) == INTAKE
+            while more and len(scheduler.waiting) < lookahead:
+                taken = list(islice(intake, lookahead))
+                more = len(taken) == lookahead
                 yield from self._submit(taken, scheduler, active, clock)
             if not scheduler.unfinished:
                 break
@@ -131,12 +130,12 @@ class FastGenEngine(Engine):
                 self.runner.free(sequence)
                 yield self._completion(sequence, active.pop(sequence.uid), clock)
 
-            statistics.steps = steps
-            statistics.preemptions = scheduler.preemptions
-            statistics.recomputed_tokens = scheduler.recomputed_tokens
-            statistics.kv_peak_utilisation = scheduler.blocks.peak / scheduler.blocks.total
-            statistics.peak_sequences = scheduler.peak_sequences
-            statistics.mean_tokens_per_pass = tokens / steps
+        statistics.steps = steps
+        statistics.preemptions = scheduler.preemptions
+        statistics.recomputed_tokens = scheduler.recomputed_tokens
+        statistics.kv_peak_utilisation = scheduler.blocks.peak / scheduler.blocks.total
+        statistics.peak_sequences = scheduler.peak_sequences
+        statistics.mean_tokens_per_pass = tokens / steps if steps else None
 
     def _scheduler(self, stop_ids: frozenset[int]) -> Scheduler:
         engine = self.settings.engine

@@ -1,0 +1,92 @@
+"""A composed config made ready to run: everything that can be refused without loading a model is, here.
+
+The launching parent and every rank go through the same function, so both refuse the same things.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from harness import checkpoint, environment, workload
+from harness.checkpoint import Source
+from harness.config import Config, DType, check, check_kv_heads, to_config
+from harness.errors import UserError
+from harness.explain import explain
+from harness.workload import Workload
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a run needs to know before anything heavy is imported.
+
+    Attributes:
+        dtype: torch type of weights and activations, ``auto`` resolved.
+        max_context: longest prompt plus output in tokens, None where the model states none.
+    """
+
+    config: Config
+    accelerator: str
+    dtype: str
+    workload: Workload
+    source: Source
+    max_context: int | None
+
+
+def resolved(composed: DictConfig) -> dict[str, Any]:
+    """Returns the composed config as plain data, for ``config.yaml`` and the record."""
+    data = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+    assert isinstance(data, dict)
+    return {str(key): value for key, value in data.items()}
+
+
+def prepare(composed: DictConfig) -> Job:
+    """Checks config, dataset, model and memory; raises UserError for the first that is wrong."""
+    try:
+        config = to_config(composed)
+    except OmegaConfBaseException as error:
+        raise explain(error) from error
+    accelerator = environment.accelerator()
+    check(config, accelerator)
+    requests = workload.read(config.dataset)
+    source = checkpoint.locate(config.model)
+    check_kv_heads(config.parallel.tp, source.architecture.get("num_key_value_heads"))
+    dtype = resolve_dtype(config.model.dtype, accelerator)
+    _check_memory(source, dtype, accelerator, config.parallel.dp)
+    return Job(
+        config=config,
+        accelerator=accelerator,
+        dtype=dtype,
+        workload=requests,
+        source=source,
+        max_context=checkpoint.context_length(source.architecture, config.model.max_context),
+    )
+
+
+def resolve_dtype(dtype: DType, accelerator: str) -> str:
+    """Returns the torch type to use: ``auto`` is bfloat16 where the device computes it, else float32."""
+    if dtype is not DType.auto:
+        return dtype.value
+    if accelerator == "cuda" or environment.supports_bfloat16_on_cpu():
+        return "bfloat16"
+    return "float32"
+
+
+def _check_memory(source: Source, dtype: str, accelerator: str, replicas: int) -> None:
+    if accelerator != "cpu" or not source.architecture:
+        return  # a device's free memory is not known before torch is there
+    needed = checkpoint.required_bytes(source.architecture, BYTES[dtype])
+    if needed is None:
+        return
+    free = environment.available_memory_bytes()
+    if needed * replicas > free:
+        raise UserError(
+            "model",
+            f"{dtype} weights need {needed * replicas / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of memory are free",
+            "use a smaller model, or model.dtype=bfloat16 if it is not, or a machine with more memory",
+        )

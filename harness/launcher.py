@@ -1,0 +1,192 @@
+"""Builds and watches one ``deepspeed`` command, and says how it ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import psutil
+from omegaconf import DictConfig
+
+from harness import job as jobs
+from harness.errors import UserError
+from harness.results import RunRecorder, close_unfinished, new_run_id, read_record
+
+MAIN = Path(__file__).resolve().parent / "main.py"
+RUN_ID_VARIABLE = "HARNESS_RUN_ID"
+EXIT_STATUS = {"ok": 0, "invalid": 2, "interrupted": 130}
+GRACE_S = 30.0  # for ranks to write down what they have, after they were asked to end
+
+
+def run(composed: DictConfig, overrides: list[str]) -> int:
+    """Runs one job in a ``deepspeed`` launch of its own; returns the exit status.
+
+    Args:
+        composed: the config, for the checks and the number of ranks.
+        overrides: the command line that composed it; the ranks compose the same.
+    """
+    resolved = jobs.resolved(composed)
+    run_id = new_run_id(str(resolved["engine"].get("name")))
+    try:
+        recorder = RunRecorder.create(str(resolved["results_dir"]), run_id, resolved, sys.argv)
+    except UserError as error:
+        return refuse(error)
+    try:
+        job = jobs.prepare(composed)
+    except UserError as error:
+        recorder.finish("invalid", str(error))
+        return refuse(error)
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        recorder.finish("interrupted" if interrupted else "failed", f"{type(error).__name__}: {error}")
+        if interrupted:
+            return EXIT_STATUS["interrupted"]
+        raise
+    config = job.config
+    status = _watch(
+        command(config.parallel.tp * config.parallel.dp, job.accelerator, overrides),
+        {RUN_ID_VARIABLE: run_id, "DS_ACCELERATOR": job.accelerator},
+        config.timeout_s,
+    )
+    status.close(config.results_dir, run_id)
+    record = read_record(config.results_dir, run_id)
+    return EXIT_STATUS.get(str((record or {}).get("status")), 1)
+
+
+def refuse(error: UserError) -> int:
+    """Prints what the user has to put right; returns the exit status."""
+    print(f"error: {error}", file=sys.stderr)
+    return EXIT_STATUS["invalid"]
+
+
+def command(ranks: int, accelerator: str, overrides: list[str]) -> list[str]:
+    """Returns the ``deepspeed`` command that starts ``ranks`` ranks of this harness on this machine."""
+    return [
+        *(sys.executable, "-m", "deepspeed.launcher.runner"),
+        *("--num_gpus" if accelerator == "cuda" else "--num_accelerators", str(ranks)),
+        *("--master_port", str(free_port())),  # the default one collides between jobs
+        *("--log_level", "critical"),  # its lines would tear the progress display
+        str(MAIN),
+        *overrides,
+    ]
+
+
+def free_port() -> int:
+    """Returns a TCP port that nobody listens on at the moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class _Ending:
+    """How the launch ended, as far as its outside shows."""
+
+    def __init__(self, returncode: int, timed_out: bool, interrupted: bool, timeout_s: float | None) -> None:
+        self.returncode = returncode
+        self.timed_out = timed_out
+        self.interrupted = interrupted
+        self.timeout_s = timeout_s
+
+    def close(self, results_dir: str, run_id: str) -> None:
+        """Closes the record, and says why, if rank 0 could not."""
+        if self.timed_out:
+            status, error = "timeout", f"not finished after timeout_s={self.timeout_s:g}"
+        elif self.interrupted:
+            status, error = "interrupted", "interrupted"
+        elif self.returncode == 0:
+            status, error = "failed", "the launch ended without a result"
+        else:
+            status, error = "failed", describe(self.returncode)
+        if close_unfinished(results_dir, run_id, status, error) is not None:
+            print(f"error: {status}: {error}; what was finished is in {results_dir}/{run_id}", file=sys.stderr)
+
+
+def describe(returncode: int) -> str:
+    """Returns what a launch's exit status says: the launcher passes on a signal N as ``-N`` or ``256 - N``."""
+    number = -returncode if returncode < 0 else 256 - returncode
+    if 0 < number < 65:
+        name = signal.Signals(number).name if number in set(signal.Signals) else str(number)
+        hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
+        return f"a rank was ended by signal {name}{hint}"
+    return f"a rank ended with status {returncode} before it could write its record"
+
+
+def _watch(arguments: list[str], variables: dict[str, str], timeout_s: float | None) -> _Ending:
+    """Runs the launch to its end, or ends it; its ranks get SIGINT first, so that they write their record."""
+    stop_asked: list[int] = []
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        stop_asked.append(signum)
+
+    with _handling(ask):
+        # A session of its own: Ctrl-C reaches the ranks through us alone, once.
+        process = subprocess.Popen(arguments, env={**os.environ, **variables}, start_new_session=True)
+        # The ranks keep the time themselves; we step in when one hangs outside Python.
+        deadline = time.monotonic() + timeout_s + GRACE_S if timeout_s is not None else None
+        timed_out = False
+        while process.poll() is None and not timed_out and not stop_asked:
+            try:
+                process.wait(0.2)
+            except subprocess.TimeoutExpired:
+                timed_out = deadline is not None and time.monotonic() > deadline
+        if process.poll() is None:
+            _end(process)
+    return _Ending(process.returncode, timed_out, bool(stop_asked), timeout_s)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Interrupts the ranks, gives them time, then kills whatever is left of the launch."""
+    tree = _tree(process.pid)
+    for member in tree:
+        if _is_rank(member):
+            _signal(member, signal.SIGINT)
+    if not any(_is_rank(member) for member in tree):
+        _signal(psutil.Process(process.pid), signal.SIGTERM)
+    try:
+        process.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        pass
+    _, alive = psutil.wait_procs(_tree(process.pid) + tree, timeout=0.5)
+    for member in alive:
+        _signal(member, signal.SIGKILL)
+    process.wait()
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    try:
+        arguments = process.cmdline()
+    except psutil.Error:
+        return False
+    return str(MAIN) in arguments and "deepspeed.launcher.launch" not in arguments
+
+
+def _signal(process: psutil.Process, signum: int) -> None:
+    try:
+        process.send_signal(signum)
+    except psutil.NoSuchProcess:
+        pass
+
+
+@contextmanager
+def _handling(handler: object) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)

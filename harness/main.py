@@ -1,0 +1,72 @@
+"""The entry: under ``deepspeed`` this process is a rank; otherwise it starts the ranks.
+
+deepspeed --num_gpus 8 harness/main.py engine=fastgen ...
+python harness/main.py engine=fastgen ...
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# A script's own directory comes first on sys.path, where our modules would shadow installed packages.
+sys.path[0] = str(ROOT)
+# Ninja and the deepspeed command are installed beside the interpreter, which may be called by its path.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+import hydra  # noqa: E402
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
+from hydra.errors import HydraException  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+from omegaconf.errors import OmegaConfBaseException  # noqa: E402
+
+from harness import config, ranks  # noqa: E402
+from harness.explain import explain  # noqa: E402
+
+
+def main() -> int:
+    """Composes the config and runs the job; returns the exit status."""
+    rank = ranks.current()
+    sys.argv[1:] = ranks.without_local_rank(sys.argv[1:])
+    outcomes: list[int] = []
+
+    traceback_wanted = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own short form is several lines and exit status 1
+
+    def refuse(error: Exception) -> int:
+        if traceback_wanted:
+            raise error
+        if rank is None or rank.first:
+            print(f"error: {explain(error)}", file=sys.stderr)
+        return 2
+
+    def job(composed: DictConfig) -> None:
+        # Nothing is raised through Hydra, which would add lines of its own.
+        try:
+            outcomes.append(_run(composed, rank))
+        except OmegaConfBaseException as error:
+            outcomes.append(refuse(error))
+
+    config.register()
+    try:
+        hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        return refuse(error)
+    return max(outcomes, default=0)
+
+
+def _run(composed: DictConfig, rank: ranks.Rank | None) -> int:
+    overrides = list(HydraConfig.get().overrides.task)
+    if rank is None:
+        from harness import launcher
+
+        return launcher.run(composed, overrides)
+    from harness import worker
+
+    return worker.run(composed, rank)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""Several replicas work through one list: they pull requests from a shared queue and send completions to rank 0.
+
+The queue is a counter in a key-value store that rank 0 serves (torch's ``TCPStore``): taking the next
+request is one atomic addition, so a slow replica or a long request never leaves the others idle. The ranks
+find each other through ``deepspeed.comm``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from harness.ranks import Rank
+from harness.workload import Completion, Request
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+POLL_S = 0.02
+
+
+class RankFailed(Exception):
+    """Another rank could not go on; the message is its own."""
+
+
+class Replicas:
+    """This rank's end of the shared queue.
+
+    Args:
+        rank: this process.
+        accelerator: ``cpu`` (gloo) or ``cuda`` (nccl).
+    """
+
+    def __init__(self, rank: Rank, accelerator: str) -> None:
+        self.rank = rank
+        self.accelerator = accelerator
+        self.sent = 0
+        self.results: dict[int, dict[str, Any]] = {}
+        self.failure: str | None = None
+        self._store: TCPStore | None = None
+        self._receiver: threading.Thread | None = None
+        self._leave = threading.Event()
+
+    def join(self) -> None:
+        """Meets the other ranks; returns when all are there."""
+        import deepspeed
+        import deepspeed.comm as dist
+        import deepspeed.ops
+        from torch.distributed import TCPStore
+
+        if self.accelerator == "cpu":
+            # Its shared-memory reductions ignore sub-groups, and building them costs a minute: gloo is right.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(
+            dist_backend="nccl" if self.accelerator == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+        )
+        port: list[int] = [0]
+        if self.rank.first:
+            self._store = TCPStore(os.environ["MASTER_ADDR"], 0, is_master=True, wait_for_workers=False)
+            port = [self._store.port]
+        dist.broadcast_object_list(port, src=0)
+        if not self.rank.first:
+            self._store = TCPStore(os.environ["MASTER_ADDR"], port[0], is_master=False)
+        self._port = port[0]
+
+    def barrier(self) -> None:
+        """Returns when every rank has called it."""
+        import deepspeed.comm as dist
+
+        dist.barrier()
+
+    @property
+    def store(self) -> TCPStore:
+        assert self._store is not None, "join() comes first"
+        return self._store
+
+    def take(self, requests: list[Request]) -> Iterator[Request]:
+        """Yields the requests that fall to this rank, each to one rank only; ``requests`` is the same on all."""
+        while (number := self.store.add("taken", 1)) <= len(requests):
+            yield requests[number - 1]
+
+    def send(self, completion: Completion) -> None:
+        """Hands a completion to rank 0."""
+        self._put({"completion": dataclasses.asdict(completion)})
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Tells rank 0 that this rank is done, with its figures."""
+        self._put({"result": result})
+
+    def fail(self, message: str) -> None:
+        """Tells rank 0 why this rank cannot go on, if it can still be told."""
+        if self._store is not None and not self.rank.first:
+            try:
+                self._put({"failure": message})
+            except RuntimeError:  # rank 0 is gone already
+                pass
+
+    def _put(self, message: dict[str, Any]) -> None:
+        self.store.set(f"from {self.rank.rank}: {self.sent}", json.dumps(message))
+        self.sent += 1
+
+    def receive(self, deliver: Callable[[Completion], None], failed: Callable[[], None]) -> None:
+        """Starts handing over what the other ranks send, in a thread of its own; rank 0 only.
+
+        Args:
+            deliver: called with each completion.
+            failed: called once when another rank fails; :attr:`failure` then says why.
+        """
+        self._receiver = threading.Thread(target=self._receive, args=(deliver, failed), daemon=True)
+        self._receiver.start()
+
+    def _receive(self, deliver: Callable[[Completion], None], failed: Callable[[], None]) -> None:
+        from torch.distributed import TCPStore
+
+        # A connection of its own: the engine's thread takes requests through the other.
+        store = TCPStore(os.environ["MASTER_ADDR"], self._port, is_master=False)
+        next_of = dict.fromkeys(range(1, self.rank.world), 0)
+        while next_of and not self._leave.is_set():
+            idle = True
+            for rank, number in list(next_of.items()):
+                key = f"from {rank}: {number}"
+                if not store.check([key]):
+                    continue
+                idle = False
+                message = json.loads(store.get(key))
+                store.delete_key(key)
+                next_of[rank] += 1
+                if "completion" in message:
+                    deliver(Completion(**message["completion"]))
+                elif "result" in message:
+                    self.results[rank] = message["result"]
+                    del next_of[rank]
+                else:
+                    self.failure = f"rank {rank}: {message['failure']}"
+                    failed()
+                    return
+            if idle:
+                time.sleep(POLL_S)
+
+    def wait(self) -> dict[int, dict[str, Any]]:
+        """Waits for the other ranks' results and returns them by rank; raises RankFailed."""
+        assert self._receiver is not None
+        while self._receiver.is_alive():
+            self._receiver.join(POLL_S)  # in pieces, so that a signal is seen
+        if self.failure is not None:
+            raise RankFailed(self.failure)
+        return self.results
+
+    def leave(self) -> None:
+        """Takes leave of the other ranks."""
+        import deepspeed.comm as dist
+
+        self._leave.set()
+        dist.destroy_process_group()

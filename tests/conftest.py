@@ -1,0 +1,125 @@
+"""What the tests share: real runs of the harness, and Hugging Face's own answers to compare with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.results import read_completions
+from harness.runs_table import read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One finished command and what it left behind."""
+
+    status: int
+    stdout: str
+    stderr: str
+    results: Path
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        return read_rows(self.results / "runs.csv")
+
+    @property
+    def row(self) -> dict[str, str]:
+        assert len(self.rows) == 1, self.stderr
+        return self.rows[0]
+
+    @property
+    def directory(self) -> Path:
+        return self.results / self.row["run_id"]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return json.loads((self.directory / "record.json").read_text())
+
+    @property
+    def completions(self) -> dict[int, dict[str, Any]]:
+        lines = read_completions(self.directory / "completions.jsonl")
+        by_index = {line["index"]: line for line in lines}
+        assert len(by_index) == len(lines), "a request came back twice"
+        return by_index
+
+    @property
+    def token_ids(self) -> dict[int, list[int]]:
+        return {index: line["token_ids"] for index, line in self.completions.items()}
+
+
+def variables(**more: str) -> dict[str, str]:
+    """Returns the environment of a shell that knows nothing of this test session."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "HYDRA"))}
+    return kept | {"DS_ACCELERATOR": "cpu"} | more
+
+
+def command(*overrides: str, launcher: tuple[str, ...] = (sys.executable,)) -> list[str]:
+    """Returns the command line of a run; ``launcher`` may be ``deepspeed`` with its flags."""
+    return [*launcher, "harness/main.py", *overrides]
+
+
+def deepspeed(ranks: int, *flags: str) -> tuple[str, ...]:
+    """Returns DeepSpeed's launcher for ``ranks`` CPU ranks."""
+    from harness.launcher import free_port
+
+    return (str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port()), *flags)
+
+
+@pytest.fixture
+def harness(tmp_path: Path) -> Callable[..., Run]:
+    """Returns a function that runs the harness from the repository's root with results of its own."""
+
+    def run(
+        *overrides: str,
+        launcher: tuple[str, ...] = (sys.executable,),
+        results: Path = tmp_path / "results",
+        **environment: str,
+    ) -> Run:
+        done = subprocess.run(
+            command(*overrides, f"results_dir={results}", launcher=launcher),
+            cwd=ROOT,
+            env=variables(**environment),
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        return Run(done.returncode, done.stdout, done.stderr, results)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """Returns the demo model's directory, fetched and converted if this is the first time."""
+    from harness import demo_model
+
+    return demo_model.ensure()
+
+
+@pytest.fixture(scope="session")
+def reference(demo_model: Path) -> dict[int, list[int]]:
+    """Returns, by index, the ids that Hugging Face's ``generate`` gives for every prompt of ``sample`` in fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32).eval()
+    answers = {}
+    for index, line in enumerate((ROOT / "harness" / "data" / "sample.jsonl").read_text().splitlines()):
+        entry = json.loads(line)
+        inputs = tokenizer(entry["prompt"], return_tensors="pt")
+        with torch.inference_mode():
+            output = model.generate(**inputs, do_sample=False, max_new_tokens=entry["output_len"])
+        answers[index] = output[0, inputs.input_ids.shape[1] :].tolist()
+    return answers

@@ -1,0 +1,216 @@
+"""The config composed as a user composes it: every option, every refusal, one line each."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, command, variables
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from harness import config as schema
+from harness.config import Config, check, check_kv_heads, parse_bytes, to_config
+from harness.errors import UserError
+from harness.explain import explain, keys
+from harness.job import resolve_dtype
+
+
+@pytest.fixture(autouse=True)
+def _hydra() -> Iterator[None]:
+    schema.register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str) -> Config:
+    """Composes as harness/main.py does, errors explained."""
+    try:
+        return to_config(compose("config", list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error) from error
+
+
+@pytest.mark.parametrize("group", ["engine", "model", "dataset", "generation", "parallel", "hardware"])
+def test_every_option_of_every_group_composes(group: str) -> None:
+    options = sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
+    assert options
+    for option in options:
+        chosen = getattr(composed(f"{group}={option}"), group)
+        if hasattr(chosen, "name"):
+            assert chosen.name == option
+    if group == "parallel":
+        assert [composed(f"parallel={o}").parallel.tp for o in ("single", "tp2", "tp4", "tp8", "dp2")] == [
+            1,
+            2,
+            4,
+            8,
+            1,
+        ]
+
+
+def test_the_contract_s_options_are_there() -> None:
+    wanted = {
+        "engine": {"baseline", "ds_inference", "fastgen", "mii", "simulate"},
+        "model": {"smollm2_135m", "llama2_7b", "llama2_13b", "llama2_70b"},
+        "dataset": {"sample", "asc24", "sharegpt", "synthetic"},
+        "parallel": {"single", "tp2", "tp4", "tp8", "dp2"},
+        "hardware": {"cpu", "a100_80g", "h100_80g", "h200_141g"},
+        "experiment": {"quickstart", "asc24_70b_8gpu"},
+    }
+    for group, options in wanted.items():
+        assert options <= {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}
+
+
+def test_defaults_run_the_demo_model_on_the_sample() -> None:
+    config = composed()
+    check(config, "cpu")
+    assert (config.engine.name, config.model.name, config.dataset.name) == ("fastgen", "smollm2_135m", "sample")
+    assert (config.parallel.tp, config.parallel.dp, config.results_dir) == (1, 1, "results")
+
+
+def test_an_experiment_overlays_the_rest_and_the_command_line_overlays_it() -> None:
+    assert composed("experiment=quickstart").dataset.num_samples == 16
+    assert composed("experiment=quickstart", "dataset.num_samples=3").dataset.num_samples == 3
+    challenge = composed("experiment=asc24_70b_8gpu")
+    assert (challenge.model.name, challenge.parallel.tp, challenge.hardware.name) == ("llama2_70b", 8, "a100_80g")
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("engine.token_budgt=3", "engine.token_budgt: no such key; did you mean engine.token_budget?"),
+        ("token_budget=3", "token_budget: no such key; did you mean engine.token_budget?"),
+        ("+engine.foo=1", "engine.foo: no such key"),
+        ("+foo=1", "foo: no such key"),
+        ("++engine.token_budgt=3", "engine.token_budgt: no such key; did you mean engine.token_budget?"),
+        ("engine.token_budget=abc", "engine.token_budget: 'abc' is no whole number"),
+        ("engine.token_budget=1.5", "engine.token_budget: '1.5' is no whole number"),
+        ("engine.token_budget=null", "engine.token_budget: cannot be null"),
+        ("engine.kernel_inject=perhaps", "engine.kernel_inject: 'perhaps' is no true or false"),
+        ("timeout_s=soon", "timeout_s: 'soon' is no number"),
+        ("model.dtype=int4", "model.dtype: 'int4' is not known; choose one of auto, float32"),
+        ("generation.stop=never", "generation.stop: 'never' is not known; choose one of eos, length"),
+        ("engine=vllm", "engine: no option named 'vllm'; choose one of baseline, ds_inference, fastgen"),
+        ("experiment=nope", "experiment: no option named 'nope'; choose one of"),
+        ("engine.token_budget=[1", "command line: "),
+        ("nonsense", "command line: "),
+        ("~engine", "engine.name: not set"),
+        ("model.architecture=5", "model.architecture: "),
+    ],
+)
+def test_what_hydra_refuses_is_one_line(override: str, line: str) -> None:
+    with pytest.raises(UserError) as refused:
+        composed(override)
+    assert str(refused.value).startswith(line)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["engine.token_budget=32"], "engine.token_budget: 32 is below engine.max_sequences=64"),
+        (["engine.token_budget=0"], "engine.token_budget: 0; give a whole number from 1"),
+        (["engine.max_sequences=-1"], "engine.max_sequences: -1; "),
+        (["engine.kv_block_size=0"], "engine.kv_block_size: 0; "),
+        (["engine.batch_size=0"], "engine.batch_size: 0; "),
+        (["parallel.tp=0"], "parallel.tp: 0; "),
+        (["parallel.dp=-2"], "parallel.dp: -2; "),
+        (["dataset.num_samples=0"], "dataset.num_samples: 0; "),
+        (["generation.max_output_len=0"], "generation.max_output_len: 0; "),
+        (["model.max_context=0"], "model.max_context: 0; "),
+        (["timeout_s=0"], "timeout_s: 0.0; "),
+        (["timeout_s=nan"], "timeout_s: nan; "),
+        (["engine.kv_memory=0"], "engine.kv_memory: 0; "),
+        (["engine.kv_memory=-0.5"], "engine.kv_memory: -0.5; "),
+        (["engine.kv_memory=nan"], "engine.kv_memory: nan; "),
+        (["engine.kv_memory=lots"], "engine.kv_memory: 'lots'; "),
+        (["engine.kernel_inject=true"], "engine.kernel_inject: true needs CUDA"),
+        (["engine.kernels=deepspeed"], "engine.kernels: deepspeed needs CUDA"),
+        (["engine=mii"], "engine: mii needs CUDA"),
+        (["engine=ds_inference"], "engine: ds_inference is not built yet"),
+        (["engine=simulate"], "engine: simulate is not built yet"),
+        (["engine.quantization=wf6af16"], "engine.quantization: 'wf6af16'"),
+        (["engine.name=fast"], "engine.name: 'fast'; choose one of"),
+        (["model.dtype=float16"], "model.dtype: float16"),
+        (["parallel.tp=4"], "parallel.tp: 4 ranks share 3 key/value heads"),
+        (["parallel.tp=2"], "parallel.tp: 2: tensor parallelism is not built yet"),
+        (["engine=baseline", "parallel.tp=2"], "parallel.tp: 2: the baseline"),
+        (["resume=20260101-000000-fastgen-0000"], "resume: "),
+        (["verify=3"], "verify: 3"),
+        (["repeat=2"], "repeat: 2"),
+        (["results_dir=''"], "results_dir: ''"),
+    ],
+)
+def test_impossible_combinations_on_cpu(overrides: list[str], line: str) -> None:
+    with pytest.raises(UserError) as refused:
+        check(composed(*overrides), "cpu")
+    assert str(refused.value).startswith(line)
+    assert "\n" not in str(refused.value)
+
+
+def test_float16_is_fine_on_cuda() -> None:
+    check(composed("model.dtype=float16"), "cuda")
+
+
+def test_kv_heads_bound_tensor_parallelism() -> None:
+    check_kv_heads(8, 8)
+    check_kv_heads(8, None)
+    with pytest.raises(UserError, match=r"parallel\.tp"):
+        check_kv_heads(9, 8)
+
+
+def test_sizes() -> None:
+    assert [parse_bytes(size) for size in (0.5, 7, "2GiB", "1.5 MB", "12")] == [0.5, 7, 2 * 2**30, 1.5e6, 12]
+    for nonsense in ("", "GiB", "2 GiX", "-1", "1e9", "2GiB2"):
+        with pytest.raises(ValueError, match="not a size"):
+            parse_bytes(nonsense)
+
+
+def test_dtype_auto_takes_bfloat16_on_cuda() -> None:
+    assert resolve_dtype(schema.DType.auto, "cuda") == "bfloat16"
+    assert resolve_dtype(schema.DType.float32, "cuda") == "float32"
+    assert resolve_dtype(schema.DType.auto, "cpu") in ("bfloat16", "float32")
+
+
+def test_every_key_can_be_asked_after() -> None:
+    assert {"engine.token_budget", "sweep.resume", "results_dir"} <= set(keys())
+
+
+HEAVY = ("torch", "transformers", "deepspeed", "numpy", "pandas", "accelerate")
+
+
+@pytest.mark.parametrize("arguments", [["--cfg", "job"], ["--help"], ["engine=mii"], ["dataset=asc24"]])
+def test_nothing_heavy_is_imported_to_answer(arguments: list[str], tmp_path: Path) -> None:
+    probe = (
+        "import sys, runpy, atexit\n"
+        f"atexit.register(lambda: print('HEAVY', [m for m in {HEAVY!r} if m in sys.modules]))\n"
+        "sys.argv = sys.argv[1:]\n"
+        "sys.path.insert(0, 'harness')\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    results = [] if arguments[0].startswith("--") else [f"results_dir={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, "-c", probe, *command(*arguments, *results)[1:]],
+        cwd=ROOT,
+        env=variables(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == (2 if results else 0), done.stderr
+    assert "HEAVY []" in done.stdout
+
+
+def test_help_names_every_group_and_the_flags() -> None:
+    done = subprocess.run(command("--help"), cwd=ROOT, env=variables(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    for word in ("engine: baseline, ds_inference, fastgen", "token_budget: 512", "results/runs.csv", "deepspeed", "-m"):
+        assert word in done.stdout

@@ -1,0 +1,249 @@
+"""The FastGen engine in this process, on tiny models with random weights: parity, attention, rejection, stopping."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from harness import checkpoint
+from harness.checkpoint import Source
+from harness.config import EngineConfig, GenerationConfig, Order, Stop
+from harness.engines.base import Clock, EngineSettings
+from harness.engines.fastgen.engine import FastGenEngine
+from harness.engines.fastgen.paged_attention import KvCache, build_plan, ragged_attention
+from harness.engines.fastgen.scheduler import Chunk, RaggedBatch, Sequence
+from harness.engines.fastgen.torch_runner import kv_memory_bytes, refuse_unusual_attention
+from harness.errors import UserError
+from harness.results import PassRecord
+from harness.workload import Completion, Request
+
+TINY: dict[str, Any] = {
+    "hidden_size": 96,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 300,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def settings(
+    model_type: str = "llama", stop: Stop = Stop.length, more: dict[str, Any] | None = None, **engine: Any
+) -> EngineSettings:
+    architecture = {"model_type": model_type, **TINY, **(more or {})}
+    return EngineSettings(
+        engine=EngineConfig(name="fastgen", **engine),
+        generation=GenerationConfig(stop=stop),
+        source=Source("dummy", None, None, None, architecture, False),
+        dtype="float32",
+        device="cpu",
+        max_context=256,
+    )
+
+
+def requests(count: int, seed: int = 0) -> list[Request]:
+    rng = random.Random(seed)
+    return [
+        Request(
+            index=index,
+            prompt="",
+            output_len=rng.randint(1, 30),
+            prompt_ids=tuple(rng.randrange(3, 300) for _ in range(rng.choice([1, 2, 3, 7, 20, 60, 150]))),
+        )
+        for index in range(count)
+    ]
+
+
+def generate(engine: FastGenEngine, jobs: list[Request]) -> dict[int, Completion]:
+    found: dict[int, Completion] = {}
+    for completion in engine.generate(iter(engine.arrange(jobs)), Clock()):
+        assert completion.index not in found
+        found[completion.index] = completion
+    return found
+
+
+def hugging_face(source: Source, jobs: list[Request], eos: int | None = None) -> dict[int, list[int]]:
+    model = checkpoint.load_model(source, dtype=torch.float32)
+    model.generation_config.eos_token_id = eos
+    answers = {}
+    for job in jobs:
+        ids = torch.tensor([job.prompt_ids])
+        with torch.inference_mode():
+            output = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=job.output_len, pad_token_id=0
+            )
+        answers[job.index] = output[0, ids.shape[1] :].tolist()
+    return answers
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "granite"])
+def test_every_llama_like_model_gives_hugging_face_ids(model_type: str) -> None:
+    more = {"sliding_window": None, "pad_token_id": 0} if model_type in ("mistral", "phi3") else {"pad_token_id": 0}
+    chosen = settings(model_type, more=more, token_budget=40, max_sequences=8, kv_block_size=8)
+    jobs = requests(12)
+    engine = FastGenEngine(chosen)
+    engine.load()
+    found = generate(engine, jobs)
+    assert {index: completion.token_ids for index, completion in found.items()} == hugging_face(chosen.source, jobs)
+
+
+@pytest.mark.parametrize("order", list(Order))
+@pytest.mark.parametrize(("budget", "sequences", "blocks"), [(5, 5, 23), (8, 3, 60), (64, 40, 24), (300, 64, 500)])
+def test_budgets_and_cache_sizes_do_not_change_a_token(budget: int, sequences: int, blocks: int, order: Order) -> None:
+    per_block = 2 * 3 * 2 * 8 * 16 * 4
+    chosen = settings(
+        token_budget=budget, max_sequences=sequences, kv_block_size=8, kv_memory=blocks * per_block, order=order
+    )
+    engine = FastGenEngine(chosen)
+    engine.load()
+    assert engine.total_blocks == blocks
+    engine.warm_up()
+    jobs = requests(30)
+    passes: list[PassRecord] = []
+    engine.on_pass = passes.append
+    found = generate(engine, jobs)
+    assert {index: completion.token_ids for index, completion in found.items()} == hugging_face(chosen.source, jobs)
+    statistics = engine.statistics
+    assert statistics.preemptions is not None
+    if blocks == 500:
+        assert statistics.preemptions == 0
+    if blocks == 24 and order is Order.longest_first:
+        assert statistics.preemptions > 0
+    assert statistics.steps == len(passes)
+    # Each token once: no token lost or counted twice by splitting, composing or preempting.
+    fed = sum(record.tokens for record in passes)
+    assert statistics.recomputed_tokens is not None
+    assert fed == sum(c.prompt_tokens + c.output_tokens - 1 for c in found.values()) + statistics.recomputed_tokens
+    for job in jobs:
+        assert found[job.index].prompt_tokens == len(job.prompt_ids or ())
+        assert found[job.index].output_tokens == job.output_len
+        assert found[job.index].first_token_s is not None
+        assert found[job.index].first_token_s <= found[job.index].finished_s
+
+
+def test_eos_ends_a_sequence_and_is_counted() -> None:
+    jobs = requests(20)
+    free = hugging_face(settings().source, jobs)
+    eos = max((ids[len(ids) // 2] for ids in free.values()), key=lambda token: sum(token in i for i in free.values()))
+    chosen = settings(stop=Stop.eos, more={"eos_token_id": eos}, token_budget=64, max_sequences=8, kv_block_size=8)
+    engine = FastGenEngine(chosen)
+    engine.load()
+    found = generate(engine, jobs)
+    stopped = {index: c.token_ids for index, c in found.items() if c.finish_reason == "eos"}
+    assert stopped
+    for index, ids in free.items():
+        expected = ids[: ids.index(eos) + 1] if eos in ids else ids
+        assert found[index].token_ids == expected
+        assert found[index].output_tokens == len(expected)
+        assert (found[index].finish_reason == "eos") == (expected[-1] == eos)
+
+
+def test_too_long_requests_are_rejected_and_the_rest_run() -> None:
+    per_block = 2 * 3 * 2 * 8 * 16 * 4
+    engine = FastGenEngine(settings(token_budget=64, max_sequences=8, kv_block_size=8, kv_memory=20 * per_block))
+    engine.load()
+    jobs = [
+        Request(0, "", 10, prompt_ids=(5,) * 100),
+        Request(1, "", 10, prompt_ids=(5,) * 250),  # 260 tokens in a context of 256
+        Request(2, "", 60, prompt_ids=(5,) * 101),  # 160 slots: exactly 20 blocks
+        Request(3, "", 61, prompt_ids=(5,) * 101),  # one more
+        Request(4, "", 3, prompt_ids=()),
+    ]
+    found = generate(engine, jobs)
+    assert {index: c.finish_reason for index, c in found.items()} == {
+        0: "length",
+        1: "rejected",
+        2: "length",
+        3: "rejected",
+        4: "rejected",
+    }
+    assert found[1].error is not None
+    assert "context of 256" in found[1].error
+    assert found[3].error is not None
+    assert "needs 21 KV blocks" in found[3].error
+    assert found[3].prompt_tokens == found[3].output_tokens == 0
+    assert found[2].output_tokens == 60
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_ragged_attention_equals_attention_sequence_by_sequence(dtype: torch.dtype, scattered: bool) -> None:
+    """Decodes over a dense prefix and over scattered blocks, first chunks and later chunks, in one pass."""
+    torch.manual_seed(0)
+    heads, kv_heads, head_dim, block_size, total = 6, 2, 16, 4, 200
+    cache = KvCache(*(torch.zeros(total, kv_heads, block_size, head_dim, dtype=dtype) for _ in range(2)))
+    shapes = [(0, 9), (12, 1), (30, 1), (7, 6), (0, 1), (16, 4)]  # tokens in the cache before, tokens in the pass
+    numbers = list(range(total if scattered else 25))
+    random.Random(1).shuffle(numbers)
+    chunks, keys, values = [], [], []
+    for uid, (start, length) in enumerate(shapes):
+        blocks = [numbers.pop() for _ in range(-(-(start + length) // block_size))]
+        sequence = Sequence(uid, [0] * (start + length), start + length, 1, start, blocks)
+        chunks.append(Chunk(sequence, start, length, True))
+        key, value = (torch.randn(start + length, kv_heads, head_dim, dtype=dtype) for _ in range(2))
+        for position in range(start):
+            cache.keys[blocks[position // block_size], :, position % block_size] = key[position]
+            cache.values[blocks[position // block_size], :, position % block_size] = value[position]
+        keys.append(key)
+        values.append(value)
+    query = torch.randn(1, heads, sum(length for _, length in shapes), head_dim, dtype=dtype)
+    new_keys, new_values = (
+        torch.cat([whole[start:] for whole, (start, _) in zip(wholes, shapes, strict=True)]).transpose(0, 1)[None]
+        for wholes in (keys, values)
+    )
+    module = torch.nn.Module()
+    module.layer_idx = 0  # type: ignore[assignment]
+    plan = build_plan(RaggedBatch(chunks, 0, query.shape[2]), [cache], torch.device("cpu"))
+    assert plan.decodes is not None
+    assert isinstance(plan.decodes.blocks, torch.Tensor) == scattered
+    output, weights = ragged_attention(module, query, new_keys, new_values, None, scaling=0.3, ragged=plan)
+    assert weights is None
+    assert output.shape == (1, query.shape[2], heads, head_dim)
+    row = 0
+    for (start, length), key, value in zip(shapes, keys, values, strict=True):
+        visible = torch.arange(start + length)[None] <= torch.arange(start, start + length)[:, None]
+        expected = scaled_dot_product_attention(
+            query[:, :, row : row + length].float(),
+            key.transpose(0, 1)[None].float(),
+            value.transpose(0, 1)[None].float(),
+            attn_mask=visible,
+            scale=0.3,
+            enable_gqa=True,
+        )
+        tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+        torch.testing.assert_close(
+            output[:, row : row + length].transpose(1, 2).float(), expected, atol=tolerance, rtol=tolerance
+        )
+        row += length
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"), [(0.5, 500), (1, 1000), (1.0, 1000), (2048, 2048), ("2KiB", 2048), ("0.25", 250)]
+)
+def test_kv_memory_is_a_fraction_up_to_one_and_bytes_above(setting: Any, expected: int) -> None:
+    assert kv_memory_bytes(setting, 1000) == expected
+
+
+def test_a_cache_smaller_than_a_block_is_refused() -> None:
+    engine = FastGenEngine(settings(kv_memory=100))
+    with pytest.raises(UserError, match=r"^engine\.kv_memory: 100 is 100 bytes, less than one block of 64 tokens"):
+        engine.load()
+
+
+def test_sliding_windows_below_the_context_are_refused() -> None:
+    from transformers import Gemma2Config, LlamaConfig, MistralConfig
+
+    refuse_unusual_attention(LlamaConfig(), 4096)
+    refuse_unusual_attention(MistralConfig(sliding_window=None), 4096)
+    refuse_unusual_attention(MistralConfig(sliding_window=4096), 4096)
+    for config in (MistralConfig(sliding_window=1024), Gemma2Config()):
+        with pytest.raises(UserError, match=r"^model: .*engine=baseline"):
+            refuse_unusual_attention(config, 8192)

@@ -1,0 +1,318 @@
+"""Whole runs as a user starts them: the launcher, the ranks, the record, and what happens when it goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from conftest import ROOT, Run, command, deepspeed, variables
+
+from harness.results import read_completions
+from harness.runs_table import COLUMNS, read_rows
+
+Harness = Callable[..., Run]
+
+# A LLaMA of two layers with random weights: real code, next to no arithmetic.
+TINY = [
+    "model=llama2_7b",
+    "model.weights=dummy",
+    "model.dtype=float32",
+    *(
+        f"model.architecture.{key}={value}"
+        for key, value in {
+            "num_hidden_layers": 2,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+        }.items()
+    ),
+    "generation.stop=length",
+]
+RANDOM = ["dataset=synthetic", "dataset.prompt=random"]
+
+
+def check_against_ids(run: Run) -> None:
+    """Recounts a run from its completions alone and compares with its row."""
+    done = [line for line in run.completions.values() if line["finish_reason"] != "rejected"]
+    row = run.row
+    prompt = sum(line["prompt_tokens"] for line in done)
+    output = sum(len(line["token_ids"]) for line in done)
+    assert (int(row["prompt_tokens"]), int(row["output_tokens"])) == (prompt, output)
+    assert int(row["total_tokens"]) == prompt + output
+    assert int(row["completed"]) == len(done)
+    elapsed = float(row["elapsed_s"])
+    assert float(row["total_tokens_per_s"]) == pytest.approx((prompt + output) / elapsed, rel=1e-5)
+    assert float(row["output_tokens_per_s"]) == pytest.approx(output / elapsed, rel=1e-5)
+    assert max(line["finished_s"] for line in done) <= elapsed
+    for line in done:
+        assert line["output_tokens"] == len(line["token_ids"])
+        assert 0 < line["first_token_s"] <= line["finished_s"]
+
+
+def test_deepspeed_and_python_do_the_same_job(harness: Harness, tmp_path: Path, demo_model: Path) -> None:
+    job = ["dataset.num_samples=4", "generation.max_output_len=8", "model.dtype=float32"]
+    run = harness("engine=fastgen", *job, launcher=deepspeed(1))
+    assert run.status == 0, run.stderr
+    row, record = run.row, run.record
+    assert tuple(row) == COLUMNS
+    expected = {
+        "status": "ok",
+        "error": "",
+        "engine": "fastgen",
+        "kernels": "torch",
+        "model": "smollm2_135m",
+        "weights": "pretrained",
+        "dtype": "float32",
+        "dataset": "sample",
+        "stop": "eos",
+        "requests": "4",
+        "completed": "4",
+        "rejected": "0",
+        "tp": "1",
+        "dp": "1",
+        "device": "cpu",
+        "token_budget": "512",
+        "max_sequences": "64",
+        "preemptions": "0",
+        "model_flops_utilisation": "",
+        "energy_j": "",
+    }
+    assert {name: row[name] for name in expected} == expected
+    for name in ("dataset_sha256", "load_s", "warmup_s", "ttft_p50_s", "latency_p99_s", "steps", "config_hash"):
+        assert row[name], name
+    assert 0 < int(row["peak_memory_bytes"]) < 3 * 2**30
+    check_against_ids(run)
+    assert {path.name for path in run.directory.iterdir()} == {
+        "record.json",
+        "config.yaml",
+        "completions.jsonl",
+        "passes.csv",
+        "run.log",
+    }
+    assert yaml.safe_load((run.directory / "config.yaml").read_text())["dataset"]["num_samples"] == 4
+    assert record["prompt_len_check"] == {
+        "checked": 4,
+        "differing": 0,
+        "sum_of_differences": 0,
+        "first_difference": None,
+    }
+    assert record["environment"]["packages"]["torch"]
+    assert any("max_output_len=8" in note for note in record["notes"])
+    assert row["run_id"] in run.stdout
+    assert "total tokens/s" in run.stdout
+
+    again = harness("engine=baseline", *job, results=tmp_path / "again")
+    assert again.status == 0, again.stderr
+    assert again.row["engine"] == "baseline"
+    assert again.row["token_budget"] == again.row["kv_peak_utilisation"] == ""
+    assert again.token_ids == run.token_ids
+    check_against_ids(again)
+
+
+def test_a_dataset_that_claims_wrong_lengths_is_counted_by_what_was_fed(harness: Harness, tmp_path: Path) -> None:
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps([["abc", 4, 5], ["ab", 9, 200], ["a" * 300, 301, 5], ["abcd", 5, 3]]))
+    job = [f"dataset.path={file}", "model.max_context=64", "generation.max_output_len=20"]
+    run = harness(*TINY, "dataset=asc24", *job)
+    assert run.status == 0, run.stderr
+    lines = run.completions
+    assert [lines[index]["finish_reason"] for index in range(4)] == ["length", "length", "rejected", "length"]
+    assert [lines[index]["output_tokens"] for index in range(4)] == [5, 20, 0, 3]  # exactly output_len, or the cap
+    assert [lines[index]["prompt_tokens"] for index in range(4)] == [4, 3, 0, 5]  # bytes and BOS
+    assert "301 tokens + output_len 5 exceeds the model's context of 64" in lines[2]["error"]
+    assert (run.row["requests"], run.row["completed"], run.row["rejected"]) == ("4", "3", "1")
+    check = run.record["prompt_len_check"]
+    assert (check["checked"], check["differing"], check["sum_of_differences"]) == (3, 1, -6)
+    assert run.stdout.count("only tokens fed are counted") == 1
+    check_against_ids(run)
+
+
+def test_two_replicas_share_one_queue(harness: Harness, tmp_path: Path) -> None:
+    job = [*TINY, *RANDOM, "dataset.num_samples=60", "dataset.input_len=30", "dataset.output_len=12"]
+    alone = harness(*job, results=tmp_path / "alone")
+    assert alone.status == 0, alone.stderr
+    both = harness(*job, "parallel.dp=2", "engine.max_sequences=4", launcher=deepspeed(2, "--no_local_rank"))
+    assert both.status == 0, both.stderr
+    assert both.row["status"] == "ok"
+    assert (both.row["dp"], both.row["completed"]) == ("2", "60")
+    assert both.token_ids == alone.token_ids
+    check_against_ids(both)
+    # Rank 0 did not do it all: its passes, which alone are in passes.csv, are fewer than all passes.
+    passes = (both.directory / "passes.csv").read_text().count("\n") - 1
+    assert 0 < passes < int(both.row["steps"])
+
+
+def test_finished_requests_cost_no_memory(harness: Harness, tmp_path: Path) -> None:
+    peaks = []
+    for count in (500, 10_000):
+        job = [f"dataset.num_samples={count}", "dataset.input_len=8", "dataset.output_len=4"]
+        run = harness(*TINY, *RANDOM, *job, results=tmp_path / str(count))
+        assert run.status == 0, run.stderr
+        assert run.row["completed"] == str(count)
+        peaks.append(int(run.row["peak_memory_bytes"]))
+    # 9,500 requests more: the list of requests itself, read before the run, is about 5 MiB.
+    assert peaks[1] - peaks[0] < 24 * 2**20
+
+
+BAD = [
+    (["dataset=asc24", "dataset.path=nowhere.json"], "dataset.path: no such file: 'nowhere.json'"),
+    (["dataset=asc24"], "dataset.path: "),
+    (["dataset=asc24", "dataset.path={empty}"], "dataset.path: "),
+    (["dataset=asc24", "dataset.path={broken}"], "dataset.path: "),
+    (["dataset=asc24", "dataset.path={negative}"], "record 1 (counting from 0)"),
+    (["dataset.num_samples=100000"], "dataset.num_samples: "),
+    (["dataset.output_len=5"], "dataset.output_len: "),
+    (["model.path=no/such/model/here"], "model.path: no such directory"),
+    (["model.path={directory}"], "model.path: "),
+    (["model=llama2_7b"], "model.path: not set"),
+    (["engine=mii"], "engine: mii needs CUDA"),
+    (["engine.kernel_inject=true"], "engine.kernel_inject: "),
+    (["model=llama2_70b", "model.weights=dummy", "model.dtype=float32"], "model: float32 weights need 257.0 GiB"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "line"), BAD, ids=lambda value: value[-1] if isinstance(value, list) else "")
+def test_what_the_user_can_mend_is_one_line(harness: Harness, tmp_path: Path, overrides: list[str], line: str) -> None:
+    files = {name: str(tmp_path / name) for name in ("empty", "broken", "negative", "directory")}
+    Path(files["empty"]).write_text("")
+    Path(files["broken"]).write_text('[["a", 1, 1')
+    Path(files["negative"]).write_text('[["a", 1, 1], ["b", 1, -1]]')
+    Path(files["directory"]).mkdir()
+    run = harness(*(override.format(**files) for override in overrides))
+    assert run.status == 2
+    assert run.stdout == ""
+    assert run.stderr.count("\n") == 1
+    assert line in run.stderr
+    assert run.row["status"] == "invalid"
+    assert line in run.row["error"]
+
+
+def test_results_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for place in (tmp_path / "file", "/proc/results"):
+        done = subprocess.run(
+            command(f"results_dir={place}"), cwd=ROOT, env=variables(), capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: results_dir: ")
+        assert done.stderr.count("\n") == 1
+
+
+def test_under_deepspeed_a_refusal_is_one_line_too(harness: Harness) -> None:
+    run = harness("dataset=asc24", "dataset.path=nowhere.json", launcher=deepspeed(1, "--log_level", "critical"))
+    assert run.status == 2
+    assert "Traceback" not in run.stderr + run.stdout
+    assert [line for line in run.stderr.splitlines() if line.startswith("error:")] == [
+        f"error: {run.row['error']}",
+    ]
+    assert run.row["status"] == "invalid"
+
+
+def test_a_launch_of_the_wrong_size_says_so(harness: Harness) -> None:
+    run = harness(*TINY, *RANDOM, launcher=deepspeed(2, "--log_level", "critical"))
+    assert run.status == 2
+    assert "error: parallel: tp=1 x dp=1 needs 1 ranks, the launch has 2" in run.stderr
+    assert run.row["status"] == "invalid"
+
+
+def start(results: Path, *overrides: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen[str]:
+    """Starts a run of many small requests and returns when some of them are finished."""
+    arguments = command(
+        *TINY,
+        *RANDOM,
+        "dataset.num_samples=100000",
+        "dataset.input_len=16",
+        "dataset.output_len=16",
+        *overrides,
+        f"results_dir={results}",
+        launcher=launcher,
+    )
+    process = subprocess.Popen(arguments, cwd=ROOT, env=variables(), stdout=-1, stderr=-1, text=True)
+    for _ in range(1200):
+        finished = [path for path in results.glob("*/completions.jsonl") if path.stat().st_size > 10_000]
+        if finished:
+            return process
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    raise AssertionError("the run did not start")
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Returns the rank processes of a launch, in the order of their local rank."""
+    found = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if any(part.endswith("harness/main.py") for part in child.cmdline())
+        and "--local_rank" in " ".join(child.cmdline())
+        and "deepspeed.launcher.launch" not in child.cmdline()
+    ]
+    return sorted(found, key=lambda child: next(part for part in child.cmdline() if "--local_rank" in part))
+
+
+def ended(process: subprocess.Popen[str], results: Path) -> tuple[int, str, dict[str, str]]:
+    """Waits for the end; returns exit status, stderr and the row, having checked that nothing was left behind."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    _, stderr = process.communicate(timeout=120)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    (row,) = read_rows(results / "runs.csv")
+    lines = read_completions(results / row["run_id"] / "completions.jsonl")
+    assert int(row["completed"]) == len(lines) > 0
+    assert row["total_tokens_per_s"] == ""
+    return process.returncode, stderr, row
+
+
+def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    process.send_signal(signal.SIGINT)
+    status, stderr, row = ended(process, tmp_path)
+    assert status == 130
+    assert row["status"] == "interrupted"
+    assert "Traceback" not in stderr
+    assert stderr.startswith("error: interrupted (what was finished is in ")
+
+
+def test_ctrl_c_under_deepspeed_keeps_what_was_finished(tmp_path: Path) -> None:
+    process = start(tmp_path, launcher=deepspeed(1))
+    os.kill(ranks_of(process)[0].pid, signal.SIGINT)
+    status, _, row = ended(process, tmp_path)
+    assert status == 130
+    assert row["status"] == "interrupted"
+
+
+def test_a_killed_rank_leaves_a_row(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    ranks_of(process)[0].kill()
+    status, stderr, row = ended(process, tmp_path)
+    assert status == 1
+    assert row["status"] == "failed"
+    assert "SIGKILL" in row["error"]
+    assert "Traceback" not in stderr
+
+
+def test_a_killed_replica_ends_the_run(tmp_path: Path) -> None:
+    process = start(tmp_path, "parallel.dp=2")
+    ranks_of(process)[1].kill()
+    status, _, row = ended(process, tmp_path)
+    assert status == 1
+    assert row["status"] == "failed"
+    assert "another rank died" in row["error"]
+
+
+def test_timeout_s_ends_the_run(tmp_path: Path) -> None:
+    process = start(tmp_path, "timeout_s=45")
+    status, stderr, row = ended(process, tmp_path)
+    assert status == 1
+    assert row["status"] == "timeout"
+    assert "timeout_s=45" in row["error"]
+    assert "Traceback" not in stderr
