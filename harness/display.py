@@ -89,10 +89,8 @@ class Display:
     def _state(self, progress: EngineProgress, elapsed: float) -> str:
         tokens = progress.prompt_tokens + progress.output_tokens + self.elsewhere_tokens
         parts = [f"{tokens:,} tokens", f"{tokens / elapsed:,.0f} tok/s"]
-        if progress.waiting is not None:
-            parts.append(
-                f"{progress.running} running, {max(self.requests - self.finished - progress.running, 0)} queued"
-            )
+        queued = max(self.requests - self.finished - progress.running, 0)  # other ranks' running ones among them
+        parts.append(f"{progress.running} running, {queued} queued")
         if progress.kv_utilisation is not None:
             parts.append(f"KV {progress.kv_utilisation:.0%}")
         while len(self.recent) > 1 and elapsed - self.recent[0][0] > PACE_S:

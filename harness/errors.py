@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import traceback
+
+FULL_ERROR = "HYDRA_FULL_ERROR"
+REFUSED = 2  # exit status
+
 
 class UserError(Exception):
     """Something the user can put right: printed as one line, exit status 2, never a traceback.
@@ -17,6 +24,18 @@ class UserError(Exception):
         self.found = found
         self.remedy = remedy
         super().__init__(one_line(f"{field}: {found}" + (f"; {remedy}" if remedy else "")))
+
+
+def report(error: BaseException) -> int:
+    """Prints ``error`` as one line on standard error, after its traceback if the user asked for that.
+
+    Returns:
+        The exit status for what a user has to put right.
+    """
+    if os.environ.get(FULL_ERROR, "0") not in ("", "0"):
+        traceback.print_exception(error)
+    print(f"error: {error}", file=sys.stderr)
+    return REFUSED
 
 
 def one_line(text: str, limit: int = 600) -> str:

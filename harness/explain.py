@@ -62,13 +62,18 @@ def keys() -> list[str]:
 
 
 def _nearest(key: str) -> str:
-    if key.startswith("+"):
-        key = key[1:]
+    """Returns what the key may have been meant to be, as advice."""
     known = keys()
-    groups = {name.split(".")[0] for name in known if "." in name}
-    near = difflib.get_close_matches(key, known + sorted(groups), n=1, cutoff=0.6)
-    if not near and "." not in key:  # the group was left out: token_budget for engine.token_budget
-        near = [name for name in known if name.split(".")[-1] == key]
+    group, dot, leaf = key.lstrip("+").rpartition(".")
+    if dot:
+        near = difflib.get_close_matches(
+            leaf, [name[len(group) + 1 :] for name in known if name.startswith(group + ".")]
+        )
+        near = [f"{group}.{name}" for name in near]
+    else:
+        near = difflib.get_close_matches(leaf, known + sorted({name.split(".")[0] for name in known if "." in name}))
+        # The group was left out: token_budget for engine.token_budget.
+        near = [name for name in known if name.split(".")[-1] == leaf] or near
     return f"did you mean {near[0]}?" if near else "see --help for the keys"
 
 

@@ -17,12 +17,12 @@ import psutil
 from omegaconf import DictConfig
 
 from harness import job as jobs
-from harness.errors import UserError
+from harness.errors import REFUSED, UserError, report
 from harness.results import RunRecorder, close_unfinished, new_run_id, read_record
 
 MAIN = Path(__file__).resolve().parent / "main.py"
 RUN_ID_VARIABLE = "HARNESS_RUN_ID"
-EXIT_STATUS = {"ok": 0, "invalid": 2, "interrupted": 130}
+INTERRUPTED = 130  # exit status
 GRACE_S = 30.0  # for ranks to write down what they have, after they were asked to end
 
 
@@ -38,33 +38,32 @@ def run(composed: DictConfig, overrides: list[str]) -> int:
     try:
         recorder = RunRecorder.create(str(resolved["results_dir"]), run_id, resolved, sys.argv)
     except UserError as error:
-        return refuse(error)
+        return report(error)
     try:
         job = jobs.prepare(composed)
     except UserError as error:
         recorder.finish("invalid", str(error))
-        return refuse(error)
+        return report(error)
     except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt)
-        recorder.finish("interrupted" if interrupted else "failed", f"{type(error).__name__}: {error}")
-        if interrupted:
-            return EXIT_STATUS["interrupted"]
-        raise
+        if not isinstance(error, KeyboardInterrupt):
+            recorder.finish("failed", f"{type(error).__name__}: {error}")
+            raise
+        recorder.finish("interrupted", "interrupted")
+        print("error: interrupted", file=sys.stderr)
+        return INTERRUPTED
     config = job.config
-    status = _watch(
+    ending = _watch(
         command(config.parallel.tp * config.parallel.dp, job.accelerator, overrides),
         {RUN_ID_VARIABLE: run_id, "DS_ACCELERATOR": job.accelerator},
         config.timeout_s,
     )
-    status.close(config.results_dir, run_id)
-    record = read_record(config.results_dir, run_id)
-    return EXIT_STATUS.get(str((record or {}).get("status")), 1)
-
-
-def refuse(error: UserError) -> int:
-    """Prints what the user has to put right; returns the exit status."""
-    print(f"error: {error}", file=sys.stderr)
-    return EXIT_STATUS["invalid"]
+    ending.close(config.results_dir, run_id)
+    status = (read_record(config.results_dir, run_id) or {}).get("status")
+    if status == "ok":
+        return 0 if ending.returncode == 0 else 1
+    if status == "interrupted":
+        return INTERRUPTED
+    return REFUSED if ending.returncode == REFUSED else 1
 
 
 def command(ranks: int, accelerator: str, overrides: list[str]) -> list[str]:

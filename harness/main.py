@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +25,10 @@ from omegaconf import DictConfig  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from harness import config, ranks  # noqa: E402
+from harness.errors import FULL_ERROR, REFUSED, UserError, report  # noqa: E402
 from harness.explain import explain  # noqa: E402
+
+INTERRUPTED = 130
 
 
 def main() -> int:
@@ -32,29 +37,47 @@ def main() -> int:
     sys.argv[1:] = ranks.without_local_rank(sys.argv[1:])
     outcomes: list[int] = []
 
-    traceback_wanted = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own short form is several lines and exit status 1
-
     def refuse(error: Exception) -> int:
-        if traceback_wanted:
-            raise error
-        if rank is None or rank.first:
-            print(f"error: {explain(error)}", file=sys.stderr)
-        return 2
+        explained = explain(error)
+        explained.__cause__ = error
+        return report(explained) if rank is None or rank.first else REFUSED
 
     def job(composed: DictConfig) -> None:
         # Nothing is raised through Hydra, which would add lines of its own.
         try:
-            outcomes.append(_run(composed, rank))
+            with _full_error(asked):
+                outcomes.append(_run(composed, rank))
         except OmegaConfBaseException as error:
             outcomes.append(refuse(error))
+        if outcomes[-1] == INTERRUPTED:
+            sys.exit(INTERRUPTED)  # the rest of a sweep as well
 
+    asked = os.environ.get(FULL_ERROR)
     config.register()
     try:
-        hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")(job)()
+        if rank is not None and {"-m", "--multirun"} & set(sys.argv):
+            raise UserError("--multirun", "a sweep is not run by one launch", "use python harness/main.py -m ...")
+        with _full_error("1"):  # Hydra's own short form is several lines and exit status 1
+            hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")(job)()
+    except UserError as error:
+        return report(error) if rank is None or rank.first else REFUSED
     except (HydraException, OmegaConfBaseException) as error:
         return refuse(error)
     return max(outcomes, default=0)
+
+
+@contextmanager
+def _full_error(value: str | None) -> Iterator[None]:
+    """Sets whether Hydra shows tracebacks, for as long as the block lasts; None takes the variable away."""
+    before = os.environ.pop(FULL_ERROR, None)
+    if value is not None:
+        os.environ[FULL_ERROR] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(FULL_ERROR, None)
+        if before is not None:
+            os.environ[FULL_ERROR] = before
 
 
 def _run(composed: DictConfig, rank: ranks.Rank | None) -> int:

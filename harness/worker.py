@@ -19,9 +19,9 @@ from omegaconf import DictConfig
 
 from harness import checkpoint, environment, ranks
 from harness import job as jobs
-from harness.errors import UserError, one_line
+from harness.errors import REFUSED, UserError, one_line, report
 from harness.job import Job
-from harness.launcher import RUN_ID_VARIABLE, refuse
+from harness.launcher import INTERRUPTED, RUN_ID_VARIABLE
 from harness.ranks import Rank
 from harness.results import RunRecorder, new_run_id
 from harness.workload import Completion, Request
@@ -57,7 +57,7 @@ def run(composed: DictConfig, rank: Rank) -> int:
         try:
             recorder = RunRecorder.create(str(resolved["results_dir"]), run_id, resolved, sys.argv)
         except UserError as error:
-            return refuse(error)
+            return report(error)
         _log_to(f"{recorder.directory}/run.log")
     running = False
     work: _Run | None = None
@@ -72,9 +72,9 @@ def run(composed: DictConfig, rank: Rank) -> int:
             work.go()
             return work.finish()
     except UserError as error:
-        status, error_line, exit_status = "failed" if running else "invalid", str(error), 2
+        status, error_line, exit_status = "failed" if running else "invalid", str(error), REFUSED
     except Interrupted as interrupt:
-        status, error_line, exit_status = "interrupted", "interrupted", 130
+        status, error_line, exit_status = "interrupted", "interrupted", INTERRUPTED
         if rank.world > 1 and interrupt.signum == signal.SIGTERM:
             # So the launcher ends the others when a rank has died; a user's Ctrl-C comes as SIGINT.
             failure = work.replicas.failure if work is not None and work.replicas is not None else None

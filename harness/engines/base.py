@@ -83,7 +83,7 @@ class Progress:
     """The state of a run between two passes, for whoever watches."""
 
     running: int
-    waiting: int | None
+    waiting: int
     kv_utilisation: float | None
     prompt_tokens: int
     output_tokens: int

@@ -90,7 +90,7 @@ class BaselineEngine(Engine):
                     waiting=None,
                 )
             )
-            self.on_progress(Progress(1, None, None, prompt_tokens, output_tokens))
+            self.on_progress(Progress(1, 0, None, prompt_tokens, output_tokens))
             yield Completion(
                 index=request.index,
                 prompt_tokens=length,

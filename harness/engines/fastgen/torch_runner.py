@@ -14,6 +14,7 @@ from torch import Tensor
 
 from harness import checkpoint
 from harness.engines.base import EngineSettings, stop_ids
+from harness.engines.fastgen.packed_linear import can_pack, pack_linears
 from harness.engines.fastgen.paged_attention import KvCache, build_plan, ragged_attention
 from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
 from harness.environment import available_memory_bytes
@@ -42,6 +43,8 @@ class TorchRunner:
             self.settings.source, dtype=self.dtype, attention=ATTENTION, device=self.settings.device
         )
         refuse_unusual_attention(self.model.config, self.settings.max_context)
+        if can_pack(self.device, self.dtype):
+            pack_linears(self.model)
 
     def stop_ids(self) -> frozenset[int]:
         """Returns the checkpoint's end-of-sequence ids, none under ``generation.stop=length``."""

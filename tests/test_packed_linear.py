@@ -1,0 +1,50 @@
+"""Packed linear layers compute what the plain ones do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from harness.engines.fastgen.packed_linear import PackedLinear, can_pack, pack_linears
+
+needs_kernels = pytest.mark.skipif(
+    not can_pack(torch.device("cpu"), torch.bfloat16), reason="this machine has no bfloat16 kernels"
+)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 3, 64, 200])
+def test_packed_equals_plain(rows: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 40, bias=bias, dtype=torch.bfloat16)
+    inputs = torch.randn(1, rows, 96, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        expected = linear(inputs)
+        got = PackedLinear(linear)(inputs)
+    assert got.shape == expected.shape
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, expected, atol=2e-2, rtol=2e-2)
+
+
+@needs_kernels
+def test_every_linear_of_a_model_is_packed_and_nothing_else() -> None:
+    class Scaled(nn.Linear):
+        pass
+
+    model = nn.ModuleDict(
+        {
+            "embed": nn.Embedding(10, 8),
+            "layers": nn.Sequential(nn.Linear(8, 8, dtype=torch.bfloat16), nn.LayerNorm(8)),
+            "special": Scaled(8, 8),
+        }
+    )
+    assert pack_linears(model) == 1
+    assert isinstance(model["layers"][0], PackedLinear)
+    assert isinstance(model["special"], Scaled)
+
+
+def test_only_bfloat16_on_a_cpu_is_packed() -> None:
+    assert not can_pack(torch.device("cpu"), torch.float32)
+    assert not can_pack(torch.device("cuda"), torch.bfloat16)
