@@ -22,6 +22,7 @@ from harness.results import RunRecorder, close_unfinished, new_run_id, read_reco
 
 MAIN = Path(__file__).resolve().parent / "main.py"
 RUN_ID_VARIABLE = "HARNESS_RUN_ID"
+PARENT_VARIABLE = "HARNESS_PARENT_PID"
 INTERRUPTED = 130  # exit status
 GRACE_S = 30.0  # for ranks to write down what they have, after they were asked to end
 
@@ -54,7 +55,7 @@ def run(composed: DictConfig, overrides: list[str]) -> int:
     config = job.config
     ending = _watch(
         command(config.parallel.tp * config.parallel.dp, job.accelerator, overrides),
-        {RUN_ID_VARIABLE: run_id, "DS_ACCELERATOR": job.accelerator},
+        {RUN_ID_VARIABLE: run_id, PARENT_VARIABLE: str(os.getpid()), "DS_ACCELERATOR": job.accelerator},
         config.timeout_s,
     )
     ending.close(config.results_dir, run_id)

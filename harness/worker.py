@@ -15,13 +15,14 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from omegaconf import DictConfig
 
 from harness import checkpoint, environment, ranks
 from harness import job as jobs
 from harness.errors import REFUSED, UserError, one_line, report
 from harness.job import Job
-from harness.launcher import INTERRUPTED, RUN_ID_VARIABLE
+from harness.launcher import INTERRUPTED, PARENT_VARIABLE, RUN_ID_VARIABLE
 from harness.ranks import Rank
 from harness.results import RunRecorder, new_run_id
 from harness.workload import Completion, Request
@@ -64,6 +65,7 @@ def run(composed: DictConfig, rank: Rank) -> int:
     status, error_line, exit_status = "failed", "", 1
     try:
         with _signals(resolved.get("timeout_s")):
+            _end_with_the_parent()
             job = jobs.prepare(composed)
             ranks.check_world(rank, job.config.parallel.tp, job.config.parallel.dp)
             work = _Run(job, rank, recorder)
@@ -90,8 +92,11 @@ def run(composed: DictConfig, rank: Rank) -> int:
         print(f"error: rank {rank.rank}: {error_line}", file=sys.stderr)
         return exit_status
     log.error("%s: %s", status, error_line)
-    recorder.finish(status, error_line, peak_memory_bytes=environment.peak_memory_bytes("cpu"))
     kept = f" (what was finished is in {recorder.directory})" if running else ""
+    try:
+        recorder.finish(status, error_line, peak_memory_bytes=environment.peak_memory_bytes("cpu"))
+    except UserError as error:
+        kept = f"; and the record cannot be written: {error}"
     print(f"error: {error_line}{kept}", file=sys.stderr)
     return exit_status
 
@@ -136,7 +141,6 @@ class _Run:
             device=job.accelerator,
             device_name=environment.device_name(job.accelerator),
             environment=environment.snapshot(job.accelerator),
-            git_commit=(environment.git_state(jobs.__file__.rpartition("/")[0]) or {}).get("commit"),
         )
         self.engine = engines.create(
             EngineSettings(
@@ -318,6 +322,27 @@ def _log_to(path: str) -> None:
     log.setLevel(logging.INFO)
     logging.captureWarnings(True)
     warnings.simplefilter("default")
+
+
+def _end_with_the_parent() -> None:
+    """Interrupts this rank when the process that started the launch is gone: nobody would wait for it any more."""
+    parent = os.environ.get(PARENT_VARIABLE)
+    if parent is None:
+        return
+
+    def watch() -> None:
+        while _alive(int(parent)):
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager

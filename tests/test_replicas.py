@@ -1,0 +1,86 @@
+"""The shared queue between real ranks: two processes under DeepSpeed's launcher, talking over gloo."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+from conftest import ROOT, deepspeed, variables
+
+RANK = """
+import json, os, sys, time
+sys.path.insert(0, os.getcwd())
+from harness import ranks
+from harness.replicas import RankFailed, Replicas
+from harness.workload import Completion, Request
+
+mode, place = sys.argv[-2:]
+rank = ranks.current()
+replicas = Replicas(rank, "cpu")
+replicas.join()
+requests = [Request(index, "x", 1) for index in range(50)]
+found, mine, stopped = [], [], []
+
+def completion(request):
+    return Completion(request.index, 1, 1, "length", [7], "text \\u2028", 0.5, 1.0)
+
+if rank.first:
+    replicas.receive(lambda c: found.append(c), failed=lambda: stopped.append(1))
+replicas.barrier()
+for request in replicas.take(requests):
+    mine.append(request.index)
+    if not rank.first:
+        replicas.send(completion(request))
+        if mode == "fails" and len(mine) == 3:
+            replicas.fail("out of luck")
+            time.sleep(1)  # the launcher ends rank 0 once this one is gone
+            sys.exit(0)
+    time.sleep(0.002 if rank.first else 0.01)  # a fast and a slow replica
+if not rank.first:
+    replicas.finish({"elapsed_s": 1.5})
+else:
+    outcome = {"mine": mine, "stopped": len(stopped)}
+    try:
+        outcome["results"] = replicas.wait()
+    except RankFailed as failure:
+        outcome["failure"] = str(failure)
+    outcome["found"] = [[c.index, c.token_ids, c.text] for c in found]
+    outcome["stopped"] = len(stopped)
+    open(place, "w").write(json.dumps(outcome))
+if mode == "works":
+    replicas.leave()
+"""
+
+
+def two_ranks(tmp_path: Path, mode: str) -> dict:
+    script, place = tmp_path / "rank.py", tmp_path / "outcome.json"
+    script.write_text(RANK)
+    done = subprocess.run(
+        [*deepspeed(2, "--log_level", "critical"), str(script), mode, str(place)],
+        cwd=ROOT,
+        env=variables(),
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert place.exists(), done.stderr
+    return json.loads(place.read_text())
+
+
+def test_each_request_is_taken_once_and_comes_back(tmp_path: Path) -> None:
+    outcome = two_ranks(tmp_path, "works")
+    theirs = [index for index, _, _ in outcome["found"]]
+    assert sorted(outcome["mine"] + theirs) == list(range(50))
+    assert len(outcome["mine"]) > len(theirs) > 0  # the fast replica did more
+    assert theirs == sorted(theirs)  # in the order of finishing
+    assert outcome["found"][0][1:] == [[7], "text \u2028"]
+    assert outcome["results"] == {"1": {"elapsed_s": 1.5}}
+    assert outcome["stopped"] == 0
+
+
+def test_a_failing_rank_is_heard_with_its_own_message(tmp_path: Path) -> None:
+    outcome = two_ranks(tmp_path, "fails")
+    assert outcome["failure"] == "rank 1: out of luck"
+    assert outcome["stopped"] == 1
+    assert len(outcome["found"]) == 3
