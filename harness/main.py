@@ -7,6 +7,7 @@ python harness/main.py engine=fastgen ...
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,9 @@ INTERRUPTED = 130
 def main() -> int:
     """Composes the config and runs the job; returns the exit status."""
     rank = ranks.current()
+    if rank is not None:
+        # Until the worker can write down an interruption, a rank leaves without a word (and no traceback).
+        signal.signal(signal.SIGINT, lambda signum, frame: os._exit(INTERRUPTED))
     sys.argv[1:] = ranks.without_local_rank(sys.argv[1:])
     outcomes: list[int] = []
 
