@@ -100,13 +100,13 @@ class _Ending:
         if self.timed_out:
             status, error = "timeout", f"not finished after timeout_s={self.timeout_s:g}"
         elif self.interrupted:
-            status, error = "interrupted", "interrupted"
+            status, error = "interrupted", "interrupted before the ranks could begin"
         elif self.returncode == 0:
             status, error = "failed", "the launch ended without a result"
         else:
             status, error = "failed", describe(self.returncode)
         if close_unfinished(results_dir, run_id, status, error) is not None:
-            print(f"error: {status}: {error}; what was finished is in {results_dir}/{run_id}", file=sys.stderr)
+            print(f"error: {error} (what was finished is in {results_dir}/{run_id})", file=sys.stderr)
 
 
 def describe(returncode: int) -> str:

@@ -63,6 +63,9 @@ def main() -> int:
             raise UserError("--multirun", "a sweep is not run by one launch", "use python harness/main.py -m ...")
         with _full_error("1"):  # Hydra's own short form is several lines and exit status 1
             hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")(job)()
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except UserError as error:
         return report(error) if rank is None or rank.first else REFUSED
     except (HydraException, OmegaConfBaseException) as error:
