@@ -10,10 +10,12 @@ import math
 import mmap
 import os
 import re
+import socket
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from harness.errors import UserError, quoted
 
@@ -63,8 +65,25 @@ def find(path: str, trust_remote_code: bool, need_weights: bool) -> Source:
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(path, "config.json")
+    if not isinstance(cached, str) and not _hub_reachable():
+        raise UserError("model.path", f"{path} is not in the local cache, and its hub cannot be reached", GIVE_PATH)
     architecture = _read_json(Path(cached)) if isinstance(cached, str) else {}
     return Source("hub", path, None, path, architecture, trust_remote_code)
+
+
+def _hub_reachable() -> bool:
+    """Returns whether the hub's name can be looked up; without this its client retries for a minute."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # the proxy looks it up
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
 
 
 def _is_hub_id(path: str) -> bool:

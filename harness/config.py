@@ -229,7 +229,15 @@ def _check_numbers(config: Config) -> None:
     }
     for name, value in at_least_one.items():
         if value is not None and not 1 <= value <= 2**31:
-            raise UserError(name, str(value), "give a whole number from 1")
+            raise UserError(name, str(value), f"give a whole number from 1 to {2**31}")
+    hardware = config.hardware
+    peaks = {f"hardware.peak_flops.{dtype}": peak for dtype, peak in hardware.peak_flops.items()}
+    peaks["hardware.memory_bytes"] = hardware.memory_bytes
+    peaks["hardware.memory_bandwidth"] = hardware.memory_bandwidth
+    peaks["hardware.interconnect_bandwidth"] = hardware.interconnect_bandwidth
+    for name, peak in peaks.items():
+        if peak is not None and not 0 < peak < math.inf:
+            raise UserError(name, str(peak), "give the data sheet's figure, or null where it is not known")
     if config.timeout_s is not None and not (0 < config.timeout_s < math.inf):
         raise UserError("timeout_s", str(config.timeout_s), "give seconds above 0, or null for none")
     try:

@@ -43,10 +43,16 @@ def explain(error: BaseException) -> UserError:
     if match := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
         return UserError(match[1], "is there already", f"leave out the +: {match[1]}=...")
     first = text.strip().split("\n")[0]
+    if match := re.search(r"Could not find '([^']+)/'", text):
+        return UserError(match[1], "no option given", f"choose one: {match[1]}=...; see --help")
+    if "nterpolation" in first:
+        return UserError("command line", one_line(first, 200), "a ${...} stands for another key; check its name")
+    if key := getattr(error, "full_key", None):
+        return UserError(key, one_line(first, 200), "see --help for the keys and their values")
     return UserError(
         "command line",
         one_line(first, 200),
-        "overrides are written group=option or group.key=value; see --help",
+        "write group=option or group.key=value, special characters in quotes inside the shell's: \"key='a,b'\"",
     )
 
 

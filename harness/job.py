@@ -85,8 +85,15 @@ def _check_memory(source: Source, dtype: str, accelerator: str, replicas: int) -
         return
     free = environment.available_memory_bytes()
     if needed * replicas > free:
+        if needed <= free:
+            raise UserError(
+                "parallel.dp",
+                f"{replicas} replicas need {needed * replicas / 2**30:.1f} GiB for their weights, "
+                f"{free / 2**30:.1f} GiB of memory are free",
+                f"use parallel.dp of at most {free // needed}",
+            )
         raise UserError(
             "model",
             f"{dtype} weights need {needed * replicas / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of memory are free",
-            "use a smaller model, or model.dtype=bfloat16 if it is not, or a machine with more memory",
+            f"use a smaller model{' or model.dtype=bfloat16' if dtype == 'float32' else ''}, or a larger machine",
         )

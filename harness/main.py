@@ -29,7 +29,8 @@ from harness import config, ranks  # noqa: E402
 from harness.errors import FULL_ERROR, REFUSED, UserError, report  # noqa: E402
 from harness.explain import explain  # noqa: E402
 
-INTERRUPTED = 130
+INTERRUPTED = 130  # exit status
+GROUPS = ("engine", "model", "dataset", "generation", "parallel", "hardware")
 
 
 def main() -> int:
@@ -40,6 +41,7 @@ def main() -> int:
         signal.signal(signal.SIGINT, lambda signum, frame: os._exit(INTERRUPTED))
     sys.argv[1:] = ranks.without_local_rank(sys.argv[1:])
     outcomes: list[int] = []
+    begun: list[bool] = []
 
     def refuse(error: Exception) -> int:
         explained = explain(error)
@@ -48,11 +50,14 @@ def main() -> int:
 
     def job(composed: DictConfig) -> None:
         # Nothing is raised through Hydra, which would add lines of its own.
-        try:
-            with _full_error(asked):
+        begun.append(True)
+        with _full_error(asked):
+            try:
                 outcomes.append(_run(composed, rank))
-        except OmegaConfBaseException as error:
-            outcomes.append(refuse(error))
+            except UserError as error:
+                outcomes.append(report(error) if rank is None or rank.first else REFUSED)
+            except OmegaConfBaseException as error:
+                outcomes.append(refuse(error))
         if outcomes[-1] == INTERRUPTED:
             sys.exit(INTERRUPTED)  # the rest of a sweep as well
 
@@ -70,6 +75,10 @@ def main() -> int:
         return report(error) if rank is None or rank.first else REFUSED
     except (HydraException, OmegaConfBaseException) as error:
         return refuse(error)
+    except Exception as error:
+        if begun:
+            raise
+        return refuse(error)  # Hydra lets some odd overrides through to a plain ValueError
     return max(outcomes, default=0)
 
 
@@ -88,7 +97,11 @@ def _full_error(value: str | None) -> Iterator[None]:
 
 
 def _run(composed: DictConfig, rank: ranks.Rank | None) -> int:
-    overrides = list(HydraConfig.get().overrides.task)
+    hydra_config = HydraConfig.get()
+    for group in GROUPS:
+        if group not in hydra_config.runtime.choices:  # Hydra would merge a list of options into one
+            raise UserError(group, "no option, or several", f"choose one, or sweep over them with -m {group}=a,b")
+    overrides = list(hydra_config.overrides.task)
     if rank is None:
         from harness import launcher
 

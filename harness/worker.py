@@ -133,6 +133,8 @@ class _Run:
         if config.model.dtype.value == "auto" and job.dtype == "float32":
             self.notes.append("this machine does not compute bfloat16: model.dtype=auto took float32")
         model = checkpoint.model_name(config.model, job.source)
+        if model != config.model.name:
+            self.notes.append(f"the checkpoint is not the one that model={config.model.name} describes; its own counts")
         self._note(
             model=model,
             dtype=job.dtype,
@@ -190,6 +192,8 @@ class _Run:
         self.claims = PromptLengths({request.index: request.claimed_prompt_len for request in requests})
         self.flops = ModelFlops(self.job)
         self.done: set[int] = set()
+        self.rejected = 0
+        self.rejection: str | None = None
         estimates = {r.index: (r.claimed_prompt_len or len(r.prompt) // 3) + (r.output_len or 0) for r in requests}
         with Display(self.screen, estimates) as display:
 
@@ -200,6 +204,9 @@ class _Run:
                     self.claims.add(completion)
                     self.flops.add(completion)
                     self.done.add(completion.index)
+                    if completion.finish_reason == "rejected":
+                        self.rejected += 1
+                        self.rejection = completion.error
                     display.request_done(completion, elsewhere)
 
             booking = threading.Lock()
@@ -258,9 +265,14 @@ class _Run:
             self.notes.append(self.claims.note())
         if self.job.config.generation.max_output_len is not None:
             self.notes.append(f"generation.max_output_len={self.job.config.generation.max_output_len} caps output_len")
+        status, error = "ok", None
+        if missing:
+            status, error = "failed", f"{missing} of {len(self.workload.requests)} requests did not come back"
+        elif self.rejected == len(self.done):
+            status, error = "invalid", f"all {self.rejected} requests were rejected; the last: {self.rejection}"
         row = self.recorder.finish(
-            "failed" if missing else "ok",
-            f"{missing} of {len(self.workload.requests)} requests did not come back" if missing else None,
+            status,
+            error,
             elapsed_s=elapsed_s,
             steps=statistics["steps"],
             preemptions=statistics["preemptions"],
@@ -282,7 +294,9 @@ class _Run:
         }
         summary(self.screen, row, record)
         log.info("%s: %s total tokens/s", row["status"], row["total_tokens_per_s"])
-        return 1 if missing else 0
+        if error is not None:
+            print(f"error: {error}", file=sys.stderr)
+        return {"ok": 0, "invalid": REFUSED}.get(status, 1)
 
     def _use_cores(self) -> None:
         """Gives each rank of this host cores of its own, and a thread a core unless the user chose a number."""

@@ -147,6 +147,12 @@ def test_what_hydra_refuses_is_one_line(override: str, line: str) -> None:
         (["verify=3"], "verify: 3"),
         (["repeat=2"], "repeat: 2"),
         (["results_dir=''"], "results_dir: ''"),
+        (["hardware.peak_flops.bfloat16=-1"], "hardware.peak_flops.bfloat16: -1.0"),
+        (["hardware.memory_bandwidth=nan"], "hardware.memory_bandwidth: nan"),
+        (
+            ["engine.token_budget=99999999999999"],
+            "engine.token_budget: 99999999999999; give a whole number from 1 to 2",
+        ),
     ],
 )
 def test_impossible_combinations_on_cpu(overrides: list[str], line: str) -> None:

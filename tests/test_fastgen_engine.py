@@ -226,7 +226,8 @@ def test_ragged_attention_equals_attention_sequence_by_sequence(dtype: torch.dty
 
 
 @pytest.mark.parametrize(
-    ("setting", "expected"), [(0.5, 500), (1, 1000), (1.0, 1000), (2048, 2048), ("2KiB", 2048), ("0.25", 250)]
+    ("setting", "expected"),
+    [(0.5, 500), (1, 1000), (1.0, 1000), (2048, 2048), ("2KiB", 2048), ("0.25", 250), ("0.5B", 0)],
 )
 def test_kv_memory_is_a_fraction_up_to_one_and_bytes_above(setting: Any, expected: int) -> None:
     assert kv_memory_bytes(setting, 1000) == expected
@@ -235,6 +236,12 @@ def test_kv_memory_is_a_fraction_up_to_one_and_bytes_above(setting: Any, expecte
 def test_a_cache_smaller_than_a_block_is_refused() -> None:
     engine = FastGenEngine(settings(kv_memory=100))
     with pytest.raises(UserError, match=r"^engine\.kv_memory: 100 is 100 bytes, less than one block of 64 tokens"):
+        engine.load()
+
+
+def test_a_cache_larger_than_the_memory_is_refused() -> None:
+    engine = FastGenEngine(settings(kv_memory="100000GiB", kv_block_size=2**20, max_sequences=512, token_budget=512))
+    with pytest.raises(UserError, match=r"^engine\.kv_memory: 100000GiB asks for 100000\.0 GiB, .* are free"):
         engine.load()
 
 

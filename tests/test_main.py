@@ -123,6 +123,7 @@ def test_a_dataset_that_claims_wrong_lengths_is_counted_by_what_was_fed(harness:
     file = tmp_path / "data.json"
     file.write_text(json.dumps([["abc", 4, 5], ["ab", 9, 200], ["a" * 300, 301, 5], ["abcd", 5, 3]]))
     job = [f"dataset.path={file}", "model.max_context=64", "generation.max_output_len=20"]
+    job.append("hardware.peak_flops.float32=1e12")
     run = harness(*TINY, "dataset=asc24", *job)
     assert run.status == 0, run.stderr
     lines = run.completions
@@ -134,6 +135,14 @@ def test_a_dataset_that_claims_wrong_lengths_is_counted_by_what_was_fed(harness:
     check = run.record["prompt_len_check"]
     assert (check["checked"], check["differing"], check["sum_of_differences"]) == (3, 1, -6)
     assert run.stdout.count("only tokens fed are counted") == 1
+    layers = 2 * (4 * 64 * 64 + 3 * 64 * 96)  # multiplications a token
+    flops = 0
+    for prompt, output in ((4, 5), (3, 20), (5, 3)):
+        fed = prompt + output - 1
+        flops += 2 * layers * fed + 2 * 32_000 * 64 * output + 4 * 2 * 64 * fed * (fed + 1) // 2
+    assert run.record["model_flops"] == flops
+    used = flops / (float(run.row["elapsed_s"]) * 1e12)
+    assert float(run.row["model_flops_utilisation"]) == pytest.approx(used, rel=1e-4)
     check_against_ids(run)
 
 
@@ -204,6 +213,37 @@ def test_what_the_user_can_mend_is_one_line(harness: Harness, tmp_path: Path, ov
     assert line in run.stderr
     assert run.row["status"] == "invalid"
     assert line in run.row["error"]
+
+
+def test_a_run_whose_requests_are_all_rejected_is_no_result(harness: Harness) -> None:
+    run = harness(*TINY, *RANDOM, "dataset.num_samples=2", "dataset.input_len=5000", "dataset.output_len=4")
+    assert run.status == 2
+    assert (run.row["status"], run.row["completed"], run.row["rejected"]) == ("invalid", "0", "2")
+    assert "error: all 2 requests were rejected; the last: prompt of 5000 tokens" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("model.path=${oops}", "error: command line: Interpolation key 'oops' not found"),
+        ("engine=null", "error: command line: Config group override must be"),
+        ("engine=[fastgen,baseline]", "error: engine: no option, or several"),
+        ("generation.max_output_len=" + "1" * 5000, "error: command line: "),
+        ("model.path=foo/not-here", "error: model.path: foo/not-here is not in the local cache"),
+    ],
+)
+def test_odd_command_lines_are_one_line_too(tmp_path: Path, override: str, line: str) -> None:
+    done = subprocess.run(
+        command(override, f"results_dir={tmp_path}"),
+        cwd=ROOT,
+        env=variables(HF_HUB_OFFLINE="1"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(line)
+    assert done.stderr.count("\n") == 1
 
 
 def test_results_that_cannot_be_written(tmp_path: Path) -> None:

@@ -59,8 +59,15 @@ class TorchRunner:
         shape = (kv_heads, self.settings.engine.kv_block_size, head_dim)
         layers = config.num_hidden_layers
         block_bytes = 2 * layers * kv_heads * shape[1] * head_dim * self.dtype.itemsize
-        memory = kv_memory_bytes(self.settings.engine.kv_memory, self._free_memory())
+        free = self._free_memory()
+        memory = kv_memory_bytes(self.settings.engine.kv_memory, free)
         blocks = min(max_blocks, memory // block_bytes)
+        if blocks * block_bytes > free:
+            raise UserError(
+                "engine.kv_memory",
+                f"{self.settings.engine.kv_memory} asks for {memory / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free",
+                "give less, or a fraction such as 0.5",
+            )
         if blocks < 1:
             raise UserError(
                 "engine.kv_memory",
@@ -115,7 +122,8 @@ def kv_memory_bytes(setting: float | int | str, free_memory: int) -> int:
     from harness.config import parse_bytes
 
     amount = parse_bytes(setting)
-    return int(amount * free_memory) if amount <= 1 else int(amount)
+    has_unit = isinstance(setting, str) and setting.strip()[-1].isalpha()
+    return int(amount * free_memory) if amount <= 1 and not has_unit else int(amount)
 
 
 def refuse_unusual_attention(config: object, max_context: int | None) -> None:
