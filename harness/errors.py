@@ -8,6 +8,7 @@ import traceback
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 REFUSED = 2  # exit status
+INTERRUPTED = 130  # exit status
 
 
 class UserError(Exception):

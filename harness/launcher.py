@@ -17,13 +17,12 @@ import psutil
 from omegaconf import DictConfig
 
 from harness import job as jobs
-from harness.errors import REFUSED, UserError, report
+from harness.errors import INTERRUPTED, REFUSED, UserError, report
 from harness.results import RunRecorder, close_unfinished, new_run_id, read_record
 
 MAIN = Path(__file__).resolve().parent / "main.py"
 RUN_ID_VARIABLE = "HARNESS_RUN_ID"
 PARENT_VARIABLE = "HARNESS_PARENT_PID"
-INTERRUPTED = 130  # exit status
 GRACE_S = 30.0  # for ranks to write down what they have, after they were asked to end
 
 

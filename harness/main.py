@@ -26,10 +26,9 @@ from omegaconf import DictConfig  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from harness import config, ranks  # noqa: E402
-from harness.errors import FULL_ERROR, REFUSED, UserError, report  # noqa: E402
+from harness.errors import FULL_ERROR, INTERRUPTED, REFUSED, UserError, report  # noqa: E402
 from harness.explain import explain  # noqa: E402
 
-INTERRUPTED = 130  # exit status
 GROUPS = ("engine", "model", "dataset", "generation", "parallel", "hardware")
 
 
@@ -44,9 +43,13 @@ def main() -> int:
     begun: list[bool] = []
 
     def refuse(error: Exception) -> int:
+        if rank is not None and not rank.first:
+            return REFUSED
+        if isinstance(error, UserError):
+            return report(error)
         explained = explain(error)
         explained.__cause__ = error
-        return report(explained) if rank is None or rank.first else REFUSED
+        return report(explained)
 
     def job(composed: DictConfig) -> None:
         # Nothing is raised through Hydra, which would add lines of its own.
@@ -54,9 +57,7 @@ def main() -> int:
         with _full_error(asked):
             try:
                 outcomes.append(_run(composed, rank))
-            except UserError as error:
-                outcomes.append(report(error) if rank is None or rank.first else REFUSED)
-            except OmegaConfBaseException as error:
+            except (UserError, OmegaConfBaseException) as error:
                 outcomes.append(refuse(error))
         if outcomes[-1] == INTERRUPTED:
             sys.exit(INTERRUPTED)  # the rest of a sweep as well
@@ -71,9 +72,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except UserError as error:
-        return report(error) if rank is None or rank.first else REFUSED
-    except (HydraException, OmegaConfBaseException) as error:
+    except (UserError, HydraException, OmegaConfBaseException) as error:
         return refuse(error)
     except Exception as error:
         if begun:

@@ -20,9 +20,9 @@ from omegaconf import DictConfig
 
 from harness import checkpoint, environment, ranks
 from harness import job as jobs
-from harness.errors import REFUSED, UserError, one_line, report
+from harness.errors import INTERRUPTED, REFUSED, UserError, one_line, report
 from harness.job import Job
-from harness.launcher import INTERRUPTED, PARENT_VARIABLE, RUN_ID_VARIABLE
+from harness.launcher import PARENT_VARIABLE, RUN_ID_VARIABLE
 from harness.ranks import Rank
 from harness.results import RunRecorder, new_run_id
 from harness.workload import Completion, Request

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from harness.config import EngineConfig, GenerationConfig, Stop
@@ -57,12 +57,11 @@ class EngineStatistics:
     decode_s: float = 0.0
     tokenize_s: float = 0.0
     detokenize_s: float = 0.0
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def combined(all_ranks: Sequence[EngineStatistics]) -> EngineStatistics:
     """Returns the statistics of several replicas as one: counts add up, peaks are the highest, times the mean."""
-    whole = EngineStatistics(extra=all_ranks[0].extra)
+    whole = EngineStatistics()
     count = len(all_ranks)
     for name in ("steps", "preemptions", "recomputed_tokens", "kv_blocks"):
         values = [getattr(rank, name) for rank in all_ranks]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from harness import checkpoint
+from harness.checkpoint_files import attention_heads
 from harness.engines.base import EngineSettings, stop_ids
 from harness.engines.fastgen.packed_linear import can_pack, pack_linears
 from harness.engines.fastgen.paged_attention import KvCache, build_plan, ragged_attention
@@ -52,13 +53,11 @@ class TorchRunner:
 
     def allocate(self, max_blocks: int) -> int:
         """Makes the cache: ``engine.kv_memory`` worth of blocks, at most ``max_blocks``."""
-        config = self.model.config
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        architecture = self.model.config.to_dict()
+        _, kv_heads, head_dim = attention_heads(architecture)
         shape = (kv_heads, self.settings.engine.kv_block_size, head_dim)
-        layers = config.num_hidden_layers
-        block_bytes = 2 * layers * kv_heads * shape[1] * head_dim * self.dtype.itemsize
+        layers = architecture["num_hidden_layers"]
+        block_bytes = shape[1] * checkpoint.kv_bytes_per_token(architecture, self.dtype.itemsize)
         free = self._free_memory()
         memory = kv_memory_bytes(self.settings.engine.kv_memory, free)
         blocks = min(max_blocks, memory // block_bytes)
