@@ -73,7 +73,9 @@ class EngineConfig:
     kv_block_size: int = 64
     kv_memory: Union[int, float, str] = 0.3  # noqa: UP007 (OmegaConf reads typing.Union)
     batch_size: int = 16
+    batch_tokens: int = 32768
     kernel_inject: bool = False
+    cuda_graph: bool = False
     quantization: str | None = None
 
 
@@ -158,7 +160,8 @@ class Config:
 
 
 ENGINES = ("baseline", "ds_inference", "fastgen", "mii", "simulate")
-NOT_BUILT = ("ds_inference", "mii", "simulate")
+NOT_BUILT = ("simulate",)
+QUANTIZATIONS = ("wf6af16",)  # what DeepSpeed's ragged engine has: FP6 weights, float16 activations
 BYTE_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -219,6 +222,7 @@ def _check_numbers(config: Config) -> None:
         "engine.max_sequences": engine.max_sequences,
         "engine.kv_block_size": engine.kv_block_size,
         "engine.batch_size": engine.batch_size,
+        "engine.batch_tokens": engine.batch_tokens,
         "parallel.tp": config.parallel.tp,
         "parallel.dp": config.parallel.dp,
         "dataset.num_samples": config.dataset.num_samples,
@@ -256,6 +260,8 @@ def _check_engine(config: Config, accelerator: str) -> None:
     engine = config.engine
     if engine.name not in ENGINES:
         raise UserError("engine.name", quoted(engine.name), f"choose one of {', '.join(ENGINES)}")
+    if engine.name in NOT_BUILT:
+        raise UserError("engine", f"{engine.name} is not built yet", "use engine=fastgen")
     if engine.token_budget < engine.max_sequences:
         raise UserError(
             "engine.token_budget",
@@ -264,35 +270,59 @@ def _check_engine(config: Config, accelerator: str) -> None:
             "raise the budget or lower max_sequences",
         )
     if accelerator != "cuda":
-        if engine.name == "mii":
-            raise UserError("engine", "mii needs CUDA, and this run is on cpu", "use engine=fastgen")
-        if engine.kernel_inject:
+        _check_engine_on_cpu(config)
+    if engine.cuda_graph and (config.parallel.tp > 1 or engine.kernel_inject):
+        raise UserError(
+            "engine.cuda_graph",
+            "true: DeepSpeed captures no graph of a model that is sharded or has injected kernels",
+            "use engine.cuda_graph=false, or parallel.tp=1 and engine.kernel_inject=false",
+        )
+    _check_quantization(config, accelerator)
+
+
+def _check_engine_on_cpu(config: Config) -> None:
+    engine = config.engine
+    if engine.name == "mii":
+        raise UserError("engine", "mii needs CUDA, and this run is on cpu", "use engine=fastgen")
+    for name, asked in (("kernel_inject", engine.kernel_inject), ("cuda_graph", engine.cuda_graph)):
+        if asked:
             raise UserError(
-                "engine.kernel_inject",
-                "true needs CUDA: DeepSpeed has no injected kernels for cpu",
-                "use engine.kernel_inject=false",
+                f"engine.{name}",
+                "true needs CUDA, and this run is on cpu",
+                f"use engine.{name}=false",
             )
-        if engine.kernels is Kernels.deepspeed:
-            raise UserError(
-                "engine.kernels",
-                "deepspeed needs CUDA: its ragged kernels do not exist for cpu",
-                "use engine.kernels=torch or auto",
-            )
-        if config.model.dtype is DType.float16:
-            raise UserError(
-                "model.dtype",
-                "float16 is not computed well on cpu",
-                "use model.dtype=bfloat16, float32 or auto",
-            )
-    if engine.name in NOT_BUILT:
-        raise UserError("engine", f"{engine.name} is not built yet", "use engine=fastgen or engine=baseline")
     if engine.kernels is Kernels.deepspeed:
-        raise UserError("engine.kernels", "deepspeed is not built yet", "use engine.kernels=torch or auto")
-    if engine.quantization is not None:
+        raise UserError(
+            "engine.kernels",
+            "deepspeed needs CUDA: its ragged kernels do not exist for cpu",
+            "use engine.kernels=torch or auto",
+        )
+    if config.model.dtype is DType.float16:
+        raise UserError(
+            "model.dtype",
+            "float16 is not computed well on cpu",
+            "use model.dtype=bfloat16, float32 or auto",
+        )
+
+
+def _check_quantization(config: Config, accelerator: str) -> None:
+    asked = config.engine.quantization
+    if asked is None:
+        return
+    if asked not in QUANTIZATIONS:
+        raise UserError("engine.quantization", quoted(asked), f"give null or {' or '.join(QUANTIZATIONS)}")
+    name = config.engine.name
+    if accelerator != "cuda" or name not in ("fastgen", "mii") or config.engine.kernels is Kernels.torch:
         raise UserError(
             "engine.quantization",
-            f"{quoted(engine.quantization)}: {engine.name} on {accelerator} has no quantization",
+            f"{asked}: only DeepSpeed's ragged kernels on CUDA have it, this is {name} on {accelerator}",
             "use engine.quantization=null",
+        )
+    if config.model.dtype is not DType.float16:
+        raise UserError(
+            "model.dtype",
+            f"{config.model.dtype.value}: engine.quantization={asked} computes with float16 activations",
+            "use model.dtype=float16",
         )
 
 
@@ -306,8 +336,12 @@ def _check_parallel(config: Config) -> None:
             f"{tp}: the baseline spreads a large model over devices with accelerate's device_map",
             "use parallel=single",
         )
-    if tp > 1:
-        raise UserError("parallel.tp", f"{tp}: tensor parallelism is not built yet", "use parallel.tp=1")
+    if config.engine.name == "mii" and config.parallel.dp > 1:
+        raise UserError(
+            "parallel.dp",
+            f"{config.parallel.dp}: MII's pipeline is one replica a launch",
+            "use parallel.dp=1, or engine=fastgen",
+        )
 
 
 def check_kv_heads(tp: int, kv_heads: object) -> None:

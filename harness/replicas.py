@@ -1,8 +1,9 @@
-"""Several replicas work through one list: they pull requests from a shared queue and send completions to rank 0.
+"""Several ranks work through one list: replicas pull requests from a shared queue and send completions to rank 0.
 
 The queue is a counter in a key-value store that rank 0 serves (torch's ``TCPStore``): taking the next
 request is one atomic addition, so a slow replica or a long request never leaves the others idle. The ranks
-find each other through ``deepspeed.comm``.
+find each other through ``deepspeed.comm``. Ranks ``r * tp`` to ``r * tp + tp - 1`` share replica ``r``'s model;
+consecutive ranks, so that a model stays within one host where it fits.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from harness.ranks import Rank
+from harness.tensor_parallel import TensorParallel
 from harness.workload import Completion, Request
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 POLL_S = 0.02
+PATIENCE = timedelta(days=1)  # for a message: a rank that is gone is noticed at once, by its closed connection
 
 
 class RankFailed(Exception):
@@ -34,11 +38,14 @@ class Replicas:
     Args:
         rank: this process.
         accelerator: ``cpu`` (gloo) or ``cuda`` (nccl).
+        tp: ranks that share one model.
     """
 
-    def __init__(self, rank: Rank, accelerator: str) -> None:
+    def __init__(self, rank: Rank, accelerator: str, tp: int = 1) -> None:
         self.rank = rank
         self.accelerator = accelerator
+        self.tp = tp
+        self.tensor: TensorParallel | None = None
         self.sent = 0
         self.results: dict[int, dict[str, Any]] = {}
         self.failure: str | None = None
@@ -49,30 +56,51 @@ class Replicas:
     def join(self) -> None:
         """Meets the other ranks; returns when all are there."""
         import deepspeed
-        import deepspeed.comm as dist
         import deepspeed.ops
+        import torch.distributed as dist
         from torch.distributed import TCPStore
 
         if self.accelerator == "cpu":
             # Its shared-memory reductions ignore sub-groups, and building them costs a minute: gloo is right.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        else:
+            import torch
+
+            torch.cuda.set_device(self.rank.local_rank)
         deepspeed.init_distributed(
             dist_backend="nccl" if self.accelerator == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
         )
+        self._hosts = dist.new_group(backend="gloo", timeout=PATIENCE)
         port: list[int] = [0]
         if self.rank.first:
             self._store = TCPStore(os.environ["MASTER_ADDR"], 0, is_master=True, wait_for_workers=False)
             port = [self._store.port]
-        dist.broadcast_object_list(port, src=0)
+        dist.broadcast_object_list(port, src=0, group=self._hosts)
         if not self.rank.first:
             self._store = TCPStore(os.environ["MASTER_ADDR"], port[0], is_master=False)
         self._port = port[0]
+        if self.tp > 1:
+            self.tensor = self._join_model()
+
+    def _join_model(self) -> TensorParallel:
+        """Returns this rank's tensor-parallel group; all ranks make all groups, as torch demands."""
+        import torch.distributed as dist
+
+        mine: TensorParallel | None = None
+        for leader in range(0, self.rank.world, self.tp):
+            members = list(range(leader, leader + self.tp))
+            group = dist.new_group(members)
+            messages = dist.new_group(members, backend="gloo", timeout=PATIENCE)
+            if self.rank.rank in members:
+                mine = TensorParallel(self.rank.rank - leader, self.tp, leader, group, messages)
+        assert mine is not None  # check_world() has seen to it that the groups cover all ranks
+        return mine
 
     def barrier(self) -> None:
         """Returns when every rank has called it."""
-        import deepspeed.comm as dist
+        import torch.distributed as dist
 
-        dist.barrier()
+        dist.barrier(group=self._hosts)
 
     @property
     def store(self) -> TCPStore:

@@ -126,7 +126,7 @@ class _Run:
         if self.rank.world > 1:
             from harness.replicas import Replicas
 
-            self.replicas = Replicas(self.rank, job.accelerator)
+            self.replicas = Replicas(self.rank, job.accelerator, config.parallel.tp)
             self.replicas.join()
         device = "cpu" if job.accelerator == "cpu" else f"cuda:{self.rank.local_rank}"
         self.device = device
@@ -153,7 +153,9 @@ class _Run:
                 device=device,
                 max_context=job.max_context,
                 # What one replica has taken, no other can: only a lone rank may take many at a time.
-                lookahead=256 if self.rank.world == 1 else 4,
+                lookahead=256 if config.parallel.dp == 1 else 4,
+                tensor=self.replicas.tensor if self.replicas is not None else None,
+                host_ranks=self.rank.local_world,
             )
         )
         self._say(f"loading {model} ({job.dtype}) for {config.engine.name} on {device}")
@@ -226,18 +228,22 @@ class _Run:
             self.others = list(self.replicas.wait().values()) if self.replicas is not None else []
 
     def _follow(self, requests: list[Request]) -> None:
-        """Runs this rank's share and sends all of it to rank 0."""
+        """Runs this rank's share and sends all of it to rank 0; or computes along with the rank that leads its model."""
         from harness.engines.base import Clock
 
         assert self.replicas is not None
+        leads = self.replicas.tensor is None or self.replicas.tensor.leads
         self.replicas.barrier()
         clock = Clock()
-        for completion in self.engine.generate(self.replicas.take(requests), clock):
-            self.replicas.send(completion)
+        if leads:
+            for completion in self.engine.generate(self.replicas.take(requests), clock):
+                self.replicas.send(completion)
+        else:
+            self.engine.follow()
         self.replicas.finish(
             {
                 "elapsed_s": clock(),
-                "statistics": dataclasses.asdict(self.engine.statistics),
+                "statistics": dataclasses.asdict(self.engine.statistics) if leads else None,
                 "peak_memory_bytes": environment.peak_memory_bytes(self.device),
             }
         )
@@ -256,7 +262,12 @@ class _Run:
         elapsed_s = max([self.elapsed_s, *(other["elapsed_s"] for other in self.others)])
         peak_memory = [environment.peak_memory_bytes(self.device), *(o["peak_memory_bytes"] for o in self.others)]
         statistics = dataclasses.asdict(
-            combined([self.engine.statistics, *(EngineStatistics(**other["statistics"]) for other in self.others)])
+            combined(
+                [
+                    self.engine.statistics,
+                    *(EngineStatistics(**other["statistics"]) for other in self.others if other["statistics"]),
+                ]
+            )
         )
         times = {key: statistics.pop(key) for key in ("prefill_s", "decode_s", "tokenize_s", "detokenize_s")}
         times["host_s"] = elapsed_s - sum(times.values())
@@ -305,7 +316,8 @@ class _Run:
         import torch
 
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(environment.cores())
+            crowded = environment.cores() < self.rank.local_world  # then no rank has a core of its own
+            torch.set_num_threads(1 if crowded else environment.cores())
 
     def _note(self, **figures: Any) -> None:
         if self.recorder is not None:

@@ -16,4 +16,8 @@ def create(settings: EngineSettings) -> Engine:
         from harness.engines.fastgen.engine import FastGenEngine
 
         return FastGenEngine(settings)
+    if settings.engine.name == "ds_inference":
+        from harness.engines.ds_inference import DsInferenceEngine
+
+        return DsInferenceEngine(settings)
     raise ValueError(f"no engine named {settings.engine.name!r}")  # config.check() lets none through

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from harness.checkpoint import Source
+    from harness.tensor_parallel import TensorParallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class EngineSettings:
         device: torch device of this rank, ``cpu`` or ``cuda:N``.
         max_context: longest prompt plus output in tokens; None where the model states none.
         lookahead: most requests taken from the queue before they can start.
+        tensor: the ranks that share this engine's model; None when it has the model to itself.
+        host_ranks: ranks on this host, which share its memory where the device is the CPU.
     """
 
     engine: EngineConfig
@@ -36,6 +39,8 @@ class EngineSettings:
     device: str
     max_context: int | None = None
     lookahead: int = 256
+    tensor: TensorParallel | None = None
+    host_ranks: int = 1
 
 
 @dataclass(slots=True)
@@ -95,6 +100,7 @@ class Engine(ABC):
         self.settings = settings
         self.tokenizer: Any = None
         self.statistics = EngineStatistics()
+        self.notes: list[str] = []  # what the record should say about choices made while loading
         self.on_pass: Callable[[PassRecord], None] = lambda record: None
         self.on_progress: Callable[[Progress], None] = lambda progress: None
 
@@ -110,11 +116,17 @@ class Engine(ABC):
 
     @abstractmethod
     def load(self) -> None:
-        """Loads tokenizer and weights onto the device. Raises UserError for what the user can mend."""
+        """Loads tokenizer and weights onto the device, this rank's share of them under tensor parallelism.
+
+        Raises UserError for what the user can mend.
+        """
 
     @abstractmethod
     def warm_up(self) -> None:
-        """Runs each kind of pass once, so that compiling and first-touch costs stay outside the clock."""
+        """Runs each kind of pass once, so that compiling and first-touch costs stay outside the clock.
+
+        All ranks that share a model call it together.
+        """
 
     def arrange(self, requests: Sequence[Request]) -> list[Request]:
         """Returns the requests in the order in which they should be handed to :meth:`generate`."""
@@ -128,6 +140,10 @@ class Engine(ABC):
             requests: pulled as the engine has room, so that a shared queue can stand behind it.
             clock: seconds since the start of the run, for ``first_token_s`` and ``finished_s``.
         """
+
+    def follow(self) -> None:
+        """Computes the leader's passes, in place of :meth:`generate`, on the other ranks that share its model."""
+        raise NotImplementedError(f"{type(self).__name__} has no tensor parallelism")
 
     def too_long(self, prompt_tokens: int, output_len: int) -> str | None:
         """Returns why a request cannot run on this model, or None when it can."""

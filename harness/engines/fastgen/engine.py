@@ -14,6 +14,7 @@ from harness.engines.base import Clock, Engine, EngineSettings, EngineStatistics
 from harness.engines.fastgen.kv_blocks import KvBlocks
 from harness.engines.fastgen.runner import Runner
 from harness.engines.fastgen.scheduler import RaggedBatch, Scheduler, Sequence
+from harness.engines.fastgen.sharded_runner import ShardedRunner
 from harness.results import PassRecord
 from harness.workload import Completion, Request
 
@@ -35,6 +36,9 @@ class FastGenEngine(Engine):
         from harness.engines.fastgen.torch_runner import TorchRunner
 
         self.runner: Runner = TorchRunner(settings)
+        self.team: ShardedRunner | None = None
+        if settings.tensor is not None:
+            self.team = self.runner = ShardedRunner(self.runner, settings.tensor)
         self.total_blocks = 0
 
     @property
@@ -57,17 +61,28 @@ class FastGenEngine(Engine):
 
     def warm_up(self) -> None:
         """Runs a full prompt pass and some decodes on made-up tokens."""
+        if self.settings.tensor is not None and not self.settings.tensor.leads:
+            self.follow()
+            return
         scheduler = self._scheduler(frozenset())
         context = self.settings.max_context or 1 << 20
         room = min(self.total_blocks * self.settings.engine.kv_block_size, context) - 4
-        if room < 1:
-            return
         length = min(room, self.settings.engine.token_budget)
-        for uid in range(min(2, self.settings.engine.max_sequences)):
+        for uid in range(min(2, self.settings.engine.max_sequences) if length > 0 else 0):
             scheduler.submit(Sequence(uid, [1] * length, length, 4))
         while scheduler.unfinished:
             batch = scheduler.schedule()
-            scheduler.complete(batch, self._forward(batch))
+            for sequence in scheduler.preempted:
+                self.runner.free(sequence)
+            for sequence in scheduler.complete(batch, self._forward(batch)):
+                self.runner.free(sequence)
+        if self.team is not None:
+            self.team.release()
+
+    def follow(self) -> None:
+        """Computes the leader's passes; see :meth:`Engine.follow`."""
+        assert self.team is not None
+        self.team.follow()
 
     def arrange(self, requests: SequenceOf[Request]) -> list[Request]:
         """Returns the requests as ``engine.order`` says; equal lengths keep the dataset's order."""
@@ -130,6 +145,8 @@ class FastGenEngine(Engine):
                 self.runner.free(sequence)
                 yield self._completion(sequence, active.pop(sequence.uid), clock)
 
+        if self.team is not None:
+            self.team.release()
         statistics.steps = steps
         statistics.preemptions = scheduler.preemptions
         statistics.recomputed_tokens = scheduler.recomputed_tokens

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness import checkpoint
-from harness.checkpoint_files import attention_heads
+from harness.engines import auto_tp
 from harness.engines.base import EngineSettings, stop_ids
 from harness.engines.fastgen.packed_linear import can_pack, pack_linears
-from harness.engines.fastgen.paged_attention import KvCache, build_plan, ragged_attention
+from harness.engines.fastgen.paged_attention import KvCache, KvProbe, build_plan, ragged_attention
 from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
 from harness.environment import available_memory_bytes
 from harness.errors import UserError
@@ -40,10 +39,10 @@ class TorchRunner:
         from transformers import AttentionInterface
 
         AttentionInterface.register(ATTENTION, ragged_attention)
-        self.model = checkpoint.load_model(
-            self.settings.source, dtype=self.dtype, attention=ATTENTION, device=self.settings.device
-        )
+        self.model = auto_tp.load_whole(self.settings, ATTENTION)
         refuse_unusual_attention(self.model.config, self.settings.max_context)
+        if self.settings.tensor is not None:
+            self.model = auto_tp.init_inference(self.model, self.settings).module
         if can_pack(self.device, self.dtype):
             pack_linears(self.model)
 
@@ -53,11 +52,9 @@ class TorchRunner:
 
     def allocate(self, max_blocks: int) -> int:
         """Makes the cache: ``engine.kv_memory`` worth of blocks, at most ``max_blocks``."""
-        architecture = self.model.config.to_dict()
-        _, kv_heads, head_dim = attention_heads(architecture)
-        shape = (kv_heads, self.settings.engine.kv_block_size, head_dim)
-        layers = architecture["num_hidden_layers"]
-        block_bytes = shape[1] * checkpoint.kv_bytes_per_token(architecture, self.dtype.itemsize)
+        shapes = self._kv_shapes()
+        block_size = self.settings.engine.kv_block_size
+        block_bytes = 2 * block_size * self.dtype.itemsize * sum(heads * head_dim for heads, head_dim in shapes)
         free = self._free_memory()
         memory = kv_memory_bytes(self.settings.engine.kv_memory, free)
         blocks = min(max_blocks, memory // block_bytes)
@@ -71,10 +68,12 @@ class TorchRunner:
             raise UserError(
                 "engine.kv_memory",
                 f"{self.settings.engine.kv_memory} is {memory} bytes, less than one block of "
-                f"{shape[1]} tokens ({block_bytes} bytes)",
+                f"{block_size} tokens ({block_bytes} bytes)",
                 "give more memory, or a smaller engine.kv_block_size",
             )
-        self.caches = [KvCache(*(self._zeros(blocks, *shape) for _ in range(2))) for _ in range(layers)]
+        self.caches = [
+            KvCache(*(self._zeros(blocks, heads, block_size, head_dim) for _ in range(2))) for heads, head_dim in shapes
+        ]
         return blocks
 
     @torch.inference_mode()
@@ -104,6 +103,14 @@ class TorchRunner:
     def free(self, sequence: Sequence) -> None:
         """Nothing to do: the blocks are the scheduler's, and their next holder overwrites them."""
 
+    @torch.inference_mode()
+    def _kv_shapes(self) -> list[tuple[int, int]]:
+        """Returns the key-value heads of this rank and their size, for each layer."""
+        probe = KvProbe()
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        self.model(input_ids=token, position_ids=token, use_cache=False, ragged=probe)
+        return probe.shapes
+
     def _zeros(self, *shape: int) -> Tensor:
         if self.device.type != "cpu":
             return torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -113,7 +120,7 @@ class TorchRunner:
     def _free_memory(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info(self.device)[0]
-        return available_memory_bytes()
+        return available_memory_bytes() // self.settings.host_ranks
 
 
 def kv_memory_bytes(setting: float | int | str, free_memory: int) -> int:

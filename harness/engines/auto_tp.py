@@ -1,0 +1,80 @@
+"""A Hugging Face model under ``deepspeed.init_inference``: sharded by AutoTP, or with injected kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from harness import checkpoint
+from harness.engines.base import EngineSettings
+from harness.errors import UserError, one_line
+from harness.tensor_parallel import TensorParallel
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """What DeepSpeed calls an mpu: without one its tensor-parallel group is always the first ranks of the launch."""
+
+    tensor: TensorParallel
+
+    def get_model_parallel_group(self) -> Any:
+        return self.tensor.group
+
+    def get_model_parallel_rank(self) -> int:
+        return self.tensor.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.tensor.size
+
+
+def load_whole(settings: EngineSettings, attention: str) -> Any:
+    """Returns the model on the device; under tensor parallelism on the host, for the whole may not fit a device.
+
+    Args:
+        attention: a name that transformers' ``attn_implementation`` takes.
+
+    Raises:
+        UserError: the checkpoint cannot be read.
+    """
+    return checkpoint.load_model(
+        settings.source,
+        dtype=getattr(torch, settings.dtype),
+        attention=attention,
+        device=settings.device if settings.tensor is None else "cpu",
+    )
+
+
+def init_inference(model: Any, settings: EngineSettings, **options: Any) -> Any:
+    """Returns DeepSpeed's ``InferenceEngine`` around ``model``, on the settings' device.
+
+    Args:
+        options: more of ``deepspeed.init_inference``'s config, such as ``replace_with_kernel_inject``.
+
+    Raises:
+        UserError: DeepSpeed cannot shard this model.
+    """
+    import deepspeed
+
+    tensor = settings.tensor
+    config: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), **options}
+    if tensor is not None:
+        # Widths in steps that matrix kernels like, fine enough for even shards: 11,008 over 8 ranks is 1,376 each.
+        config["tensor_parallel"] = {
+            "tp_size": tensor.size,
+            "tp_grain_size": 16,
+            "tp_group": tensor.group,
+            "mpu": _Unit(tensor),
+        }
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its policy
+            engine = deepspeed.init_inference(model, config=config)
+    except (AssertionError, ValueError, NotImplementedError) as error:
+        field = "parallel.tp" if tensor is not None else "engine.kernel_inject"
+        raise UserError(
+            field, f"DeepSpeed cannot take this model: {one_line(str(error), 200)}", "use parallel=single"
+        ) from error
+    return engine

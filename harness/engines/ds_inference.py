@@ -1,0 +1,316 @@
+"""``deepspeed.init_inference``: AutoTP or injected kernels, over static batches sorted by length."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+
+from harness import checkpoint
+from harness.engines import auto_tp
+from harness.engines.base import Clock, Engine, EngineSettings, EngineStatistics, Progress, rejection, stop_ids
+from harness.engines.fastgen.packed_linear import can_pack, pack_linears
+from harness.engines.fastgen.torch_runner import refuse_unusual_attention
+from harness.engines.static_cache import ATTENTION, StaticCache, static_attention
+from harness.results import PassRecord
+from harness.workload import Completion, Request
+
+
+@dataclass(slots=True)
+class _Row:
+    """One request of a batch."""
+
+    request: Request
+    prompt: list[int]
+    output_len: int
+    output: list[int]
+    first_token_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One forward: what it computed, padding not counted, and the next token of each of ``rows``."""
+
+    rows: list[int]
+    tokens: list[int]
+    prompt_tokens: int
+    decode_tokens: int
+    seconds: float
+
+
+class DsInferenceEngine(Engine):
+    """Static batches: requests of like length start together, and a batch ends with its last row."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        super().__init__(settings)
+        self.graphed: StaticCache | None = None  # with cuda_graph: the buffers that the captured graph reads
+
+    @property
+    def kernels(self) -> str:
+        return "injected" if self.settings.engine.kernel_inject else "torch"
+
+    @property
+    def limits(self) -> dict[str, int]:
+        return {"max_sequences": self.settings.engine.batch_size}
+
+    def load(self) -> None:
+        """Loads the model and hands it to ``deepspeed.init_inference``."""
+        from transformers import AttentionInterface
+
+        settings = self.settings
+        AttentionInterface.register(ATTENTION, static_attention)
+        self.tokenizer = checkpoint.load_tokenizer(settings.source)
+        model = auto_tp.load_whole(settings, ATTENTION)
+        refuse_unusual_attention(model.config, settings.max_context)
+        self.stop_ids = stop_ids(model, settings.generation)
+        self.engine = auto_tp.init_inference(model, settings, enable_cuda_graph=settings.engine.cuda_graph)
+        if settings.engine.cuda_graph:
+            rows = settings.engine.batch_size
+            self.graphed = StaticCache(rows, settings.engine.batch_tokens // rows, settings.device, fixed=True)
+        if can_pack(torch.device(settings.device), getattr(torch, settings.dtype)):
+            pack_linears(self.engine.module)
+
+    def warm_up(self) -> None:
+        """Runs one full batch of made-up prompts for a few tokens."""
+        if not self._leads:
+            self.follow()
+            return
+        rows = self.settings.engine.batch_size
+        length = min(64, (self.settings.max_context or 64) - 4, self.settings.engine.batch_tokens // rows - 4)
+        if length > 0:
+            for _ in self._passes([[1] * length] * rows, [4] * rows):
+                pass
+        self._release()
+
+    def arrange(self, requests: Sequence[Request]) -> list[Request]:
+        """Returns the longest outputs first, then the longest prompts: neighbours become a batch."""
+        return sorted(
+            requests, key=lambda request: (-(request.output_len or 0), -len(request.prompt_ids or request.prompt))
+        )
+
+    def generate(self, requests: Iterable[Request], clock: Clock) -> Iterator[Completion]:
+        """Yields completions as their rows finish; see :meth:`Engine.generate`."""
+        self.statistics = statistics = EngineStatistics(steps=0, peak_sequences=0)
+        intake = iter(requests)
+        ready: list[_Row] = []
+        prompt_tokens = output_tokens = steps = tokens = 0
+        more = True
+        while more or ready:
+            while more and len(ready) < self.settings.engine.batch_size:
+                taken = list(islice(intake, self.settings.engine.batch_size - len(ready)))
+                more = bool(taken)
+                rejected, rows = self._admit(taken, clock)
+                ready += rows
+                yield from rejected
+            batch = self._cut(ready)
+            ready = ready[len(batch) :]
+            live = len(batch)
+            statistics.peak_sequences = max(statistics.peak_sequences or 0, live)
+            for step in self._passes([row.prompt for row in batch], [row.output_len for row in batch]):
+                now = clock()
+                steps += 1
+                tokens += step.prompt_tokens + step.decode_tokens
+                prompt_tokens += step.prompt_tokens
+                output_tokens += len(step.rows)
+                statistics.prefill_s += step.seconds if step.prompt_tokens else 0.0
+                statistics.decode_s += step.seconds if step.decode_tokens else 0.0
+                self.on_pass(
+                    PassRecord(
+                        step=steps,
+                        started_s=now - step.seconds,
+                        seconds=step.seconds,
+                        tokens=step.prompt_tokens + step.decode_tokens,
+                        prompt_tokens=step.prompt_tokens,
+                        decode_tokens=step.decode_tokens,
+                        sequences=len(step.rows),
+                        kv_utilisation=None,
+                        waiting=len(ready),
+                    )
+                )
+                self.on_progress(Progress(live, len(ready), None, prompt_tokens, output_tokens))
+                for number, token in zip(step.rows, step.tokens, strict=True):
+                    row = batch[number]
+                    row.output.append(token)
+                    if row.first_token_s is None:
+                        row.first_token_s = now
+                    if self._finished(token, len(row.output), row.output_len):
+                        live -= 1
+                        yield self._completion(row, clock)
+        self._release()
+        statistics.steps = steps
+        statistics.mean_tokens_per_pass = tokens / steps if steps else None
+
+    def follow(self) -> None:
+        """Computes the leader's batches; see :meth:`Engine.follow`."""
+        assert self.settings.tensor is not None
+        while (batch := self.settings.tensor.share()) is not None:
+            for _ in self._compute(*batch):
+                pass
+
+    @property
+    def _leads(self) -> bool:
+        return self.settings.tensor is None or self.settings.tensor.leads
+
+    def _release(self) -> None:
+        if self.settings.tensor is not None:
+            self.settings.tensor.share(None)
+
+    def _admit(self, requests: list[Request], clock: Clock) -> tuple[list[Completion], list[_Row]]:
+        """Tokenizes requests; returns the rejections, and a row for each of the others."""
+        started = time.perf_counter()
+        texts = [request.prompt for request in requests if request.prompt_ids is None]
+        encoded = iter(self.tokenizer(texts).input_ids if texts else [])
+        prompts = [next(encoded) if request.prompt_ids is None else list(request.prompt_ids) for request in requests]
+        self.statistics.tokenize_s += time.perf_counter() - started
+        rejected, rows = [], []
+        for request, prompt in zip(requests, prompts, strict=True):
+            assert request.output_len is not None  # workload.resolve() has seen to it
+            reason = self.too_long(len(prompt), request.output_len)
+            if reason:
+                rejected.append(rejection(request, reason, clock))
+            else:
+                rows.append(_Row(request, prompt, request.output_len, []))
+        return rejected, rows
+
+    def _cut(self, ready: list[_Row]) -> list[_Row]:
+        """Returns as many of the first rows as fit a batch: one at least, whatever its length."""
+        prompt = output = 0
+        for count, row in enumerate(ready):
+            prompt, output = max(prompt, len(row.prompt)), max(output, row.output_len)
+            if count and (count + 1) * (prompt + output) > self.settings.engine.batch_tokens:
+                return ready[:count]
+        return ready
+
+    def _finished(self, token: int, generated: int, output_len: int) -> bool:
+        return token in self.stop_ids or generated >= output_len
+
+    def _passes(self, prompts: list[list[int]], output_lens: list[int]) -> Iterator[Pass]:
+        """Computes a batch on all ranks that share the model; the leader's."""
+        if not prompts:
+            return
+        if self.settings.tensor is not None:
+            self.settings.tensor.share((prompts, output_lens))
+        yield from self._compute(prompts, output_lens)
+
+    @torch.inference_mode()
+    def _compute(self, prompts: list[list[int]], output_lens: list[int]) -> Iterator[Pass]:
+        """Computes a batch to its end, pass by pass."""
+        lengths = [len(prompt) for prompt in prompts]
+        cache = self._cache(len(prompts), max(lengths) + max(output_lens))
+        cache.start(lengths)
+        newest = [0] * len(prompts)
+        generated = [0] * len(prompts)
+
+        def book(step: Pass) -> Pass:
+            for request, token in zip(step.rows, step.tokens, strict=True):
+                newest[request] = token
+                generated[request] += 1
+            return step
+
+        def finished(request: int) -> bool:
+            return self._finished(newest[request], generated[request], output_lens[request])
+
+        for group in prefill_groups(lengths):
+            yield book(self._prefill(cache, group, prompts))
+        live = list(range(len(prompts)))  # which request stands in which row of the cache
+        while True:
+            if cache.fixed:
+                live = [request for request in live if not finished(request)]
+            else:
+                for row in reversed(range(len(live))):
+                    if finished(live[row]):
+                        live[row] = live[cache.drop(row)]
+                        live.pop()
+            if not live:
+                return
+            rows = range(len(prompts)) if cache.fixed else live
+            positions = [lengths[request] + generated[request] - 1 for request in rows]
+            yield book(self._decode(cache, live, [newest[request] for request in rows], positions))
+
+    def _cache(self, rows: int, width: int) -> StaticCache:
+        """Returns room for a batch: of its own size, or under a CUDA graph the one that all batches share."""
+        device = self.settings.device
+        if self.graphed is not None and width <= self.graphed.width:
+            return self.graphed
+        return StaticCache(rows, width, device)
+
+    def _prefill(self, cache: StaticCache, rows: list[int], prompts: list[list[int]]) -> Pass:
+        started = time.perf_counter()
+        columns = max(len(prompts[row]) for row in rows)
+        ids = torch.zeros(len(rows), columns, dtype=torch.int64)
+        positions = torch.zeros(len(rows), columns, dtype=torch.int64)
+        for place, row in enumerate(rows):
+            begin = columns - len(prompts[row])
+            ids[place, begin:] = torch.tensor(prompts[row])
+            positions[place, begin:] = torch.arange(columns - begin)
+        cache.begin_prefill(rows, columns)
+        tokens = self._forward(self.engine.module, cache, ids, positions)
+        return Pass(rows, tokens, sum(len(prompts[row]) for row in rows), 0, time.perf_counter() - started)
+
+    def _decode(self, cache: StaticCache, live: list[int], newest: list[int], positions: list[int]) -> Pass:
+        started = time.perf_counter()
+        cache.begin_decode()
+        empty = [0] * (cache.rows - len(newest)) if cache.fixed else []
+        ids, places = torch.tensor([newest + empty]), torch.tensor([positions + empty])
+        # DeepSpeed captures its graph in the engine's own forward, and replays it for whatever follows.
+        model = self.engine if cache.fixed else self.engine.module
+        tokens = self._forward(model, cache, ids.T, places.T)
+        if cache.fixed:
+            tokens = [tokens[request] for request in live]
+        return Pass(list(live), tokens, 0, len(live), time.perf_counter() - started)
+
+    def _forward(self, model: Any, cache: StaticCache, ids: torch.Tensor, positions: torch.Tensor) -> list[int]:
+        """Returns the next token of each row of ``ids``, which is ``[rows, tokens]`` padded on the left."""
+        device = self.settings.device
+        output = model(
+            input_ids=ids.to(device),
+            position_ids=positions.to(device),
+            use_cache=False,
+            logits_to_keep=1,
+            static=cache,
+        )
+        tokens = output.logits[:, -1].argmax(-1)
+        tensor = self.settings.tensor
+        if tensor is not None:  # the leader's choice, even where another rank rounds differently
+            torch.distributed.broadcast(tokens, tensor.leader, group=tensor.group)
+        return tokens.tolist()
+
+    def _completion(self, row: _Row, clock: Clock) -> Completion:
+        started = time.perf_counter()
+        text = self.tokenizer.decode(row.output, skip_special_tokens=True)
+        self.statistics.detokenize_s += time.perf_counter() - started
+        return Completion(
+            index=row.request.index,
+            prompt_tokens=len(row.prompt),
+            output_tokens=len(row.output),
+            finish_reason="eos" if row.output[-1] in self.stop_ids else "length",
+            token_ids=row.output,
+            text=text,
+            first_token_s=row.first_token_s,
+            finished_s=clock(),
+        )
+
+
+def prefill_groups(lengths: list[int], waste: float = 0.25) -> list[list[int]]:
+    """Returns the rows of a batch in groups whose prompts are computed together, the longest first.
+
+    Args:
+        lengths: tokens of each prompt.
+        waste: most padding in a group, as a share of its real tokens.
+    """
+    groups: list[list[int]] = []
+    real = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        length = lengths[row]
+        longest = lengths[groups[-1][0]] if groups else 0
+        if groups and (len(groups[-1]) + 1) * longest <= (1 + waste) * (real + length):
+            groups[-1].append(row)
+            real += length
+        else:
+            groups.append([row])
+            real = length
+    return groups
