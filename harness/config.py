@@ -162,6 +162,11 @@ class Config:
 ENGINES = ("baseline", "ds_inference", "fastgen", "mii", "simulate")
 NOT_BUILT = ("simulate",)
 QUANTIZATIONS = ("wf6af16",)  # what DeepSpeed's ragged engine has: FP6 weights, float16 activations
+# AutoTP cuts these as they must be; others (phi3, olmo2, falcon) it cuts wrongly without a word.
+AUTO_TP_FAMILIES = (
+    *("cohere", "gemma", "gpt_neox", "granite", "llama", "mistral"),
+    *("olmo", "phi", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
+)
 BYTE_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -351,4 +356,14 @@ def check_kv_heads(tp: int, kv_heads: object) -> None:
             "parallel.tp",
             f"{tp} ranks share {kv_heads} key/value heads: some would have none",
             f"use parallel.tp of at most {kv_heads}",
+        )
+
+
+def check_auto_tp(tp: int, family: object) -> None:
+    """Raises UserError for a model that AutoTP is not known to shard rightly."""
+    if tp > 1 and family is not None and family not in AUTO_TP_FAMILIES:
+        raise UserError(
+            "parallel.tp",
+            f"{tp}: DeepSpeed's AutoTP is not known to shard {quoted(family)} models rightly",
+            "use parallel.dp for replicas, or parallel=single",
         )

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness import checkpoint, environment, workload
 from harness.checkpoint import Source
-from harness.config import Config, DType, check, check_kv_heads, to_config
+from harness.config import Config, DType, check, check_auto_tp, check_kv_heads, to_config
 from harness.errors import UserError
 from harness.explain import explain
 from harness.workload import Workload
@@ -45,8 +45,12 @@ def resolved(composed: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in data.items()}
 
 
-def prepare(composed: DictConfig) -> Job:
-    """Checks config, dataset, model and memory; raises UserError for the first that is wrong."""
+def prepare(composed: DictConfig, local_ranks: int | None = None) -> Job:
+    """Checks config, dataset, model and memory; raises UserError for the first that is wrong.
+
+    Args:
+        local_ranks: ranks on this host; None for all of them.
+    """
     try:
         config = to_config(composed)
     except OmegaConfBaseException as error:
@@ -56,8 +60,11 @@ def prepare(composed: DictConfig) -> Job:
     requests = workload.read(config.dataset)
     source = checkpoint.locate(config.model)
     check_kv_heads(config.parallel.tp, source.architecture.get("num_key_value_heads"))
+    if config.engine.name != "mii":
+        check_auto_tp(config.parallel.tp, source.architecture.get("model_type"))
     dtype = resolve_dtype(config.model.dtype, accelerator)
-    _check_memory(source, dtype, accelerator, config.parallel.dp)
+    parallel = config.parallel
+    _check_memory(source, dtype, accelerator, -(-(local_ranks or parallel.tp * parallel.dp) // parallel.tp))
     return Job(
         config=config,
         accelerator=accelerator,

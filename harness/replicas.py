@@ -179,6 +179,13 @@ class Replicas:
             raise RankFailed(self.failure)
         return self.results
 
+    def reason(self, wait_s: float) -> str | None:
+        """Returns what another rank said before it failed, waiting for it; None if none has; rank 0's."""
+        deadline = time.monotonic() + wait_s
+        while self.failure is None and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        return self.failure
+
     def leave(self) -> None:
         """Takes leave of the other ranks."""
         import deepspeed.comm as dist

@@ -10,21 +10,18 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import psutil
 from omegaconf import DictConfig
 
-from harness import checkpoint, environment, ranks
+from harness import checkpoint, environment, ranks, signals
 from harness import job as jobs
 from harness.errors import INTERRUPTED, REFUSED, UserError, one_line, report
 from harness.job import Job
-from harness.launcher import PARENT_VARIABLE, RUN_ID_VARIABLE
+from harness.launcher import RUN_ID_VARIABLE
 from harness.ranks import Rank
 from harness.results import RunRecorder, new_run_id
+from harness.tensor_parallel import lost_peer
 from harness.workload import Completion, Request
 
 if TYPE_CHECKING:
@@ -33,24 +30,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("harness")
 
 
-class Interrupted(BaseException):
-    """A signal asked the run to end: not an Exception, so that no library swallows it."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
-
-class TimedOut(BaseException):
-    """``timeout_s`` has passed."""
-
-
 def run(composed: DictConfig, rank: Rank) -> int:
     """Runs this rank's part of the job; returns the exit status.
 
     Rank 0 owns the run directory, the terminal and the row in ``runs.csv``; the others say what went
     wrong on standard error and leave.
     """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings about lost peers would bury our own line
     resolved = jobs.resolved(composed)
     recorder: RunRecorder | None = None
     if rank.first:
@@ -63,10 +49,26 @@ def run(composed: DictConfig, rank: Rank) -> int:
     running = False
     work: _Run | None = None
     status, error_line, exit_status = "failed", "", 1
+
+    def ending(signum: int) -> tuple[str, str, int]:
+        if signum == signal.SIGALRM:
+            return "timeout", f"not finished after timeout_s={resolved['timeout_s']}", 1
+        if rank.world > 1 and signum == signal.SIGTERM:
+            # So the launcher ends the others when a rank has died; a user's Ctrl-C comes as SIGINT.
+            return "failed", _reason(work) or "another rank died, or the launcher was ended", 1
+        return "interrupted", "interrupted", INTERRUPTED
+
+    def hung(signum: int) -> None:
+        status, error_line, exit_status = ending(signum)
+        if recorder is not None:
+            recorder.finish(status, error_line)
+        print(f"error: {error_line}", file=sys.stderr, flush=True)
+        os._exit(exit_status)
+
     try:
-        with _signals(resolved.get("timeout_s")):
-            _end_with_the_parent()
-            job = jobs.prepare(composed)
+        with signals.handled(resolved.get("timeout_s"), hung):
+            signals.end_with_the_parent()
+            job = jobs.prepare(composed, rank.local_world)
             ranks.check_world(rank, job.config.parallel.tp, job.config.parallel.dp)
             work = _Run(job, rank, recorder)
             work.prepare()
@@ -75,17 +77,16 @@ def run(composed: DictConfig, rank: Rank) -> int:
             return work.finish()
     except UserError as error:
         status, error_line, exit_status = "failed" if running else "invalid", str(error), REFUSED
-    except Interrupted as interrupt:
-        status, error_line, exit_status = "interrupted", "interrupted", INTERRUPTED
-        if rank.world > 1 and interrupt.signum == signal.SIGTERM:
-            # So the launcher ends the others when a rank has died; a user's Ctrl-C comes as SIGINT.
-            failure = work.replicas.failure if work is not None and work.replicas is not None else None
-            status, error_line, exit_status = "failed", failure or "another rank died, or the launcher was ended", 1
-    except TimedOut:
-        status, error_line = "timeout", f"not finished after timeout_s={resolved['timeout_s']}"
+    except signals.Ended as end:
+        status, error_line, exit_status = ending(end.signum)
     except Exception as error:
-        log.exception("the run failed")
-        status, error_line, exit_status = _classify(error)
+        if not lost_peer(error):
+            log.exception("the run failed")
+            status, error_line, exit_status = _classify(error)
+        else:
+            if not rank.first:
+                time.sleep(1.0)  # so that the rank that failed first is heard first
+            error_line = _reason(work) or "another rank died (killed, or out of memory)"
     if recorder is None:
         if work is not None and work.replicas is not None:
             work.replicas.fail(error_line)
@@ -99,6 +100,12 @@ def run(composed: DictConfig, rank: Rank) -> int:
         kept = f"; and the record cannot be written: {error}"
     print(f"error: {error_line}{kept}", file=sys.stderr)
     return exit_status
+
+
+def _reason(work: _Run | None) -> str | None:
+    """Returns what another rank said before it failed; only rank 0 hears it, perhaps after it noticed the end."""
+    replicas = work.replicas if work is not None else None
+    return replicas.reason(wait_s=2.0) if replicas is not None and replicas.rank.first else None
 
 
 class _Run:
@@ -115,6 +122,10 @@ class _Run:
         self.notes: list[str] = []
         self.replicas: Replicas | None = None
         self.others: list[dict[str, Any]] = []
+        self.booking = threading.Lock()
+        self.done: set[int] = set()
+        self.rejected = 0
+        self.rejection: str | None = None
 
     def prepare(self) -> None:
         """Loads and warms the engine; all of it outside the clock."""
@@ -128,6 +139,9 @@ class _Run:
 
             self.replicas = Replicas(self.rank, job.accelerator, config.parallel.tp)
             self.replicas.join()
+            if self.rank.first:
+                # A thread cannot raise in this one; a signal can.
+                self.replicas.receive(self._deliver, failed=lambda: os.kill(os.getpid(), signal.SIGTERM))
         device = "cpu" if job.accelerator == "cpu" else f"cuda:{self.rank.local_rank}"
         self.device = device
         if config.model.dtype.value == "auto" and job.dtype == "float32":
@@ -171,6 +185,7 @@ class _Run:
         started = time.perf_counter()
         self.engine.warm_up()
         self.warmup_s = time.perf_counter() - started
+        self.notes += self.engine.notes
         self._note(
             requests=len(self.workload.requests),
             kernels=self.engine.kernels,
@@ -193,42 +208,36 @@ class _Run:
             return
         self.claims = PromptLengths({request.index: request.claimed_prompt_len for request in requests})
         self.flops = ModelFlops(self.job)
-        self.done: set[int] = set()
-        self.rejected = 0
-        self.rejection: str | None = None
         estimates = {r.index: (r.claimed_prompt_len or len(r.prompt) // 3) + (r.output_len or 0) for r in requests}
-        with Display(self.screen, estimates) as display:
-
-            def deliver(completion: Completion, elsewhere: bool = True) -> None:
-                with booking:  # another rank's completions come through a thread
-                    assert self.recorder is not None
-                    self.recorder.add(completion)
-                    self.claims.add(completion)
-                    self.flops.add(completion)
-                    self.done.add(completion.index)
-                    if completion.finish_reason == "rejected":
-                        self.rejected += 1
-                        self.rejection = completion.error
-                    display.request_done(completion, elsewhere)
-
-            booking = threading.Lock()
+        with Display(self.screen, estimates) as self.display:
             if self.recorder is not None:
                 self.engine.on_pass = self.recorder.add_pass
-            self.engine.on_progress = display.update
+            self.engine.on_progress = self.display.update
             mine = iter(requests)
             if self.replicas is not None:
-                # A thread cannot raise in this one; a signal can.
-                self.replicas.receive(deliver, failed=lambda: os.kill(os.getpid(), signal.SIGTERM))
                 mine = self.replicas.take(requests)
                 self.replicas.barrier()
             clock = Clock()
             for completion in self.engine.generate(mine, clock):
-                deliver(completion, elsewhere=False)
+                self._deliver(completion, elsewhere=False)
             self.elapsed_s = clock()
             self.others = list(self.replicas.wait().values()) if self.replicas is not None else []
 
+    def _deliver(self, completion: Completion, elsewhere: bool = True) -> None:
+        """Books a completion; another rank's come through a thread."""
+        with self.booking:
+            assert self.recorder is not None
+            self.recorder.add(completion)
+            self.claims.add(completion)
+            self.flops.add(completion)
+            self.done.add(completion.index)
+            if completion.finish_reason == "rejected":
+                self.rejected += 1
+                self.rejection = completion.error
+            self.display.request_done(completion, elsewhere)
+
     def _follow(self, requests: list[Request]) -> None:
-        """Runs this rank's share and sends all of it to rank 0; or computes along with the rank that leads its model."""
+        """Runs this rank's share and sends all of it to rank 0, or computes along with its model's leader."""
         from harness.engines.base import Clock
 
         assert self.replicas is not None
@@ -333,11 +342,8 @@ def _classify(error: Exception) -> tuple[str, str, int]:
     """Returns status, line and exit status for an exception that is not the user's to read in full."""
     text = one_line(f"{type(error).__name__}: {error}", 300)
     if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
-        return (
-            "oom",
-            f"out of memory ({text}); lower engine.kv_memory, engine.max_sequences or engine.token_budget",
-            2,
-        )
+        hint = "lower engine.kv_memory, engine.token_budget, engine.max_sequences (ds_inference: engine.batch_tokens)"
+        return "oom", f"out of memory ({text}); {hint}", 2
     return "failed", f"{text}; the traceback is in run.log", 1
 
 
@@ -348,56 +354,3 @@ def _log_to(path: str) -> None:
     log.setLevel(logging.INFO)
     logging.captureWarnings(True)
     warnings.simplefilter("default")
-
-
-def _end_with_the_parent() -> None:
-    """Interrupts this rank when the process that started the launch is gone: nobody would wait for it any more."""
-    parent = os.environ.get(PARENT_VARIABLE)
-    if parent is None:
-        return
-
-    def watch() -> None:
-        while _alive(int(parent)):
-            time.sleep(1.0)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-@contextmanager
-def _signals(timeout_s: float | None) -> Iterator[None]:
-    """Turns SIGINT and SIGTERM into :class:`Interrupted` and the end of ``timeout_s`` into :class:`TimedOut`.
-
-    Once only: what follows the first is not interrupted by the second, since the launcher sends several.
-    """
-
-    def quiet() -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
-            signal.signal(number, signal.SIG_IGN)
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        quiet()
-        raise Interrupted(signum)
-
-    def time_out(signum: int, frame: FrameType | None) -> None:
-        quiet()
-        raise TimedOut
-
-    # Also where a shell started us in the background with SIGINT ignored.
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
-    if timeout_s is not None:
-        signal.signal(signal.SIGALRM, time_out)
-        signal.setitimer(signal.ITIMER_REAL, timeout_s)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        quiet()  # writing down how the run ended is not interrupted either

@@ -135,13 +135,14 @@ def test_what_hydra_refuses_is_one_line(override: str, line: str) -> None:
         (["engine.kernel_inject=true"], "engine.kernel_inject: true needs CUDA"),
         (["engine.kernels=deepspeed"], "engine.kernels: deepspeed needs CUDA"),
         (["engine=mii"], "engine: mii needs CUDA"),
-        (["engine=ds_inference"], "engine: ds_inference is not built yet"),
         (["engine=simulate"], "engine: simulate is not built yet"),
-        (["engine.quantization=wf6af16"], "engine.quantization: 'wf6af16'"),
+        (["engine=ds_inference", "engine.cuda_graph=true"], "engine.cuda_graph: true needs CUDA"),
+        (["engine=ds_inference", "engine.batch_tokens=0"], "engine.batch_tokens: 0"),
+        (["engine.quantization=wf6af16"], "engine.quantization: wf6af16: only DeepSpeed's ragged kernels on CUDA"),
+        (["engine.quantization=int3"], "engine.quantization: 'int3'; give null or wf6af16"),
         (["engine.name=fast"], "engine.name: 'fast'; choose one of"),
         (["model.dtype=float16"], "model.dtype: float16"),
         (["parallel.tp=4"], "parallel.tp: 4 ranks share 3 key/value heads"),
-        (["parallel.tp=2"], "parallel.tp: 2: tensor parallelism is not built yet"),
         (["engine=baseline", "parallel.tp=2"], "parallel.tp: 2: the baseline"),
         (["resume=20260101-000000-fastgen-0000"], "resume: "),
         (["verify=3"], "verify: 3"),
@@ -164,6 +165,46 @@ def test_impossible_combinations_on_cpu(overrides: list[str], line: str) -> None
 
 def test_float16_is_fine_on_cuda() -> None:
     check(composed("model.dtype=float16"), "cuda")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["engine=mii", "parallel.tp=2"],
+        ["engine.kernels=deepspeed", "parallel.tp=2", "parallel.dp=2"],
+        ["engine.quantization=wf6af16", "model.dtype=float16"],
+        ["engine=ds_inference", "engine.kernel_inject=true", "parallel.tp=2"],
+        ["engine=ds_inference", "engine.cuda_graph=true"],
+    ],
+)
+def test_what_cuda_has_is_let_through_there(overrides: list[str]) -> None:
+    check(composed(*overrides), "cuda")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["engine=mii", "parallel.dp=2"], "parallel.dp: 2: MII's pipeline is one replica a launch"),
+        (["engine=ds_inference", "engine.cuda_graph=true", "parallel.tp=2"], "engine.cuda_graph: true: DeepSpeed"),
+        (
+            ["engine=ds_inference", "engine.cuda_graph=true", "engine.kernel_inject=true"],
+            "engine.cuda_graph: true: DeepSpeed",
+        ),
+        (["engine.quantization=wf6af16"], "model.dtype: auto: engine.quantization=wf6af16 computes with float16"),
+        (
+            ["engine.quantization=wf6af16", "model.dtype=float16", "engine.kernels=torch"],
+            "engine.quantization: wf6af16: only DeepSpeed's ragged kernels",
+        ),
+        (
+            ["engine=ds_inference", "engine.quantization=wf6af16", "model.dtype=float16"],
+            "engine.quantization: wf6af16: only DeepSpeed's ragged kernels on CUDA have it, this is ds_inference",
+        ),
+    ],
+)
+def test_impossible_combinations_on_cuda(overrides: list[str], line: str) -> None:
+    with pytest.raises(UserError) as refused:
+        check(composed(*overrides), "cuda")
+    assert str(refused.value).startswith(line)
 
 
 def test_kv_heads_bound_tensor_parallelism() -> None:

@@ -39,6 +39,7 @@ TIGHT = 80 * 16 * 46_080
             id="fastgen-tiny-cache",
         ),
         pytest.param(["engine=baseline", "parallel.dp=2"], False, id="baseline-two-replicas"),
+        pytest.param(["engine=ds_inference", "parallel.dp=2"], False, id="ds_inference-two-replicas"),
     ],
 )
 def test_sample_in_fp32(
@@ -50,6 +51,29 @@ def test_sample_in_fp32(
     assert run.token_ids == reference
     assert (int(run.row["preemptions"] or 0) > 0) == preempts
     assert int(run.row["output_tokens"]) == sum(len(ids) for ids in reference.values())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        # 9 query and 3 key-value heads: AutoTP gives two ranks 2 and 1 of the latter, three ranks one each.
+        ["engine=fastgen", "parallel=tp2", "engine.token_budget=48", "engine.max_sequences=16"],
+        ["engine=fastgen", "parallel.tp=3"],
+        ["engine=fastgen", "parallel.tp=2", "parallel.dp=2"],
+        ["engine=ds_inference", "parallel.tp=2"],
+        ["engine=ds_inference", "parallel.tp=2", "parallel.dp=2", "engine.batch_size=3"],
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_a_sharded_model_gives_the_same_ids(
+    harness: Callable[..., Run], reference: dict[int, list[int]], overrides: list[str]
+) -> None:
+    """Four ranks on two cores are slow but right. No request of these is at a near-tie: all ids are the same."""
+    run = harness(*overrides, "model.dtype=float32", "dataset.num_samples=20")
+    assert run.status == 0, run.stderr
+    assert run.token_ids == {index: reference[index] for index in range(20)}
+    assert int(run.row["tp"]) == (3 if "parallel.tp=3" in overrides else 2)
+    assert int(run.row["dp"]) == (2 if "parallel.dp=2" in overrides else 1)
 
 
 def test_sample_in_bfloat16_differs_from_float32_by_rounding_only(

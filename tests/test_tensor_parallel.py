@@ -1,0 +1,212 @@
+"""Ranks that share a model: groups of real processes over gloo, AutoTP's shards against the whole model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, Run, command, deepspeed, variables
+from test_main import RANDOM, TINY
+from torch.distributed import DistNetworkError
+
+from harness.config import AUTO_TP_FAMILIES
+from harness.results import read_completions, read_record
+from harness.tensor_parallel import lost_peer
+
+HEAD = """
+import json, os, sys
+sys.path.insert(0, os.getcwd())
+from types import SimpleNamespace
+import torch
+import torch.distributed as dist
+from harness import ranks
+from harness.replicas import Replicas
+place = sys.argv[-1]
+rank = ranks.current()
+"""
+
+GROUPS = (
+    HEAD
+    + """
+replicas = Replicas(rank, "cpu", tp=2)
+replicas.join()
+tensor = replicas.tensor
+value = torch.tensor([10.0 ** rank.rank])
+dist.all_reduce(value, group=tensor.group)
+mine = {
+    "sum": value.item(),
+    "place": [tensor.rank, tensor.size, tensor.leader, tensor.leads],
+    "shared": tensor.share(["from", rank.rank] if tensor.leads else None),
+    "least": tensor.least(100 - rank.rank),
+    "cores": sorted(os.sched_getaffinity(0)),
+}
+everyone = [None] * rank.world
+dist.all_gather_object(everyone, mine)
+if rank.first:
+    open(place, "w").write(json.dumps(everyone))
+replicas.leave()
+"""
+)
+
+FAMILIES = (
+    HEAD
+    + """
+import transformers
+from test_main import RANDOM, TINY
+from torch.distributed import DistNetworkError
+
+from harness.config import AUTO_TP_FAMILIES
+from harness.engines.auto_tp import init_inference
+from harness.engines.fastgen.packed_linear import can_pack, pack_linears
+transformers.logging.set_verbosity_error()
+replicas = Replicas(rank, "cpu", tp=rank.world)
+replicas.join()
+sizes = dict(hidden_size=96, intermediate_size=160, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3,
+             vocab_size=300, max_position_embeddings=128, pad_token_id=0)
+ids = torch.arange(3, 40)[None]
+differences = {}
+for family in AUTO_TP_FAMILIES:
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model(family, **sizes)
+        model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+        with torch.inference_mode():
+            whole = model(ids).logits.float()
+            settings = SimpleNamespace(tensor=replicas.tensor, dtype=str(dtype).removeprefix("torch."))
+            shard = init_inference(model, settings).module
+            packed = pack_linears(shard) if can_pack(torch.device("cpu"), dtype) else 0
+            difference = (whole - shard(ids).logits.float()).abs().max() / whole.abs().max()
+        differences[f"{family} {settings.dtype}"] = [difference.item(), packed]
+if rank.first:
+    open(place, "w").write(json.dumps(differences))
+replicas.leave()
+"""
+)
+
+
+def launched(tmp_path: Path, script: str, ranks: int) -> dict | list:
+    """Runs a script under DeepSpeed's launcher and returns what rank 0 wrote."""
+    (tmp_path / "rank.py").write_text(script)
+    place = tmp_path / "outcome.json"
+    done = subprocess.run(
+        [*deepspeed(ranks, "--log_level", "critical"), str(tmp_path / "rank.py"), str(place)],
+        cwd=ROOT,
+        env=variables(OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert place.exists(), done.stderr
+    return json.loads(place.read_text())
+
+
+def test_each_replica_has_a_group_of_its_own(tmp_path: Path) -> None:
+    everyone = launched(tmp_path, GROUPS, 4)
+    # A reduction that ignored its group would give 1111 everywhere.
+    assert [rank["sum"] for rank in everyone] == [11, 11, 1100, 1100]
+    assert [rank["place"] for rank in everyone] == [
+        [0, 2, 0, True],
+        [1, 2, 0, False],
+        [0, 2, 2, True],
+        [1, 2, 2, False],
+    ]
+    assert [rank["shared"] for rank in everyone] == [["from", 0], ["from", 0], ["from", 2], ["from", 2]]
+    assert [rank["least"] for rank in everyone] == [99, 99, 97, 97]
+
+
+def test_auto_tp_shards_every_family_that_is_let_through(tmp_path: Path) -> None:
+    """Two ranks with uneven heads (4 and 2 of 6) give the whole model's logits, in bfloat16 on packed weights too."""
+    differences = launched(tmp_path, FAMILIES, 2)
+    assert {key.split()[0] for key in differences} == set(AUTO_TP_FAMILIES)
+    for key, (difference, packed) in differences.items():
+        assert difference < (1e-5 if key.endswith("float32") else 0.03), key
+        assert packed == 0 or key.endswith("bfloat16")
+
+
+def test_a_model_that_auto_tp_would_cut_wrongly_is_refused(harness: Callable[..., Run]) -> None:
+    run = harness("parallel.tp=2", "model=llama2_7b", "model.weights=dummy", "model.architecture.model_type=phi3")
+    assert run.status == 2
+    assert run.stderr.startswith(
+        "error: parallel.tp: 2: DeepSpeed's AutoTP is not known to shard 'phi3' models rightly"
+    )
+    assert run.stderr.count("\n") == 1
+    assert run.row["status"] == "invalid"
+
+
+PARALLEL = ["parallel.tp=2", "parallel.dp=2"]
+
+
+@pytest.mark.parametrize("victim", [0, 1, 3])
+def test_a_rank_that_dies_ends_the_run(tmp_path: Path, victim: int) -> None:
+    """kill -9 of rank 0, of a rank that shares its model, and of one that shares the other replica's."""
+    results = tmp_path / "results"
+    process = subprocess.Popen(
+        command(*TINY, *RANDOM, "dataset.num_samples=20000", *PARALLEL, f"results_dir={results}"),
+        cwd=ROOT,
+        env=variables(OMP_NUM_THREADS="1"),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        found: list[Path] = []
+        while not (found and found[0].stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.1)
+            found = list(results.glob("*/completions.jsonl"))
+        ranks = [
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if f"--local_rank={victim}" in child.cmdline()
+        ]
+        assert len(ranks) == 1
+        os.kill(ranks[0].pid, signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    directory = found[0].parent
+    record = read_record(str(results), directory.name)
+    assert record is not None and record["status"] == "failed"
+    assert "died" in record["error"] or "SIGKILL" in record["error"]
+    assert record["completed"] == len(list(read_completions(directory / "completions.jsonl"))) > 0
+
+
+def test_a_lost_peer_is_told_from_an_error_of_our_own() -> None:
+    assert lost_peer(RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [..]"))
+    assert lost_peer(DistNetworkError("failed to recv, got 0 bytes. Connection was likely closed."))
+    assert not lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not lost_peer(ValueError("Connection closed by peer"))
+
+
+STUCK = """
+import os, signal, sys
+sys.path.insert(0, os.getcwd())
+from torch.distributed import TCPStore
+from harness import signals
+
+def hung(signum):
+    print(signal.Signals(signum).name, flush=True)
+    os._exit(7)
+
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+with signals.handled(0.2, hung, patience_s=0.5):
+    store.wait(["never"])  # in C++ for minutes, as in a collective that the others have left
+"""
+
+
+def test_a_main_thread_that_does_not_come_back_is_ended_by_another(tmp_path: Path) -> None:
+    script = tmp_path / "stuck.py"
+    script.write_text(STUCK)
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=ROOT, env=variables(), capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (7, "SIGALRM\n"), done.stderr
