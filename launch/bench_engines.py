@@ -1,10 +1,12 @@
-"""Compares engines side by side: the same requests, the same cores, in turn, the median of several rounds.
+"""Compares runs side by side: the same requests, in turn, the median of several rounds.
 
-    python launch/bench_engines.py [--engines baseline fastgen] [--cores 0,1] [--rounds 3] [overrides ...]
+    python launch/bench_engines.py [--variants "engine=baseline" "engine=fastgen"] [--cores 0,1] [overrides ...]
+    python launch/bench_engines.py --variants "cores=0 parallel.dp=1" "cores=0,1 parallel.dp=2"
 
-Every run is a normal one (python harness/main.py ...) pinned to --cores with as many OpenMP threads; its
-row goes to --results/runs.csv, from which the table is made. The first engine is the one compared with.
-Nothing else should run meanwhile: a busy second core makes OpenMP with two threads ten times slower.
+A variant is a string of overrides; the others come from the end of the command line. Every run is a normal one
+(python harness/main.py ...) pinned to --cores, or to the variant's own cores=...; its row goes to --results/runs.csv,
+from which the table is made. The first variant is the one compared with. Nothing else should run meanwhile: a busy
+second core makes OpenMP with two threads ten times slower.
 """
 
 from __future__ import annotations
@@ -22,17 +24,12 @@ sys.path[0] = str(ROOT)
 from harness.runs_table import read_rows  # noqa: E402
 
 
-def run(engine: str, overrides: list[str], cores: str, results: Path) -> dict[str, str]:
+def run(variant: str, overrides: list[str], cores: str, results: Path) -> dict[str, str]:
     """Runs one job to its end and returns its row; ends the program if the job failed."""
-    threads = str(len(cores.split(",")))
-    command = [sys.executable, "harness/main.py", f"engine={engine}", f"results_dir={results}", *overrides]
-    done = subprocess.run(
-        ["taskset", "-c", cores, *command],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": threads},
-        capture_output=True,
-        text=True,
-    )
+    own = [word for word in variant.split() if not word.startswith("cores=")]
+    cores = next((word.removeprefix("cores=") for word in variant.split() if word.startswith("cores=")), cores)
+    command = [sys.executable, "harness/main.py", *overrides, *own, f"results_dir={results}"]
+    done = subprocess.run(["taskset", "-c", cores, *command], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr.strip()}")
     return read_rows(results / "runs.csv")[-1]
@@ -41,34 +38,35 @@ def run(engine: str, overrides: list[str], cores: str, results: Path) -> dict[st
 def main() -> None:
     """Runs the rounds and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engines", nargs="+", default=["baseline", "fastgen"])
+    parser.add_argument("--variants", nargs="+", default=["engine=baseline", "engine=fastgen"])
     parser.add_argument("--cores", default="0", help="comma-separated, as taskset takes them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "bench")
     options, overrides = parser.parse_known_args()
-    rows: dict[str, list[dict[str, str]]] = {engine: [] for engine in options.engines}
+    rows: dict[str, list[dict[str, str]]] = {variant: [] for variant in options.variants}
+    width = max(len(variant) for variant in rows)
     for number in range(options.rounds):
-        for engine in options.engines:
-            row = run(engine, overrides, options.cores, options.results)
-            rows[engine].append(row)
+        for variant in rows:
+            row = run(variant, overrides, options.cores, options.results)
+            rows[variant].append(row)
             load = os.getloadavg()[0]
             print(
-                f"round {number + 1}  {engine:12s} {float(row['total_tokens_per_s']):8.1f} total tokens/s  "
+                f"round {number + 1}  {variant:{width}}  {float(row['total_tokens_per_s']):8.1f} total tokens/s  "
                 f"({row['total_tokens']} tokens in {float(row['elapsed_s']):.1f} s, load average {load:.1f})",
                 flush=True,
             )
-    first = statistics.median(float(row["total_tokens_per_s"]) for row in rows[options.engines[0]])
-    sample = rows[options.engines[0]][0]
+    first = statistics.median(float(row["total_tokens_per_s"]) for row in rows[options.variants[0]])
+    sample = rows[options.variants[0]][0]
     print(
         f"\n{sample['model']} {sample['dtype']}, {sample['dataset']} ({sample['requests']} requests), "
-        f"stop={sample['stop']}, cores {options.cores}, {sample['device_name']}, median of {options.rounds}"
+        f"stop={sample['stop']}, cores {options.cores} unless said, {sample['device_name']}, median of {options.rounds}"
     )
-    print("engine         total tok/s   output tok/s   ratio")
-    for engine, found in rows.items():
+    print(f"{'variant':{width}}   total tok/s   output tok/s   ratio")
+    for variant, found in rows.items():
         total, output = (
             statistics.median(float(row[f"{kind}_tokens_per_s"]) for row in found) for kind in ("total", "output")
         )
-        print(f"{engine:14s} {total:11.1f}   {output:12.1f}   {total / first:5.2f}")
+        print(f"{variant:{width}}   {total:11.1f}   {output:12.1f}   {total / first:5.2f}")
 
 
 if __name__ == "__main__":

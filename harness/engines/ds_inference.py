@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from harness import checkpoint
-from harness.engines import auto_tp
+from harness.engines import auto_tp, kernel_inject
 from harness.engines.base import Clock, Engine, EngineSettings, EngineStatistics, Progress, rejection, stop_ids
 from harness.engines.fastgen.packed_linear import can_pack, pack_linears
 from harness.engines.fastgen.torch_runner import refuse_unusual_attention
+from harness.engines.kernel_inject import InjectedBatch
 from harness.engines.static_cache import ATTENTION, StaticCache, static_attention
 from harness.results import PassRecord
 from harness.workload import Completion, Request
@@ -48,6 +49,7 @@ class DsInferenceEngine(Engine):
     def __init__(self, settings: EngineSettings) -> None:
         super().__init__(settings)
         self.graphed: StaticCache | None = None  # with cuda_graph: the buffers that the captured graph reads
+        self.injected: InjectedBatch | None = None  # with kernel_inject
 
     @property
     def kernels(self) -> str:
@@ -64,15 +66,46 @@ class DsInferenceEngine(Engine):
         settings = self.settings
         AttentionInterface.register(ATTENTION, static_attention)
         self.tokenizer = checkpoint.load_tokenizer(settings.source)
+        if settings.engine.kernel_inject:
+            self._load_injected()
+            return
         model = auto_tp.load_whole(settings, ATTENTION)
         refuse_unusual_attention(model.config, settings.max_context)
         self.stop_ids = stop_ids(model, settings.generation)
         self.engine = auto_tp.init_inference(model, settings, enable_cuda_graph=settings.engine.cuda_graph)
         if settings.engine.cuda_graph:
-            rows = settings.engine.batch_size
-            self.graphed = StaticCache(rows, settings.engine.batch_tokens // rows, settings.device, fixed=True)
+            self.graphed = StaticCache(settings.engine.batch_size, self._width, settings.device, fixed=True)
         if can_pack(torch.device(settings.device), getattr(torch, settings.dtype)):
             pack_linears(self.engine.module)
+
+    def _load_injected(self) -> None:
+        """Loads the model, replaces its layers by DeepSpeed's, and checks that they compute the same."""
+        settings = self.settings
+        kernel_inject.refuse_unsupported(
+            settings.source.architecture, settings.tensor.size if settings.tensor is not None else 1
+        )
+        model = auto_tp.load_whole(settings, "eager")
+        self.stop_ids = stop_ids(model, settings.generation)
+        expected = kernel_inject.expected_logits(model) if self._leads else None
+        if settings.tensor is not None:
+            expected = settings.tensor.share(expected)
+        self.engine = auto_tp.init_inference(
+            model, settings, **kernel_inject.OPTIONS, max_out_tokens=self._width + settings.engine.batch_size
+        )
+        self.injected = kernel_inject.InjectedBatch(
+            self.engine.module,
+            settings.engine.batch_size,
+            self._width,
+            settings.device,
+            getattr(torch, settings.dtype),
+        )
+        assert expected is not None
+        kernel_inject.check(self.injected, expected)
+
+    @property
+    def _width(self) -> int:
+        """Columns of a row where all batches share one size: with injected kernels and under a CUDA graph."""
+        return self.settings.engine.batch_tokens // self.settings.engine.batch_size
 
     def warm_up(self) -> None:
         """Runs one full batch of made-up prompts for a few tokens."""
@@ -80,7 +113,7 @@ class DsInferenceEngine(Engine):
             self.follow()
             return
         rows = self.settings.engine.batch_size
-        length = min(64, (self.settings.max_context or 64) - 4, self.settings.engine.batch_tokens // rows - 4)
+        length = min(64, (self.settings.max_context or 64) - 4, self._width - 4)
         if length > 0:
             for _ in self._passes([[1] * length] * rows, [4] * rows):
                 pass
@@ -170,6 +203,11 @@ class DsInferenceEngine(Engine):
         for request, prompt in zip(requests, prompts, strict=True):
             assert request.output_len is not None  # workload.resolve() has seen to it
             reason = self.too_long(len(prompt), request.output_len)
+            if self.injected is not None and len(prompt) + request.output_len > self._width:
+                reason = (
+                    f"prompt of {len(prompt)} tokens + output_len {request.output_len} exceeds the {self._width} "
+                    f"columns of a row (engine.batch_tokens / engine.batch_size)"
+                )
             if reason:
                 rejected.append(rejection(request, reason, clock))
             else:
@@ -181,7 +219,8 @@ class DsInferenceEngine(Engine):
         prompt = output = 0
         for count, row in enumerate(ready):
             prompt, output = max(prompt, len(row.prompt)), max(output, row.output_len)
-            if count and (count + 1) * (prompt + output) > self.settings.engine.batch_tokens:
+            rows = count + 1 if self.injected is None else self.settings.engine.batch_size
+            if count and rows * (prompt + output) > self.settings.engine.batch_tokens:
                 return ready[:count]
         return ready
 
@@ -199,6 +238,9 @@ class DsInferenceEngine(Engine):
     @torch.inference_mode()
     def _compute(self, prompts: list[list[int]], output_lens: list[int]) -> Iterator[Pass]:
         """Computes a batch to its end, pass by pass."""
+        if self.injected is not None:
+            yield from self._compute_injected(self.injected, prompts, output_lens)
+            return
         lengths = [len(prompt) for prompt in prompts]
         cache = self._cache(len(prompts), max(lengths) + max(output_lens))
         cache.start(lengths)
@@ -230,6 +272,21 @@ class DsInferenceEngine(Engine):
             rows = range(len(prompts)) if cache.fixed else live
             positions = [lengths[request] + generated[request] - 1 for request in rows]
             yield book(self._decode(cache, live, [newest[request] for request in rows], positions))
+
+    def _compute_injected(
+        self, batch: InjectedBatch, prompts: list[list[int]], output_lens: list[int]
+    ) -> Iterator[Pass]:
+        """The same with injected layers, which take all rows to the end."""
+        started = time.perf_counter()
+        newest = self._choose(batch.prefill(prompts))
+        live = list(range(len(prompts)))
+        yield Pass(live, newest[: len(live)], sum(map(len, prompts)), 0, time.perf_counter() - started)
+        generated = 1
+        while live := [row for row in live if not self._finished(newest[row], generated, output_lens[row])]:
+            started = time.perf_counter()
+            newest = self._choose(batch.decode(newest))
+            generated += 1
+            yield Pass(live, [newest[row] for row in live], 0, len(live), time.perf_counter() - started)
 
     def _cache(self, rows: int, width: int) -> StaticCache:
         """Returns room for a batch: of its own size, or under a CUDA graph the one that all batches share."""
@@ -273,7 +330,11 @@ class DsInferenceEngine(Engine):
             logits_to_keep=1,
             static=cache,
         )
-        tokens = output.logits[:, -1].argmax(-1)
+        return self._choose(output.logits[:, -1])
+
+    def _choose(self, logits: torch.Tensor) -> list[int]:
+        """Returns the greedy token of each row of ``[rows, vocab]``."""
+        tokens = logits.argmax(-1)
         tensor = self.settings.tensor
         if tensor is not None:  # the leader's choice, even where another rank rounds differently
             torch.distributed.broadcast(tokens, tensor.leader, group=tensor.group)

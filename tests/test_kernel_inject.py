@@ -1,0 +1,88 @@
+"""Driving DeepSpeed's injected layers, by a stand-in: the layers themselves need CUDA (tests/test_gpu.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_ds_inference import engine_for, generate, ids
+from test_fastgen_engine import TINY, hugging_face, requests, settings
+from transformers import DynamicCache
+
+from harness import checkpoint
+from harness.engines.kernel_inject import InjectedBatch, check, expected_logits, refuse_unsupported
+from harness.errors import UserError
+from harness.workload import Request
+
+
+class LayersThatRemember(torch.nn.Module):
+    """Keeps keys and values itself, as injected layers do: a forward of several tokens begins anew."""
+
+    def __init__(self, rows: int, damage: float = 0.0) -> None:
+        super().__init__()
+        self.rows = rows
+        self.model = checkpoint.load_model(settings().source, dtype=torch.float32, attention="eager")
+        with torch.no_grad():
+            self.model.model.layers[0].self_attn.o_proj.weight.mul_(1 + damage)
+        self.cache = DynamicCache()
+
+    def reset_cache(self) -> None:
+        self.cache = DynamicCache()
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool, **kwargs: Any) -> Any:
+        assert not use_cache and input_ids.shape[0] == self.rows
+        if input_ids.shape[1] > 1:
+            self.reset_cache()
+        columns = self.cache.get_seq_length() + input_ids.shape[1]
+        assert attention_mask.shape == (self.rows, 1, input_ids.shape[1], columns)
+        return self.model(
+            input_ids, attention_mask=attention_mask, past_key_values=self.cache, use_cache=True, **kwargs
+        )
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_layers_that_agree_pass_the_check(rows: int) -> None:
+    layers = LayersThatRemember(rows)
+    expected = expected_logits(layers.model)
+    assert expected.shape == (4, 2, TINY["vocab_size"])
+    check(InjectedBatch(layers, rows, 64, "cpu", torch.float32), expected)
+
+
+@pytest.mark.parametrize("damage", [0.5, float("nan")])
+def test_layers_that_compute_something_else_are_refused(damage: float) -> None:
+    expected = expected_logits(LayersThatRemember(2).model)
+    with pytest.raises(UserError, match=r"^engine\.kernel_inject: true: DeepSpeed's injected kernels do not compute"):
+        check(InjectedBatch(LayersThatRemember(2, damage), 2, 64, "cpu", torch.float32), expected)
+
+
+def test_batches_of_all_rows_give_hugging_face_ids() -> None:
+    engine = engine_for(batch_size=4, batch_tokens=4 * 190)
+    engine.injected = InjectedBatch(LayersThatRemember(4), 4, 190, "cpu", torch.float32)
+    jobs = [
+        *requests(14, seed=11),
+        Request(14, "", 20, prompt_ids=tuple([7] * 180)),
+        Request(15, "", 4, prompt_ids=(9,)),
+    ]
+    found = generate(engine, jobs)
+    assert found[14].finish_reason == "rejected"
+    assert "190 columns of a row (engine.batch_tokens / engine.batch_size)" in (found[14].error or "")
+    jobs.pop(14)
+    assert {**ids(found), 14: []} == {**hugging_face(engine.settings.source, jobs), 14: []}
+
+
+@pytest.mark.parametrize(
+    ("more", "tp", "why"),
+    [
+        ({"model_type": "qwen2"}, 1, "has no kernels for qwen2 models"),
+        ({"num_key_value_heads": 2}, 1, "has no grouped heads, the model has 4 query and 2 key-value heads"),
+        ({"head_dim": 32}, 1, "takes heads of 16, the model's are of 32"),
+        ({"attention_bias": True}, 1, "drops the biases"),
+        ({}, 3, "cuts heads evenly, 4 do not go into 3 ranks"),
+    ],
+)
+def test_what_injection_cannot_compute_is_refused_by_name(more: dict[str, Any], tp: int, why: str) -> None:
+    plain = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+    refuse_unsupported(plain, 2)
+    with pytest.raises(UserError, match=why):
+        refuse_unsupported(plain | more, tp)
