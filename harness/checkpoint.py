@@ -229,7 +229,7 @@ def load_tokenizer(source: Source) -> Any:
         path, name = os.path.split(path)
     local = os.path.isdir(path)
     extra = {} if name is None else {"gguf_file": name}
-    with _quiet(downloads=not local), _as_user_error("model.tokenizer", source.tokenizer):
+    with quiet(downloads=not local), as_user_error("model.tokenizer", source.tokenizer):
         tokenizer = AutoTokenizer.from_pretrained(
             path, local_files_only=local, trust_remote_code=source.trust_remote_code, **extra
         )
@@ -293,7 +293,7 @@ def _load_pretrained(source: Source, kwargs: dict[str, Any]) -> PreTrainedModel:
             pass  # transformers before GgufConfig always dequantizes
     where = os.path.join(str(source.path), source.gguf_file or "")
     gguf = source.gguf_file is not None
-    with _quiet(downloads=hub, stderr=not gguf), _as_user_error("model.path", where.rstrip(os.sep)):
+    with quiet(downloads=hub, stderr=not gguf), as_user_error("model.path", where.rstrip(os.sep)):
         # Mismatches are let through here because the report below names them better than an exception.
         model, info = auto.from_pretrained(
             source.path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -324,7 +324,7 @@ def _load_dummy(source: Source, seed: int, kwargs: dict[str, Any]) -> PreTrained
         "quantization_config",
     )  # of a checkpoint's code and packed weights: there are neither
     architecture = {key: value for key, value in source.architecture.items() if key not in dropped}
-    with _quiet(), _as_user_error("model.architecture", quoted(architecture.get("model_type"))):
+    with quiet(), as_user_error("model.architecture", quoted(architecture.get("model_type"))):
         config = AutoConfig.for_model(**architecture)
         config.initializer_range = 0.02  # small enough for activations to stay finite in half precision
         with torch.device("meta"):
@@ -341,7 +341,7 @@ def _load_dummy(source: Source, seed: int, kwargs: dict[str, Any]) -> PreTrained
 
 
 @contextmanager
-def _quiet(downloads: bool = False, stderr: bool = True) -> Iterator[None]:
+def quiet(downloads: bool = False, stderr: bool = True) -> Iterator[None]:
     """Silences transformers, then restores what was set.
 
     Args:
@@ -367,7 +367,7 @@ def _quiet(downloads: bool = False, stderr: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def _as_user_error(field: str, where: str) -> Iterator[None]:
+def as_user_error(field: str, where: str) -> Iterator[None]:
     """Turns what transformers raises for a bad checkpoint into a `UserError`; out of memory stays."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError

@@ -103,6 +103,14 @@ def _cuda_driver() -> ctypes.CDLL | None:
     return driver
 
 
+def cuda_devices() -> int:
+    """Returns how many devices the CUDA driver shows this process, which ``CUDA_VISIBLE_DEVICES`` narrows."""
+    driver, count = _cuda_driver(), ctypes.c_int(0)
+    if driver is not None:
+        driver.cuDeviceGetCount(ctypes.byref(count))
+    return count.value
+
+
 def supports_bfloat16_on_cpu() -> bool:
     """Returns whether the CPU multiplies bfloat16 in hardware; False where /proc/cpuinfo is missing."""
     return not _cpu_flags().isdisjoint(("avx512_bf16", "amx_bf16"))

@@ -16,6 +16,7 @@ from types import FrameType
 import psutil
 from omegaconf import DictConfig
 
+from harness import environment
 from harness import job as jobs
 from harness.errors import INTERRUPTED, REFUSED, UserError, report
 from harness.results import RunRecorder, close_unfinished, new_run_id, read_record
@@ -41,6 +42,7 @@ def run(composed: DictConfig, overrides: list[str]) -> int:
         return report(error)
     try:
         job = jobs.prepare(composed)
+        check_devices(job.config.parallel.tp, job.config.parallel.dp, job.accelerator)
     except UserError as error:
         recorder.finish("invalid", str(error))
         return report(error)
@@ -54,7 +56,7 @@ def run(composed: DictConfig, overrides: list[str]) -> int:
     config = job.config
     ending = _watch(
         command(config.parallel.tp * config.parallel.dp, job.accelerator, overrides),
-        {RUN_ID_VARIABLE: run_id, PARENT_VARIABLE: str(os.getpid()), "DS_ACCELERATOR": job.accelerator},
+        _variables() | {RUN_ID_VARIABLE: run_id, PARENT_VARIABLE: str(os.getpid()), "DS_ACCELERATOR": job.accelerator},
         config.timeout_s,
     )
     ending.close(config.results_dir, run_id)
@@ -66,16 +68,39 @@ def run(composed: DictConfig, overrides: list[str]) -> int:
     return REFUSED if ending.returncode == REFUSED else 1
 
 
+def check_devices(tp: int, dp: int, accelerator: str) -> None:
+    """Raises UserError where the config asks for more ranks than this machine has GPUs; a CPU takes any number."""
+    if accelerator != "cuda" or tp * dp <= (found := environment.cuda_devices()):
+        return
+    raise UserError(
+        "parallel",
+        f"tp={tp} x dp={dp} needs {tp * dp} GPUs, this machine shows {found}",
+        "ask for fewer, or launch on several machines: deepspeed --hostfile FILE harness/main.py ... (launch/NODES.md)",
+    )
+
+
 def command(ranks: int, accelerator: str, overrides: list[str]) -> list[str]:
     """Returns the ``deepspeed`` command that starts ``ranks`` ranks of this harness on this machine."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")
+    if accelerator == "cuda" and len(visible) >= ranks and all(number.isdecimal() for number in visible):
+        # A number of GPUs would be counted from the machine's first, whichever the user chose.
+        where = ["--include", f"localhost:{','.join(visible[:ranks])}"]
+    else:
+        where = ["--num_gpus" if accelerator == "cuda" else "--num_accelerators", str(ranks)]
     return [
         *(sys.executable, "-m", "deepspeed.launcher.runner"),
-        *("--num_gpus" if accelerator == "cuda" else "--num_accelerators", str(ranks)),
+        *where,
+        *("--hostfile", os.devnull),  # this machine alone, also where the default /job/hostfile exists
         *("--master_port", str(free_port())),  # the default one collides between jobs
         *("--log_level", "critical"),  # its lines would tear the progress display
         str(MAIN),
         *overrides,
     ]
+
+
+def _variables() -> dict[str, str]:
+    """Returns this process's environment without the GPUs that :func:`command` has named; DeepSpeed would say so."""
+    return {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
 
 
 def free_port() -> int:
@@ -127,7 +152,7 @@ def _watch(arguments: list[str], variables: dict[str, str], timeout_s: float | N
 
     with _handling(ask):
         # A session of its own: Ctrl-C reaches the ranks through us alone, once.
-        process = subprocess.Popen(arguments, env={**os.environ, **variables}, start_new_session=True)
+        process = subprocess.Popen(arguments, env=variables, start_new_session=True)
         # The ranks keep the time themselves; we step in when one hangs outside Python.
         deadline = time.monotonic() + timeout_s + GRACE_S if timeout_s is not None else None
         timed_out = False

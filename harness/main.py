@@ -2,6 +2,7 @@
 
 deepspeed --num_gpus 8 harness/main.py engine=fastgen ...
 python harness/main.py engine=fastgen ...
+Several hosts: launch/NODES.md.
 """
 
 from __future__ import annotations
@@ -34,11 +35,14 @@ GROUPS = ("engine", "model", "dataset", "generation", "parallel", "hardware")
 
 def main() -> int:
     """Composes the config and runs the job; returns the exit status."""
-    rank = ranks.current()
+    try:
+        rank = ranks.current()
+        sys.argv[1:] = ranks.decoded(ranks.without_local_rank(sys.argv[1:]))
+    except UserError as error:
+        return report(error)
     if rank is not None:
         # Until the worker can write down an interruption, a rank leaves without a word (and no traceback).
         signal.signal(signal.SIGINT, lambda signum, frame: os._exit(INTERRUPTED))
-    sys.argv[1:] = ranks.without_local_rank(sys.argv[1:])
     outcomes: list[int] = []
     begun: list[bool] = []
 

@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from harness.ranks import Rank
+from harness.rendezvous import Rendezvous
 from harness.tensor_parallel import TensorParallel
 from harness.workload import Completion, Request
 
@@ -25,11 +26,8 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 POLL_S = 0.02
+STOP_S = 5.0  # for what other ranks have sent already
 PATIENCE = timedelta(days=1)  # for a message: a rank that is gone is noticed at once, by its closed connection
-
-
-class RankFailed(Exception):
-    """Another rank could not go on; the message is its own."""
 
 
 class Replicas:
@@ -38,23 +36,24 @@ class Replicas:
     Args:
         rank: this process.
         accelerator: ``cpu`` (gloo) or ``cuda`` (nccl).
+        rendezvous: where the ranks have met.
         tp: ranks that share one model.
     """
 
-    def __init__(self, rank: Rank, accelerator: str, tp: int = 1) -> None:
+    def __init__(self, rank: Rank, accelerator: str, rendezvous: Rendezvous, tp: int = 1) -> None:
         self.rank = rank
         self.accelerator = accelerator
         self.tp = tp
         self.tensor: TensorParallel | None = None
         self.sent = 0
         self.results: dict[int, dict[str, Any]] = {}
-        self.failure: str | None = None
+        self.rendezvous = rendezvous
         self._store: TCPStore | None = None
         self._receiver: threading.Thread | None = None
         self._leave = threading.Event()
 
     def join(self) -> None:
-        """Meets the other ranks; returns when all are there."""
+        """Joins the other ranks' process group; returns when all have."""
         import deepspeed
         import deepspeed.ops
         import torch.distributed as dist
@@ -120,35 +119,23 @@ class Replicas:
         """Tells rank 0 that this rank is done, with its figures."""
         self._put({"result": result})
 
-    def fail(self, message: str) -> None:
-        """Tells rank 0 why this rank cannot go on, if it can still be told."""
-        if self._store is not None and not self.rank.first:
-            try:
-                self._put({"failure": message})
-            except RuntimeError:  # rank 0 is gone already
-                pass
-
     def _put(self, message: dict[str, Any]) -> None:
         self.store.set(f"from {self.rank.rank}: {self.sent}", json.dumps(message))
         self.sent += 1
 
-    def receive(self, deliver: Callable[[Completion], None], failed: Callable[[], None]) -> None:
-        """Starts handing over what the other ranks send, in a thread of its own; rank 0 only.
-
-        Args:
-            deliver: called with each completion.
-            failed: called once when another rank fails; :attr:`failure` then says why.
-        """
-        self._receiver = threading.Thread(target=self._receive, args=(deliver, failed), daemon=True)
+    def receive(self, deliver: Callable[[Completion], None]) -> None:
+        """Starts handing over the completions that the other ranks send, in a thread of its own; rank 0 only."""
+        self._receiver = threading.Thread(target=self._receive, args=(deliver,), daemon=True)
         self._receiver.start()
 
-    def _receive(self, deliver: Callable[[Completion], None], failed: Callable[[], None]) -> None:
+    def _receive(self, deliver: Callable[[Completion], None]) -> None:
         from torch.distributed import TCPStore
 
         # A connection of its own: the engine's thread takes requests through the other.
         store = TCPStore(os.environ["MASTER_ADDR"], self._port, is_master=False)
         next_of = dict.fromkeys(range(1, self.rank.world), 0)
-        while next_of and not self._leave.is_set():
+        idle = False
+        while next_of and not (idle and self._leave.is_set()):
             idle = True
             for rank, number in list(next_of.items()):
                 key = f"from {rank}: {number}"
@@ -160,13 +147,9 @@ class Replicas:
                 next_of[rank] += 1
                 if "completion" in message:
                     deliver(Completion(**message["completion"]))
-                elif "result" in message:
+                else:
                     self.results[rank] = message["result"]
                     del next_of[rank]
-                else:
-                    self.failure = f"rank {rank}: {message['failure']}"
-                    failed()
-                    return
             if idle:
                 time.sleep(POLL_S)
 
@@ -175,20 +158,26 @@ class Replicas:
         assert self._receiver is not None
         while self._receiver.is_alive():
             self._receiver.join(POLL_S)  # in pieces, so that a signal is seen
-        if self.failure is not None:
-            raise RankFailed(self.failure)
+            if self.rendezvous.failure is not None:
+                self.stop()
+                raise self.rendezvous.failure
         return self.results
 
-    def reason(self, wait_s: float) -> str | None:
-        """Returns what another rank said before it failed, waiting for it; None if none has; rank 0's."""
-        deadline = time.monotonic() + wait_s
-        while self.failure is None and time.monotonic() < deadline:
-            time.sleep(POLL_S)
-        return self.failure
+    def stop(self) -> None:
+        """Ends the exchange early: returns when all completions that were sent so far have arrived."""
+        self._leave.set()
+        if self._receiver is not None:
+            self._receiver.join(STOP_S)
+        elif self._store is not None and self.rendezvous.failure is None:
+            try:
+                self._store.check(["taken"])  # answered after what was sent before it
+            except RuntimeError:  # rank 0 is gone already
+                pass
 
     def leave(self) -> None:
         """Takes leave of the other ranks."""
         import deepspeed.comm as dist
 
         self._leave.set()
+        self.rendezvous.leave()
         dist.destroy_process_group()

@@ -61,11 +61,3 @@ class TensorParallel:
         value = torch.tensor([number])
         dist.all_reduce(value, dist.ReduceOp.MIN, group=self.messages)
         return int(value)
-
-
-def lost_peer(error: BaseException) -> bool:
-    """Returns whether the network failed because another rank is gone, as gloo, nccl and the store put it."""
-    if type(error).__name__ in ("DistNetworkError", "DistBackendError"):
-        return True
-    signs = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

@@ -20,14 +20,17 @@ from harness.errors import INTERRUPTED, REFUSED, UserError, one_line, report
 from harness.job import Job
 from harness.launcher import RUN_ID_VARIABLE
 from harness.ranks import Rank
-from harness.results import RunRecorder, new_run_id
-from harness.tensor_parallel import lost_peer
+from harness.rendezvous import RankFailed, Rendezvous
+from harness.results import UNHASHED_KEYS, RunRecorder, new_run_id
 from harness.workload import Completion, Request
 
 if TYPE_CHECKING:
     from harness.replicas import Replicas
 
 log = logging.getLogger("harness")
+
+LAST_WORDS_S = 1.0  # for a rank that ends to say why, after its connections have broken
+PLACES = ("model.path", "model.tokenizer", "dataset.path")  # hosts may keep the same files in different places
 
 
 def run(composed: DictConfig, rank: Rank) -> int:
@@ -48,6 +51,8 @@ def run(composed: DictConfig, rank: Rank) -> int:
         _log_to(f"{recorder.directory}/run.log")
     running = False
     work: _Run | None = None
+    # A thread cannot raise in this one; a signal can.
+    rendezvous = Rendezvous(rank, failed=lambda: os.kill(os.getpid(), signal.SIGTERM))
     status, error_line, exit_status = "failed", "", 1
 
     def ending(signum: int) -> tuple[str, str, int]:
@@ -55,7 +60,8 @@ def run(composed: DictConfig, rank: Rank) -> int:
             return "timeout", f"not finished after timeout_s={resolved['timeout_s']}", 1
         if rank.world > 1 and signum == signal.SIGTERM:
             # So the launcher ends the others when a rank has died; a user's Ctrl-C comes as SIGINT.
-            return "failed", _reason(work) or "another rank died, or the launcher was ended", 1
+            unknown = RankFailed("another rank died, or the launcher was ended")
+            return _elsewhere(rendezvous.heard(LAST_WORDS_S) or unknown, running)
         return "interrupted", "interrupted", INTERRUPTED
 
     def hung(signum: int) -> None:
@@ -63,34 +69,38 @@ def run(composed: DictConfig, rank: Rank) -> int:
         if recorder is not None:
             recorder.finish(status, error_line)
         print(f"error: {error_line}", file=sys.stderr, flush=True)
+        rendezvous.fail(error_line, exit_status)
         os._exit(exit_status)
 
     try:
         with signals.handled(resolved.get("timeout_s"), hung):
             signals.end_with_the_parent()
+            rendezvous.open()
             job = jobs.prepare(composed, rank.local_world)
             ranks.check_world(rank, job.config.parallel.tp, job.config.parallel.dp)
-            work = _Run(job, rank, recorder)
+            rendezvous.meet(same_everywhere(job, resolved))
+            work = _Run(job, rank, recorder, rendezvous)
             work.prepare()
             running = True
             work.go()
             return work.finish()
     except UserError as error:
         status, error_line, exit_status = "failed" if running else "invalid", str(error), REFUSED
+    except RankFailed as failure:
+        status, error_line, exit_status = _elsewhere(failure, running)
     except signals.Ended as end:
         status, error_line, exit_status = ending(end.signum)
     except Exception as error:
-        if not lost_peer(error):
+        # A rank that ends breaks its connections: why it ended says more than that they broke.
+        cause = rendezvous.heard(LAST_WORDS_S)
+        if cause is None:
             log.exception("the run failed")
-            status, error_line, exit_status = _classify(error)
-        else:
-            if not rank.first:
-                time.sleep(1.0)  # so that the rank that failed first is heard first
-            error_line = _reason(work) or "another rank died (killed, or out of memory)"
+        status, error_line, exit_status = _classify(error) if cause is None else _elsewhere(cause, running)
+    if work is not None and work.replicas is not None:
+        work.replicas.stop()
     if recorder is None:
-        if work is not None and work.replicas is not None:
-            work.replicas.fail(error_line)
         print(f"error: rank {rank.rank}: {error_line}", file=sys.stderr)
+        rendezvous.fail(error_line, exit_status)
         return exit_status
     log.error("%s: %s", status, error_line)
     kept = f" (what was finished is in {recorder.directory})" if running else ""
@@ -99,25 +109,42 @@ def run(composed: DictConfig, rank: Rank) -> int:
     except UserError as error:
         kept = f"; and the record cannot be written: {error}"
     print(f"error: {error_line}{kept}", file=sys.stderr)
+    rendezvous.fail(error_line, exit_status)
     return exit_status
 
 
-def _reason(work: _Run | None) -> str | None:
-    """Returns what another rank said before it failed; only rank 0 hears it, perhaps after it noticed the end."""
-    replicas = work.replicas if work is not None else None
-    return replicas.reason(wait_s=2.0) if replicas is not None and replicas.rank.first else None
+def same_everywhere(job: Job, resolved: dict[str, Any]) -> dict[str, Any]:
+    """Returns, by name, what all ranks of a launch must agree on: every host composes and reads on its own."""
+    facts: dict[str, Any] = {}
+    for group, keys in resolved.items():
+        if group not in UNHASHED_KEYS:
+            facts |= {f"{group}.{key}": value for key, value in keys.items()} if isinstance(keys, dict) else {}
+    for place in PLACES:
+        del facts[place]
+    facts["model.dtype"] = job.dtype
+    facts["model's config.json"] = job.source.architecture
+    facts["dataset's sha256"] = job.workload.sha256
+    facts["DS_ACCELERATOR"] = job.accelerator
+    return facts
+
+
+def _elsewhere(failure: RankFailed, running: bool) -> tuple[str, str, int]:
+    """Returns status, line and exit status of a run that another rank's failure ended."""
+    status = {REFUSED: "failed" if running else "invalid", INTERRUPTED: "interrupted"}
+    return status.get(failure.exit_status, "failed"), str(failure), failure.exit_status
 
 
 class _Run:
     """The state of one rank between its phases."""
 
-    def __init__(self, job: Job, rank: Rank, recorder: RunRecorder | None) -> None:
+    def __init__(self, job: Job, rank: Rank, recorder: RunRecorder | None, rendezvous: Rendezvous) -> None:
         # Imported here: rich and the engines are not needed to refuse a config.
         from harness.display import console
 
         self.job = job
         self.rank = rank
         self.recorder = recorder
+        self.rendezvous = rendezvous
         self.screen = console()
         self.notes: list[str] = []
         self.replicas: Replicas | None = None
@@ -137,11 +164,8 @@ class _Run:
         if self.rank.world > 1:
             from harness.replicas import Replicas
 
-            self.replicas = Replicas(self.rank, job.accelerator, config.parallel.tp)
+            self.replicas = Replicas(self.rank, job.accelerator, self.rendezvous, config.parallel.tp)
             self.replicas.join()
-            if self.rank.first:
-                # A thread cannot raise in this one; a signal can.
-                self.replicas.receive(self._deliver, failed=lambda: os.kill(os.getpid(), signal.SIGTERM))
         device = "cpu" if job.accelerator == "cpu" else f"cuda:{self.rank.local_rank}"
         self.device = device
         if config.model.dtype.value == "auto" and job.dtype == "float32":
@@ -215,6 +239,7 @@ class _Run:
             self.engine.on_progress = self.display.update
             mine = iter(requests)
             if self.replicas is not None:
+                self.replicas.receive(self._deliver)
                 mine = self.replicas.take(requests)
                 self.replicas.barrier()
             clock = Clock()

@@ -12,28 +12,33 @@ RANK = """
 import json, os, sys, time
 sys.path.insert(0, os.getcwd())
 from harness import ranks
-from harness.replicas import RankFailed, Replicas
+from harness.rendezvous import RankFailed, Rendezvous
+from harness.replicas import Replicas
 from harness.workload import Completion, Request
 
 mode, place = sys.argv[-2:]
 rank = ranks.current()
-replicas = Replicas(rank, "cpu")
+found, mine, stopped = [], [], []
+rendezvous = Rendezvous(rank, failed=lambda: stopped.append(1))
+rendezvous.open()
+rendezvous.meet({"the same": True})
+replicas = Replicas(rank, "cpu", rendezvous)
 replicas.join()
 requests = [Request(index, "x", 1) for index in range(50)]
-found, mine, stopped = [], [], []
 
 def completion(request):
     return Completion(request.index, 1, 1, "length", [7], "text \\u2028", 0.5, 1.0)
 
 if rank.first:
-    replicas.receive(lambda c: found.append(c), failed=lambda: stopped.append(1))
+    replicas.receive(lambda c: found.append(c))
 replicas.barrier()
 for request in replicas.take(requests):
     mine.append(request.index)
     if not rank.first:
         replicas.send(completion(request))
         if mode == "fails" and len(mine) == 3:
-            replicas.fail("out of luck")
+            replicas.stop()
+            rendezvous.fail("out of luck", 1)
             time.sleep(1)  # the launcher ends rank 0 once this one is gone
             sys.exit(0)
     time.sleep(0.002 if rank.first else 0.01)  # a fast and a slow replica

@@ -15,11 +15,9 @@ import psutil
 import pytest
 from conftest import ROOT, Run, command, deepspeed, variables
 from test_main import RANDOM, TINY
-from torch.distributed import DistNetworkError
 
 from harness.config import AUTO_TP_FAMILIES
 from harness.results import read_completions, read_record
-from harness.tensor_parallel import lost_peer
 
 HEAD = """
 import json, os, sys
@@ -28,15 +26,19 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from harness import ranks
+from harness.rendezvous import Rendezvous
 from harness.replicas import Replicas
 place = sys.argv[-1]
 rank = ranks.current()
+rendezvous = Rendezvous(rank, failed=lambda: None)
+rendezvous.open()
+rendezvous.meet({})
 """
 
 GROUPS = (
     HEAD
     + """
-replicas = Replicas(rank, "cpu", tp=2)
+replicas = Replicas(rank, "cpu", rendezvous, tp=2)
 replicas.join()
 tensor = replicas.tensor
 value = torch.tensor([10.0 ** rank.rank])
@@ -61,13 +63,12 @@ FAMILIES = (
     + """
 import transformers
 from test_main import RANDOM, TINY
-from torch.distributed import DistNetworkError
 
 from harness.config import AUTO_TP_FAMILIES
 from harness.engines.auto_tp import init_inference
 from harness.engines.fastgen.packed_linear import can_pack, pack_linears
 transformers.logging.set_verbosity_error()
-replicas = Replicas(rank, "cpu", tp=rank.world)
+replicas = Replicas(rank, "cpu", rendezvous, tp=rank.world)
 replicas.join()
 sizes = dict(hidden_size=96, intermediate_size=160, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3,
              vocab_size=300, max_position_embeddings=128, pad_token_id=0)
@@ -178,13 +179,6 @@ def test_a_rank_that_dies_ends_the_run(tmp_path: Path, victim: int) -> None:
     assert record is not None and record["status"] == "failed"
     assert "died" in record["error"] or "SIGKILL" in record["error"]
     assert record["completed"] == len(list(read_completions(directory / "completions.jsonl"))) > 0
-
-
-def test_a_lost_peer_is_told_from_an_error_of_our_own() -> None:
-    assert lost_peer(RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [..]"))
-    assert lost_peer(DistNetworkError("failed to recv, got 0 bytes. Connection was likely closed."))
-    assert not lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not lost_peer(ValueError("Connection closed by peer"))
 
 
 STUCK = """

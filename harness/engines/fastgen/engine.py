@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from itertools import islice
 
 from harness import checkpoint
-from harness.config import Order
+from harness.config import Kernels, Order
 from harness.engines.base import Clock, Engine, EngineSettings, EngineStatistics, Progress, rejection
+from harness.engines.fastgen import deepspeed_checks
 from harness.engines.fastgen.kv_blocks import KvBlocks
 from harness.engines.fastgen.runner import Runner
 from harness.engines.fastgen.scheduler import RaggedBatch, Scheduler, Sequence
 from harness.engines.fastgen.sharded_runner import ShardedRunner
+from harness.errors import UserError
 from harness.results import PassRecord
 from harness.workload import Completion, Request
 
@@ -32,10 +34,7 @@ class FastGenEngine(Engine):
 
     def __init__(self, settings: EngineSettings) -> None:
         super().__init__(settings)
-        # Imported here, by name: DeepSpeed's kernels fit behind the same contract.
-        from harness.engines.fastgen.torch_runner import TorchRunner
-
-        self.runner: Runner = TorchRunner(settings)
+        self.runner = self._runner()
         self.team: ShardedRunner | None = None
         if settings.tensor is not None:
             self.team = self.runner = ShardedRunner(self.runner, settings.tensor)
@@ -56,8 +55,12 @@ class FastGenEngine(Engine):
         self.tokenizer = checkpoint.load_tokenizer(self.settings.source)
         self.runner.load()
         context = self.settings.max_context
-        per_sequence = -(-context // settings.kv_block_size) if context else 1 << 20
+        per_sequence = -(-context // self.runner.block_size) if context else 1 << 20
         self.total_blocks = self.runner.allocate(settings.max_sequences * per_sequence)
+        if self.runner.block_size != settings.kv_block_size:
+            self.notes.append(
+                f"the kernels' KV blocks are of {self.runner.block_size} tokens, not engine.kv_block_size"
+            )
 
     def warm_up(self) -> None:
         """Runs a full prompt pass and some decodes on made-up tokens."""
@@ -66,7 +69,7 @@ class FastGenEngine(Engine):
             return
         scheduler = self._scheduler(frozenset())
         context = self.settings.max_context or 1 << 20
-        room = min(self.total_blocks * self.settings.engine.kv_block_size, context) - 4
+        room = min(self.total_blocks * self.runner.block_size, context) - 4
         length = min(room, self.settings.engine.token_budget)
         for uid in range(min(2, self.settings.engine.max_sequences) if length > 0 else 0):
             scheduler.submit(Sequence(uid, [1] * length, length, 4))
@@ -156,8 +159,41 @@ class FastGenEngine(Engine):
 
     def _scheduler(self, stop_ids: frozenset[int]) -> Scheduler:
         engine = self.settings.engine
-        blocks = KvBlocks(self.total_blocks, engine.kv_block_size)
+        blocks = KvBlocks(self.total_blocks, self.runner.block_size)
         return Scheduler(engine.token_budget, engine.max_sequences, blocks, stop_ids)
+
+    def _runner(self) -> Runner:
+        """Returns DeepSpeed's kernels where they are wanted and can run, PyTorch's elsewhere."""
+        # Imported here, by name: each brings its own library.
+        from harness.engines.fastgen.torch_runner import TorchRunner
+
+        settings, engine = self.settings, self.settings.engine
+        if engine.kernels is Kernels.torch or not settings.device.startswith("cuda"):
+            return TorchRunner(settings)
+        import torch
+
+        reason = deepspeed_checks.unsupported(
+            settings.source.architecture,
+            settings.dtype,
+            1 if settings.tensor is None else settings.tensor.size,
+            engine.quantization,
+            settings.max_context,
+            dummy=settings.source.kind == "dummy",
+            remote_code=settings.source.trust_remote_code,
+        )
+        reason = reason or deepspeed_checks.not_installed(engine.quantization)
+        major = torch.cuda.get_device_capability(settings.device)[0]
+        reason = reason or deepspeed_checks.device_unsupported(engine.quantization, major)
+        if reason is None:
+            from harness.engines.fastgen.deepspeed_runner import DeepSpeedRunner
+
+            return DeepSpeedRunner(settings)
+        if engine.quantization is not None:
+            raise UserError("engine.quantization", f"{engine.quantization}: {reason}", "use engine.quantization=null")
+        if engine.kernels is Kernels.deepspeed:
+            raise UserError("engine.kernels", f"deepspeed: {reason}", "use engine.kernels=torch or auto")
+        self.notes.append(f"engine.kernels=auto took torch, not DeepSpeed's kernels: {reason}")
+        return TorchRunner(settings)
 
     def _forward(self, batch: RaggedBatch) -> list[int]:
         rows = self.runner.forward(batch)

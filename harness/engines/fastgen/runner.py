@@ -14,9 +14,16 @@ class Runner(Protocol):
     """Computes passes; never decides an order.
 
     ``load`` comes first, then ``allocate``, then any number of ``forward`` and ``free``.
+
+    Attributes:
+        name: what computes the passes, for the record.
+        block_size: tokens in a block of the KV cache, known after ``load``: the kernels may have a say in it.
     """
 
     name: str
+
+    @property
+    def block_size(self) -> int: ...
 
     def load(self) -> None:
         """Loads the weights onto the device."""

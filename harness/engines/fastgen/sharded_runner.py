@@ -25,6 +25,11 @@ class ShardedRunner:
         self._freed: list[int] = []
         self._followed: dict[int, Sequence] = {}
 
+    @property
+    def block_size(self) -> int:
+        """See :class:`Runner`."""
+        return self.runner.block_size
+
     def load(self) -> None:
         """Loads this rank's shard."""
         self.runner.load()

@@ -32,6 +32,7 @@ class TorchRunner:
         self.settings = settings
         self.device = torch.device(settings.device)
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
+        self.block_size = settings.engine.kv_block_size
         self.caches: list[KvCache] = []
 
     def load(self) -> None:
@@ -53,7 +54,7 @@ class TorchRunner:
     def allocate(self, max_blocks: int) -> int:
         """Makes the cache: ``engine.kv_memory`` worth of blocks, at most ``max_blocks``."""
         shapes = self._kv_shapes()
-        block_size = self.settings.engine.kv_block_size
+        block_size = self.block_size
         block_bytes = 2 * block_size * self.dtype.itemsize * sum(heads * head_dim for heads, head_dim in shapes)
         free = self._free_memory()
         memory = kv_memory_bytes(self.settings.engine.kv_memory, free)

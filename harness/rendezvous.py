@@ -1,0 +1,335 @@
+"""How the ranks of a launch meet, and hear of each other's end.
+
+On one host DeepSpeed's launcher ends all ranks when one fails. On several hosts nobody does: the launchers know
+nothing of each other. So every rank has a connection to rank 0, through which it says that it is there and what it
+is about to run, and through which it learns at once when another rank cannot go on. There is no torch in this:
+a rank that refuses its config is heard, and leaves, within a second.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import psutil
+
+from harness.errors import INTERRUPTED, UserError, quoted
+from harness.ranks import GUIDE, Rank
+
+MEET_S = 1800.0  # for all ranks to come: a host may have to fetch or convert the model first
+NOTICE_S = 10.0  # until it is said who is waited for
+TELL_S = 20.0  # for a rank that cannot go on to reach those that are not there yet
+HELLO_S = 5.0  # for one connection
+POLL_S = 0.2
+LINE_BYTES = 2**20  # of one message; more is no rank of ours
+
+
+class RankFailed(Exception):
+    """Another rank could not go on; the message names it and says why.
+
+    Attributes:
+        exit_status: what that rank ended with.
+    """
+
+    def __init__(self, message: str, exit_status: int = 1) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
+class _Line:
+    """A connection that carries one JSON object a line."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = connection
+        # A host that loses power closes nothing: after a minute of silence the kernel asks for it.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, option):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        self.name = ""  # of the rank at the other end
+        self.host: int | None = None
+        self._rest = b""
+
+    @property
+    def address(self) -> str:
+        """This end's address."""
+        return str(self.socket.getsockname()[0])
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Sends ``message``; silently not, where nobody is left to read it."""
+        try:
+            self.socket.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            pass
+
+    def receive(self) -> dict[str, Any] | None:
+        """Waits for the next message; None at the end of the connection, or for anything that is no message."""
+        while b"\n" not in self._rest:
+            try:
+                part = self.socket.recv(65536)
+            except OSError:
+                return None
+            if not part or len(self._rest) > LINE_BYTES:
+                return None
+            self._rest += part
+        line, self._rest = self._rest.split(b"\n", 1)
+        try:
+            message = json.loads(line)
+        except ValueError:
+            return None
+        return message if isinstance(message, dict) else None
+
+
+class Rendezvous:
+    """This rank's connections: rank 0 has one to every other rank, which have that one. A lone rank has none.
+
+    Rank 0 listens at ``MASTER_ADDR:MASTER_PORT`` until all are there, then leaves the port to torch.
+
+    Args:
+        rank: this process.
+        failed: called once, from a thread, when another rank cannot go on; :attr:`failure` then says why.
+        say: prints a line for the user.
+    """
+
+    def __init__(self, rank: Rank, failed: Callable[[], None], say: Callable[[str], None] | None = None) -> None:
+        self.rank = rank
+        self.failure: RankFailed | None = None
+        self._failed = failed
+        self._say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+        self._heard = threading.Event()
+        self._listener: socket.socket | None = None
+        self._lines: dict[int, _Line] = {}
+        self._over = False
+        self._lock = threading.Lock()
+
+    def open(self) -> None:
+        """Makes rank 0 reachable, so that a rank that cannot go on is heard, however early that is.
+
+        Raises:
+            UserError: the port is taken.
+        """
+        if not self.rank.first or self.rank.world == 1:
+            return
+        _, port = place()
+        both = socket.has_dualstack_ipv6()
+        try:
+            self._listener = socket.create_server(
+                ("", port),
+                family=socket.AF_INET6 if both else socket.AF_INET,
+                backlog=self.rank.world,
+                dualstack_ipv6=both,
+            )
+        except OSError as error:
+            found = f"{port} on {socket.gethostname()}: {os.strerror(error.errno) if error.errno else error}"
+            raise UserError("--master_port", found, "give another: --master_port N") from error
+
+    def meet(self, facts: Mapping[str, Any]) -> None:
+        """Returns when every rank is there and all are about to run the same.
+
+        Args:
+            facts: what has to be equal on all ranks, by name; plain JSON.
+
+        Raises:
+            RankFailed: another rank cannot go on.
+            UserError: the ranks differ, do not come, or cannot reach rank 0.
+        """
+        if self.rank.world == 1:
+            return
+        address = self._gather(facts) if self.rank.first else self._register(facts)
+        if self.rank.several_hosts:
+            use_interface(address)
+        for number, line in self._lines.items():
+            threading.Thread(target=self._listen, args=(number, line), daemon=True).start()
+
+    def _gather(self, facts: Mapping[str, Any]) -> str | None:
+        """Receives the other ranks; returns the address under which other hosts reach this one."""
+        facts = json.loads(json.dumps(facts))  # as they arrive from elsewhere
+        started, noticed = time.monotonic(), False
+        while len(self._lines) < self.rank.world - 1:
+            waited = time.monotonic() - started
+            missing = [str(number) for number in range(1, self.rank.world) if number not in self._lines]
+            if waited > MEET_S:
+                raise UserError("launch", f"rank {', '.join(missing)} did not come within {MEET_S:.0f} s", GUIDE)
+            if waited > NOTICE_S and not noticed:
+                self._say("waiting for rank {} at {}:{}".format(", ".join(missing), *place()))
+                noticed = True
+            if (hello := self._hello()) is not None:
+                self._check(hello, facts)
+        elsewhere = [line for line in self._lines.values() if line.host != self.rank.host]
+        address = elsewhere[0].address if elsewhere else None
+        self._stop_listening()
+        for line in self._lines.values():
+            line.send({"met": address})
+        return address
+
+    def _hello(self) -> dict[str, Any] | None:
+        """Waits a moment for a rank that was not there before, and returns how it introduces itself."""
+        assert self._listener is not None, "open() comes first"
+        self._listener.settimeout(POLL_S)
+        try:
+            connection, _ = self._listener.accept()
+        except TimeoutError:
+            return None
+        connection.settimeout(HELLO_S)
+        line = _Line(connection)
+        hello = line.receive() or {}
+        connection.settimeout(None)
+        number = hello.get("rank")
+        if type(number) is not int or not 0 < number < self.rank.world or number in self._lines:
+            # A stranger, or a rank of another launch.
+            line.send({"failure": "rank 0 there is of another launch; give another --master_port N"})
+            connection.close()
+            return None
+        line.host = hello.get("host")
+        line.name = self._named(number, str(hello.get("name")))
+        self._lines[number] = line
+        return hello
+
+    def _check(self, hello: dict[str, Any], facts: Mapping[str, Any]) -> None:
+        name = self._lines[hello["rank"]].name
+        if "failure" in hello:
+            self.failure = RankFailed(f"{name}: {hello['failure']}", int(hello.get("exit_status", 1)))
+            raise self.failure
+        theirs = hello.get("facts", {})
+        for key in sorted({*facts, *theirs}):
+            if facts.get(key) != theirs.get(key):
+                raise UserError(
+                    key,
+                    f"{quoted(facts.get(key))} on rank 0, {quoted(theirs.get(key))} on {name}",
+                    "start all ranks with the same command line, on the same files",
+                )
+
+    def _register(self, facts: Mapping[str, Any]) -> str | None:
+        """Introduces this rank to rank 0 and waits for the others; returns the address that other hosts see."""
+        line = self._connect(MEET_S)
+        line.send(self._introduction() | {"facts": facts})
+        answer = line.receive()
+        if answer is None:
+            answer = {"failure": f"{line.name} ended before all ranks were there"}
+        if "met" not in answer:
+            self.failure = RankFailed(str(answer.get("failure")), int(answer.get("exit_status", 1)))
+            raise self.failure
+        return answer["met"] if self.rank.host == 0 else line.address
+
+    def _named(self, number: int, host: str) -> str:
+        return f"rank {number} on {host}" if self.rank.several_hosts else f"rank {number}"
+
+    def _introduction(self) -> dict[str, Any]:
+        return {"rank": self.rank.rank, "host": self.rank.host, "name": socket.gethostname()}
+
+    def _connect(self, patience_s: float) -> _Line:
+        """Connects to rank 0, which may come later; raises UserError when it does not answer in time."""
+        started, noticed = time.monotonic(), patience_s < NOTICE_S
+        while True:
+            try:
+                connection = socket.create_connection(place(), timeout=HELLO_S)
+                if connection.getsockname() != connection.getpeername():
+                    break
+                connection.close()  # on one host, a free port can be given to the very socket that tries it
+                where = "{}:{}".format(*place())
+            except OSError as error:
+                where = "{}:{} ({})".format(*place(), error.strerror or error)
+            waited = time.monotonic() - started
+            if waited >= patience_s:
+                raise UserError("--master_addr", f"rank 0 does not answer at {where}", GUIDE)
+            if waited > NOTICE_S and not noticed:
+                self._say(f"rank {self.rank.rank}: waiting for rank 0 at {where}")
+                noticed = True
+            time.sleep(POLL_S)
+        connection.settimeout(None)
+        line = self._lines[0] = _Line(connection)
+        line.name = self._named(0, place()[0])
+        return line
+
+    def _listen(self, number: int, line: _Line) -> None:
+        """Waits for what the other side has to say, which is how it ends."""
+        message = line.receive()
+        if self._over or (message is not None and "failure" not in message):
+            return
+        if message is None:
+            failure = RankFailed(f"another rank died: {line.name}")
+        else:
+            text = str(message["failure"])
+            failure = RankFailed(
+                f"{line.name}: {text}" if self.rank.first else text, int(message.get("exit_status", 1))
+            )
+        with self._lock:
+            if self.failure is not None:
+                return
+            self.failure = failure
+        self._heard.set()
+        self._failed()
+
+    def heard(self, within_s: float) -> RankFailed | None:
+        """Returns why another rank cannot go on, waiting so long for it to be told; None when nothing is."""
+        self._heard.wait(0 if self.rank.world == 1 else within_s)
+        return self.failure
+
+    def fail(self, message: str, exit_status: int) -> None:
+        """Tells the other ranks that this one cannot go on; those on other hosts may still be on their way."""
+        self._over = True
+        patience_s = TELL_S if self.rank.several_hosts and exit_status != INTERRUPTED else 0.0
+        told = {"failure": message, "exit_status": exit_status}
+        if self.rank.first:
+            if self.failure is None:
+                told["failure"] = f"{self._named(0, socket.gethostname())}: {message}"
+            deadline = time.monotonic() + patience_s
+            while self._listener is not None and len(self._lines) < self.rank.world - 1 and time.monotonic() < deadline:
+                self._hello()
+            self._stop_listening()
+        elif self.failure is not None:
+            return  # rank 0 knows more than this rank
+        elif not self._lines and self.rank.world > 1:
+            try:
+                self._connect(patience_s)
+            except UserError:
+                return
+            told |= self._introduction()
+        for line in self._lines.values():
+            line.send(told)
+
+    def leave(self) -> None:
+        """Says that this rank is done."""
+        self._over = True
+        for line in self._lines.values():
+            line.send({"done": True})
+
+    def _stop_listening(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
+
+def place() -> tuple[str, int]:
+    """Returns where rank 0 is to be found: ``MASTER_ADDR`` and ``MASTER_PORT``."""
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+def use_interface(address: str | None) -> None:
+    """Makes gloo use the network on which this host has ``address``, unless the user chose one.
+
+    Left alone it takes the address of the host's own name, which on many systems is a loopback one.
+    """
+    wanted = _ip(address)
+    if wanted is None or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    for name, entries in psutil.net_if_addrs().items():
+        found = [_ip(entry.address) for entry in entries]
+        if wanted in found or (wanted.is_loopback and any(ip is not None and ip.is_loopback for ip in found)):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+            return
+
+
+def _ip(address: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        found = ipaddress.ip_address((address or "").split("%")[0])
+    except ValueError:  # net_if_addrs() lists hardware addresses too
+        return None
+    return getattr(found, "ipv4_mapped", None) or found

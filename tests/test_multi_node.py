@@ -1,0 +1,367 @@
+"""Runs over several hosts, for real: two launchers that know nothing of each other, on two loopback addresses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from conftest import BIN, ROOT, Run, variables
+from test_main import RANDOM, TINY, check_against_ids
+
+from harness.launcher import MAIN, command, free_port
+from harness.ranks import decoded, encoded
+from harness.results import read_completions
+from harness.runs_table import read_rows
+
+HOSTS = ("127.0.0.1", "127.0.0.2")
+# Everything that a shell, pdsh or Hydra might take for its own.
+ODD_NAME = 'a b,[c]*{d}$HOME;&é%h`id`"q".json'
+ODD = [
+    "x=[a,b]",
+    "*",
+    "$HOME",
+    "${x}",
+    's"s',
+    "q'q",
+    "b\\s",
+    "é漢",
+    "`id`",
+    "%n%%",
+    "",
+    "--",
+    "a;b&c|d>e",
+    "~",
+    "new\nline",
+]
+SMALL = [*RANDOM, "dataset.num_samples=40", "dataset.input_len=30", "dataset.output_len=12", "engine.max_sequences=4"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """The launchers of one run, rank 0's first, and where that one leaves its results."""
+
+    launchers: list[subprocess.Popen[str]]
+    results: Path
+
+    def end(self) -> list[Run]:
+        """Waits for both, and returns how each ended."""
+        runs = []
+        for launcher, place in zip(self.launchers, (self.results, self.results / "of no other host"), strict=True):
+            stdout, stderr = launcher.communicate(timeout=120)
+            runs.append(Run(launcher.returncode, stdout, stderr, place))
+        return runs
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., Hosts]:
+    """Returns a function that starts a run on two hosts, each by its own ``deepspeed --no_ssh``."""
+
+    def begin(*overrides: str, directories: tuple[Path, Path] = (ROOT, ROOT)) -> Hosts:
+        hostfile = tmp_path / "hostfile"
+        hostfile.write_text("".join(f"{host} slots=1\n" for host in HOSTS))
+        port = free_port()
+        launchers = []
+        for number, directory in enumerate(directories):
+            flags = ["--hostfile", hostfile, "--no_ssh", "--node_rank", number, "--master_addr", HOSTS[0]]
+            line = [BIN / "deepspeed", *flags, "--master_port", port, "--log_level", "critical", MAIN, *overrides]
+            # Every host has a disk of its own.
+            line.append(f"results_dir={tmp_path / ('results' if number == 0 else 'elsewhere')}")
+            launchers.append(
+                subprocess.Popen(
+                    [str(part) for part in line], cwd=directory, env=variables(), stdout=-1, stderr=-1, text=True
+                )
+            )
+        return Hosts(launchers, tmp_path / "results")
+
+    return begin
+
+
+def odd_dataset(directory: Path) -> str:
+    """Writes a dataset whose name needs all quoting there is, and returns the override that names it."""
+    path = directory / ODD_NAME
+    path.write_text(json.dumps([["ab" * n, 2 * n + 1, 6] for n in range(1, 21)]))
+    return f"dataset.path='{path}'"
+
+
+def check_shared(run: Run, requests: int) -> None:
+    """Checks that one row, one record and all completions are there, and that both ranks had a part in them."""
+    assert run.status == 0, run.stderr
+    assert (run.row["status"], run.row["dp"], run.row["completed"]) == ("ok", "2", str(requests))
+    assert sorted(run.completions) == list(range(requests))  # each once, or Run would have said so
+    check_against_ids(run)
+    passes = (run.directory / "passes.csv").read_text().count("\n") - 1
+    assert 0 < passes < int(run.row["steps"])  # rank 0's, of all
+    assert [path.name for path in run.results.iterdir() if path.is_dir()] == [run.row["run_id"]]
+
+
+def test_two_hosts_share_one_run(start: Callable[..., Hosts], tmp_path: Path) -> None:
+    override = odd_dataset(tmp_path)
+    first, second = start(*TINY, "parallel.dp=2", "dataset=asc24", override, "engine.max_sequences=4").end()
+    assert second.status == 0, second.stderr
+    check_shared(first, 20)
+    assert override in first.record["command_line"]
+    assert {n: line["prompt_tokens"] for n, line in first.completions.items()} == {n: 2 * n + 3 for n in range(20)}
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_host_without_the_dataset_ends_the_run_in_its_own_words(start: Callable[..., Hosts], tmp_path: Path) -> None:
+    directories = (tmp_path / "0", tmp_path / "1")
+    for directory in directories:
+        directory.mkdir()
+    (tmp_path / "0" / "data.json").write_text('[["ab", 3, 4]]')
+    job = [*TINY, "parallel.dp=2", "dataset=asc24", "dataset.path=data.json"]
+    first, second = start(*job, directories=directories).end()
+    words = "dataset.path: no such file: 'data.json'"
+    assert (first.status, second.status) == (2, 2)
+    assert words in second.stderr
+    assert first.row["status"] == "invalid"
+    assert first.row["error"].startswith("rank 1 on ")
+    assert words in first.row["error"]
+    assert first.row["error"] in first.stderr
+    assert "Traceback" not in first.stderr + second.stderr
+
+
+def test_a_rank_that_dies_on_another_host_ends_the_run(start: Callable[..., Hosts]) -> None:
+    hosts = start(*TINY, *SMALL, "parallel.dp=2", "dataset.num_samples=100000")
+    deadline = time.monotonic() + 120
+    while not any(path.stat().st_size > 10_000 for path in hosts.results.glob("*/completions.jsonl")):
+        assert all(launcher.poll() is None for launcher in hosts.launchers) and time.monotonic() < deadline
+        time.sleep(0.1)
+    (launch,) = psutil.Process(hosts.launchers[1].pid).children()
+    (rank,) = launch.children()
+    rank.kill()
+    first, second = hosts.end()
+    assert first.status == 1
+    assert second.status == 256 - 9
+    (row,) = read_rows(hosts.results / "runs.csv")
+    assert row["status"] == "failed"
+    assert row["error"].startswith("another rank died: rank 1 on ")
+    assert len(read_completions(first.directory / "completions.jsonl")) == int(row["completed"]) > 0
+    assert "Traceback" not in first.stderr
+
+
+# --- arguments ---
+
+SHOW = "import json, sys; print('ARGUMENTS' + json.dumps(sys.argv[1:]))"
+
+
+def through_pdsh(script: Path, arguments: list[str], shell: str) -> list[str]:
+    """Returns what a script receives as its arguments when DeepSpeed sends them by pdsh to a host with ``shell``.
+
+    DeepSpeed's own class makes the command; as pdsh does, its words are joined, ``%`` sequences are replaced, and
+    the other host's shell reads the line.
+    """
+    from deepspeed.launcher.multinode_runner import PDSHRunner
+    from deepspeed.launcher.runner import encode_world_info, parse_args
+
+    hosts = {host: [0] for host in HOSTS}
+    flags = ["--master_addr", HOSTS[0], "--master_port", str(free_port()), "--no_local_rank"]
+    args = parse_args([*flags, str(script), *arguments])
+    line, _, _ = PDSHRunner(args, encode_world_info(hosts)).get_cmd(variables(), hosts)
+    command = " ".join(line[line.index("-w") + 2 :])
+    command = re.sub("%[hn%]", lambda found: {"%h": HOSTS[0], "%n": "0", "%%": "%"}[found[0]], command)
+    done = subprocess.run(
+        [shell, "-c", command], env=variables(), cwd=script.parent, capture_output=True, text=True, timeout=60
+    )
+    (shown,) = [text for text in done.stdout.splitlines() if text.startswith("ARGUMENTS")]
+    return json.loads(shown.removeprefix("ARGUMENTS"))
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+def test_pdsh_damages_plain_arguments_but_not_the_encoded_word(tmp_path: Path, shell: str) -> None:
+    script = tmp_path / "show.py"
+    script.write_text(SHOW)
+    word = encoded(ODD)
+    received = through_pdsh(script, ["engine.token_budget=64", "x=$HOME", "y='a,b'", "100%n", word], shell)
+    assert received == ["engine.token_budget=64", f"x={os.environ['HOME']}", "y=a,b", "1000", word]
+    assert decoded(received[-1:]) == ODD
+
+
+def test_deepspeed_on_one_host_passes_arguments_as_they_are(tmp_path: Path) -> None:
+    script = tmp_path / "show.py"
+    script.write_text(SHOW)
+    line = [str(script) if word == str(MAIN) else word for word in command(1, "cpu", ODD)]
+    done = subprocess.run(line, env=variables(), capture_output=True, text=True, timeout=60)
+    assert json.loads(done.stdout.removeprefix("ARGUMENTS")) == ["--local_rank=0", *ODD], done.stderr
+
+
+def test_hydra_hands_overrides_to_our_own_launcher_as_they_are(tmp_path: Path) -> None:
+    overrides = [f"dataset.path='{tmp_path / ODD_NAME}'", "model.architecture={a: [1, 2]}", "results_dir=x\\y"]
+    line = [sys.executable, MAIN, *overrides, "--cfg", "hydra", "-p", "hydra.overrides.task"]
+    done = subprocess.run(line, env=variables(), capture_output=True, text=True, timeout=60)
+    assert yaml.safe_load(done.stdout) == overrides, done.stderr
+
+
+# --- pdsh and Slurm, with stand-ins for what is not installed here ---
+
+# The words joined, %n replaced, and a shell on the other side that knows nothing of this one's variables.
+PDSH = """#!/usr/bin/env bash
+while [[ $1 == -* ]]; do
+  case $1 in
+    -w) IFS=, read -ra hosts <<<"$2"; shift 2 ;;
+    -f) shift 2 ;;
+    *) shift ;;
+  esac
+done
+command=$*
+for n in "${!hosts[@]}"; do
+  line=${command//%n/$n}
+  env -i HOME="$HOME" PATH=/usr/bin:/bin sh -c "${line//%%/%}" &
+done
+status=0
+while true; do
+  wait -n; code=$?
+  [ $code = 127 ] && exit $status
+  [ $code -gt $status ] && status=$code
+done
+"""
+SRUN = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+for n in 0 1; do SLURM_NODEID=$n SLURM_STEP_NUM_TASKS=2 "$@" & done
+status=0
+while true; do
+  wait -n; code=$?
+  [ $code = 127 ] && exit $status
+  [ $code -gt $status ] && status=$code
+done
+"""
+SCONTROL = """#!/usr/bin/env bash
+[ "$*" = "show hostnames 127.0.0.[1-2]" ] && printf '127.0.0.1\\n127.0.0.2\\n'
+"""
+
+
+def stand_ins(directory: Path, **scripts: str) -> str:
+    """Writes commands into a directory of their own; returns a PATH that finds them first."""
+    place = directory / "bin"
+    place.mkdir()
+    for name, text in scripts.items():
+        (place / name).write_text(text)
+        (place / name).chmod(0o755)
+    return f"{place}{os.pathsep}{BIN}{os.pathsep}{os.environ['PATH']}"
+
+
+def test_multi_node_py_takes_arguments_and_variables_through_pdsh(tmp_path: Path) -> None:
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
+    flags = ["--hostfile", hostfile, "--no_ssh_check", "--master_addr", "127.0.0.1", "--log_level", "critical"]
+    job = [*TINY, "parallel.dp=2", "dataset=asc24", odd_dataset(tmp_path), "engine.max_sequences=4"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch" / "multi_node.py", *flags, "--", *job, f"results_dir={tmp_path / 'results'}"],
+        cwd=ROOT,
+        env=variables(PATH=stand_ins(tmp_path, pdsh=PDSH), OMP_NUM_THREADS="1", TORCH_ODD='a "b" $c `d` \\e'),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    run = Run(done.returncode, done.stdout, done.stderr, tmp_path / "results")
+    check_shared(run, 20)
+    assert run.record["config"]["dataset"]["path"] == str(tmp_path / ODD_NAME)
+    assert run.record["environment"]["env"]["OMP_NUM_THREADS"] == "1"
+    assert run.record["environment"]["env"]["DS_ACCELERATOR"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--hostfile", "nowhere", "--"], "error: --hostfile: no such file: 'nowhere'; "),
+        (["--"], "error: --hostfile: not given; "),
+        (["parallel.dp=2"], "error: command line: no -- between "),
+        (["--hostfile={hostfile}", "--"], "error: --launcher: pdsh is not installed on this host; "),
+        (["--hostfile={hostfile}", "--launcher=openmpi", "--", "-m"], "error: --multirun: "),
+    ],
+)
+def test_what_multi_node_py_refuses_is_one_line(tmp_path: Path, arguments: list[str], line: str) -> None:
+    (tmp_path / "hostfile").write_text("127.0.0.1 slots=1\n")
+    line_of_words = [argument.format(hostfile=tmp_path / "hostfile") for argument in arguments]
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch" / "multi_node.py", *line_of_words],
+        cwd=ROOT,
+        env=variables(PATH=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(line)
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_slurm_file_starts_one_run_on_two_nodes(tmp_path: Path) -> None:
+    subprocess.run(["bash", "-n", ROOT / "launch" / "slurm.sbatch"], check=True)
+    copy = tmp_path / "slurm_script"  # Slurm runs a copy, in a directory of its own
+    shutil.copy(ROOT / "launch" / "slurm.sbatch", copy)
+    job = [*TINY, "parallel.dp=2", "dataset=asc24", odd_dataset(tmp_path), "engine.max_sequences=4"]
+    done = subprocess.run(
+        ["bash", copy, *job, f"results_dir={tmp_path / 'results'}"],
+        cwd=tmp_path,
+        env=variables(
+            PATH=stand_ins(tmp_path, srun=SRUN, scontrol=SCONTROL),
+            PYTHON=sys.executable,
+            SLURM_SUBMIT_DIR=str(ROOT),
+            SLURM_JOB_ID=str(free_port()),
+            SLURM_JOB_NODELIST="127.0.0.[1-2]",
+        ),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    run = Run(done.returncode, done.stdout, done.stderr, tmp_path / "results")
+    check_shared(run, 20)
+    assert run.record["config"]["dataset"]["path"] == str(tmp_path / ODD_NAME)
+
+
+# Two hosts with a cable between them, each of which takes its own name for a loopback address, as Debian does.
+NETWORK = """
+set -euo pipefail
+printf '127.0.0.1 localhost\\n127.0.1.1 nodea\\n10.77.0.2 nodeb\\n' >hosts.a
+printf '127.0.0.1 localhost\\n127.0.1.1 nodeb\\n10.77.0.1 nodea\\n' >hosts.b
+: >resolv.conf
+mount --bind resolv.conf /etc/resolv.conf
+unshare --net --mount --uts sleep 300 &
+b=$!
+trap 'kill $b' EXIT
+until [ "$(readlink /proc/$b/ns/net)" != "$(readlink /proc/self/ns/net)" ]; do sleep 0.05; done
+on_b() { nsenter --target $b --net --mount --uts "$@"; }
+ip link set lo up
+ip link add v0 type veth peer name v1 netns $b
+ip addr add 10.77.0.1/24 dev v0
+ip link set v0 up
+hostname nodea
+mount --bind hosts.a /etc/hosts
+on_b ip link set lo up
+on_b ip addr add 10.77.0.2/24 dev v1
+on_b ip link set v1 up
+on_b hostname nodeb
+on_b mount --bind "$PWD/hosts.b" /etc/hosts
+"""
+NAMESPACES = ["unshare", "--user", "--map-root-user", "--net", "--mount", "--uts", "bash", "-c"]
+
+
+def test_two_hosts_that_name_themselves_by_a_loopback_address(tmp_path: Path) -> None:
+    probe = subprocess.run([*NAMESPACES, NETWORK], cwd=tmp_path, capture_output=True, text=True)
+    if probe.returncode:
+        pytest.skip(f"no network namespaces here: {probe.stderr.strip()}")
+    (tmp_path / "hostfile").write_text("nodea slots=1\nnodeb slots=1\n")
+    flags = ["--hostfile", tmp_path / "hostfile", "--no_ssh", "--master_addr", "nodea", "--log_level", "critical"]
+    job = [*TINY, *SMALL, "parallel.dp=2", f"results_dir={tmp_path / 'results'}"]
+    done = subprocess.run(
+        [*NAMESPACES, NETWORK + '"$@" --node_rank 0 $JOB & a=$!; on_b "$@" --node_rank 1 $JOB; wait $a', "bash"]
+        + [str(part) for part in (BIN / "deepspeed", *flags)],
+        cwd=tmp_path,
+        env=variables(JOB=" ".join([str(MAIN), *job])),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    check_shared(Run(done.returncode, done.stdout, done.stderr, tmp_path / "results"), 40)
