@@ -13,7 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness import checkpoint, environment, workload
 from harness.checkpoint import Source
-from harness.config import Config, DType, check, check_auto_tp, check_kv_heads, to_config
+from harness.config import Config, DType, Kernels, check, check_auto_tp, check_kv_heads, to_config
+from harness.engines.fastgen.deepspeed_checks import unsupported
 from harness.errors import UserError
 from harness.explain import explain
 from harness.workload import Workload
@@ -60,10 +61,11 @@ def prepare(composed: DictConfig, local_ranks: int | None = None) -> Job:
     requests = workload.read(config.dataset)
     source = checkpoint.locate(config.model)
     check_kv_heads(config.parallel.tp, source.architecture.get("num_key_value_heads"))
-    if config.engine.name != "mii":
-        check_auto_tp(config.parallel.tp, source.architecture.get("model_type"))
     dtype = resolve_dtype(config.model.dtype, accelerator)
+    max_context = checkpoint.context_length(source.architecture, config.model.max_context)
     parallel = config.parallel
+    if config.engine.name != "mii" and not _ragged_kernels(config, accelerator, source, dtype, max_context):
+        check_auto_tp(parallel.tp, source.architecture.get("model_type"))
     _check_memory(source, dtype, accelerator, -(-(local_ranks or parallel.tp * parallel.dp) // parallel.tp))
     return Job(
         config=config,
@@ -71,7 +73,7 @@ def prepare(composed: DictConfig, local_ranks: int | None = None) -> Job:
         dtype=dtype,
         workload=requests,
         source=source,
-        max_context=checkpoint.context_length(source.architecture, config.model.max_context),
+        max_context=max_context,
     )
 
 
@@ -82,6 +84,25 @@ def resolve_dtype(dtype: DType, accelerator: str) -> str:
     if accelerator == "cuda" or environment.supports_bfloat16_on_cpu():
         return "bfloat16"
     return "float32"
+
+
+def _ragged_kernels(config: Config, accelerator: str, source: Source, dtype: str, max_context: int | None) -> bool:
+    """Returns whether DeepSpeed's ragged kernels shard the model; raises UserError if they are asked for and cannot."""
+    engine = config.engine
+    if engine.name != "fastgen" or accelerator != "cuda" or engine.kernels is Kernels.torch:
+        return False
+    reason = unsupported(
+        source.architecture,
+        dtype,
+        config.parallel.tp,
+        engine.quantization,
+        max_context,
+        dummy=source.kind == "dummy",
+        remote_code=source.trust_remote_code,
+    )
+    if reason is not None and engine.kernels is Kernels.deepspeed and source.architecture:
+        raise UserError("engine.kernels", f"deepspeed: {reason}", "use engine.kernels=torch or auto")
+    return reason is None
 
 
 def _check_memory(source: Source, dtype: str, accelerator: str, replicas: int) -> None:

@@ -377,3 +377,26 @@ def test_timeout_s_ends_the_run(tmp_path: Path) -> None:
     assert row["status"] == "timeout"
     assert "timeout_s=45" in row["error"]
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["engine.kernels=deepspeed"],
+            "error: engine.kernels: deepspeed: 9 query to 3 key-value heads is a ratio of 3,",
+        ),
+        (
+            ["model=llama2_7b", "model.weights=dummy", "engine.kernels=deepspeed", "model.dtype=float32"],
+            "error: engine.kernels: deepspeed: they compute in float16 or bfloat16, not in float32;",
+        ),
+        (["model=llama2_7b", "model.weights=dummy", "parallel.tp=512"], "error: parallel.tp: 512 ranks share 32 key"),
+    ],
+)
+def test_what_deepspeed_s_kernels_cannot_compute_is_refused_before_anything_is_loaded(
+    harness: Harness, overrides: list[str], line: str
+) -> None:
+    run = harness(*overrides, DS_ACCELERATOR="cuda")
+    assert run.status == 2
+    assert run.stderr.startswith(line) and run.stderr.count("\n") == 1
+    assert run.row["status"] == "invalid"
