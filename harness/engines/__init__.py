@@ -20,4 +20,8 @@ def create(settings: EngineSettings) -> Engine:
         from harness.engines.ds_inference import DsInferenceEngine
 
         return DsInferenceEngine(settings)
+    if settings.engine.name == "mii":
+        from harness.engines.mii import MiiEngine
+
+        return MiiEngine(settings)
     raise ValueError(f"no engine named {settings.engine.name!r}")  # config.check() lets none through
