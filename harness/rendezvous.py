@@ -273,14 +273,14 @@ class Rendezvous:
         return self.failure
 
     def fail(self, message: str, exit_status: int) -> None:
-        """Tells the other ranks that this one cannot go on; those on other hosts may still be on their way."""
+        """Tells the other ranks that this one cannot go on; waits a while for those that are still on their way."""
         self._over = True
-        patience_s = TELL_S if self.rank.several_hosts and exit_status != INTERRUPTED else 0.0
-        told = {"failure": message, "exit_status": exit_status}
+        patience_s = TELL_S if self.rank.world > 1 and exit_status != INTERRUPTED else 0.0
+        told: dict[str, Any] = {"failure": message, "exit_status": exit_status}
         if self.rank.first:
             if self.failure is None:
                 told["failure"] = f"{self._named(0, socket.gethostname())}: {message}"
-            deadline = time.monotonic() + patience_s
+            deadline = time.monotonic() + (patience_s if self.rank.several_hosts else 0.0)
             while self._listener is not None and len(self._lines) < self.rank.world - 1 and time.monotonic() < deadline:
                 self._hello()
             self._stop_listening()
@@ -288,10 +288,14 @@ class Rendezvous:
             return  # rank 0 knows more than this rank
         elif not self._lines and self.rank.world > 1:
             try:
-                self._connect(patience_s)
+                line = self._connect(patience_s)
             except UserError:
                 return
-            told |= self._introduction()
+            line.send(told | self._introduction())
+            # When this rank is gone, its launcher ends rank 0 if that is on the same host: not before it has heard.
+            line.socket.settimeout(patience_s)
+            line.receive()
+            return
         for line in self._lines.values():
             line.send(told)
 

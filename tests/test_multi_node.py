@@ -133,9 +133,10 @@ def test_a_host_without_the_dataset_ends_the_run_in_its_own_words(start: Callabl
 
 
 def test_a_rank_that_dies_on_another_host_ends_the_run(start: Callable[..., Hosts]) -> None:
-    hosts = start(*TINY, *SMALL, "parallel.dp=2", "dataset.num_samples=100000")
+    job = ["dataset.num_samples=20000", "dataset.input_len=16", "dataset.output_len=16"]
+    hosts = start(*TINY, *RANDOM, *job, "parallel.dp=2")
     deadline = time.monotonic() + 120
-    while not any(path.stat().st_size > 10_000 for path in hosts.results.glob("*/completions.jsonl")):
+    while not any(path.stat().st_size for path in hosts.results.glob("*/completions.jsonl")):
         assert all(launcher.poll() is None for launcher in hosts.launchers) and time.monotonic() < deadline
         time.sleep(0.1)
     (launch,) = psutil.Process(hosts.launchers[1].pid).children()
@@ -156,8 +157,8 @@ def test_a_rank_that_dies_on_another_host_ends_the_run(start: Callable[..., Host
 SHOW = "import json, sys; print('ARGUMENTS' + json.dumps(sys.argv[1:]))"
 
 
-def through_pdsh(script: Path, arguments: list[str], shell: str) -> list[str]:
-    """Returns what a script receives as its arguments when DeepSpeed sends them by pdsh to a host with ``shell``.
+def through_pdsh(script: Path, arguments: list[str]) -> list[str]:
+    """Returns what a script receives as its arguments when DeepSpeed sends them to a host by pdsh.
 
     DeepSpeed's own class makes the command; as pdsh does, its words are joined, ``%`` sequences are replaced, and
     the other host's shell reads the line.
@@ -172,18 +173,17 @@ def through_pdsh(script: Path, arguments: list[str], shell: str) -> list[str]:
     command = " ".join(line[line.index("-w") + 2 :])
     command = re.sub("%[hn%]", lambda found: {"%h": HOSTS[0], "%n": "0", "%%": "%"}[found[0]], command)
     done = subprocess.run(
-        [shell, "-c", command], env=variables(), cwd=script.parent, capture_output=True, text=True, timeout=60
+        ["bash", "-c", command], env=variables(), cwd=script.parent, capture_output=True, text=True, timeout=60
     )
     (shown,) = [text for text in done.stdout.splitlines() if text.startswith("ARGUMENTS")]
     return json.loads(shown.removeprefix("ARGUMENTS"))
 
 
-@pytest.mark.parametrize("shell", ["sh", "bash"])
-def test_pdsh_damages_plain_arguments_but_not_the_encoded_word(tmp_path: Path, shell: str) -> None:
+def test_pdsh_damages_plain_arguments_but_not_the_encoded_word(tmp_path: Path) -> None:
     script = tmp_path / "show.py"
     script.write_text(SHOW)
     word = encoded(ODD)
-    received = through_pdsh(script, ["engine.token_budget=64", "x=$HOME", "y='a,b'", "100%n", word], shell)
+    received = through_pdsh(script, ["engine.token_budget=64", "x=$HOME", "y='a,b'", "100%n", word])
     assert received == ["engine.token_budget=64", f"x={os.environ['HOME']}", "y=a,b", "1000", word]
     assert decoded(received[-1:]) == ODD
 
@@ -197,7 +197,7 @@ def test_deepspeed_on_one_host_passes_arguments_as_they_are(tmp_path: Path) -> N
 
 
 def test_hydra_hands_overrides_to_our_own_launcher_as_they_are(tmp_path: Path) -> None:
-    overrides = [f"dataset.path='{tmp_path / ODD_NAME}'", "model.architecture={a: [1, 2]}", "results_dir=x\\y"]
+    overrides = [f"dataset.path='{tmp_path / ODD_NAME}'", "+model.architecture.rope={a: [1, 2]}", "results_dir=x\\y"]
     line = [sys.executable, MAIN, *overrides, "--cfg", "hydra", "-p", "hydra.overrides.task"]
     done = subprocess.run(line, env=variables(), capture_output=True, text=True, timeout=60)
     assert yaml.safe_load(done.stdout) == overrides, done.stderr

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 
 import pytest
 
 from harness.errors import UserError
-from harness.launcher import MAIN, command, describe, free_port
-from harness.ranks import Rank, check_world, rank_of, without_local_rank
+from harness.launcher import MAIN, check_devices, command, describe, free_port
+from harness.ranks import Rank, check_world, decoded, encoded, rank_of, without_local_rank
 
 
 def test_a_plain_process_is_no_rank() -> None:
@@ -20,7 +22,30 @@ def test_deepspeed_s_variables() -> None:
     rank = rank_of({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"})
     assert rank == Rank(rank=5, world=8, local_rank=1, local_world=4)
     assert not rank.first
+    assert rank.several_hosts
     assert rank_of({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}) == Rank(0, 2, 0, 2)
+    variables = {"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_SIZE": "2", "CROSS_RANK": "1"}
+    assert rank_of(variables) == Rank(rank=2, world=3, local_rank=0, local_world=2, host=1)
+
+
+def test_a_launcher_that_numbers_no_ranks_is_refused() -> None:
+    # Each process would start the ranks of a whole run.
+    for variable in ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        with pytest.raises(UserError, match=rf"^launch: {variable}=2, but no RANK: .*; start one deepspeed --no_ssh"):
+            rank_of({variable: "2"})
+        assert rank_of({variable: "1"}) is None
+    assert rank_of({"SLURM_STEP_NUM_TASKS": "2", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}) == Rank(1, 2, 0, 2)
+
+
+def test_overrides_travel_as_one_word() -> None:
+    overrides = ["dataset.path='a b,[c]*$d\\.json'", "", "--", "é漢\n", "%n", "\udcff"]
+    word = encoded(overrides)
+    assert re.fullmatch(r"--encoded=[A-Za-z0-9_-]+", word)
+    assert decoded(["before", word, "after"]) == ["before", *overrides, "after"]
+    assert decoded([encoded([])]) == []
+    for broken in ("--encoded=", word[:-3], "--encoded=eyJhIjogMX0", "--encoded=WzFd", "--encoded=*"):
+        with pytest.raises(UserError, match=r"^--encoded: .* is damaged; launch/multi_node.py makes it$"):
+            decoded([broken])
 
 
 @pytest.mark.parametrize(
@@ -40,6 +65,8 @@ def test_the_launch_must_have_tp_times_dp_ranks() -> None:
     check_world(Rank(0, 6, 0, 6), tp=3, dp=2)
     with pytest.raises(UserError, match=r"^parallel: tp=1 x dp=2 needs 2 ranks, the launch has 3"):
         check_world(Rank(0, 3, 0, 3), tp=1, dp=2)
+    with pytest.raises(UserError, match=r"the launch has 3; give the hostfile as many slots"):
+        check_world(Rank(0, 3, 0, 2), tp=2, dp=1)
 
 
 def test_the_command_is_deepspeed_s_launcher_with_the_overrides_untouched() -> None:
@@ -48,7 +75,33 @@ def test_the_command_is_deepspeed_s_launcher_with_the_overrides_untouched() -> N
     assert line[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
     assert line[3:5] == ["--num_accelerators", "3"]
     assert line[-3:] == [str(MAIN), *overrides]
-    assert command(2, "cuda", [])[3:5] == ["--num_gpus", "2"]
+    assert line[line.index("--hostfile") + 1] == os.devnull  # one machine, whatever /job/hostfile says
+
+
+@pytest.mark.parametrize(
+    ("visible", "flags"),
+    [
+        (None, ["--num_gpus", "2"]),
+        ("", ["--num_gpus", "2"]),
+        ("5, 3,1", ["--include", "localhost:5,3"]),
+        ("3", ["--num_gpus", "2"]),
+        ("GPU-12ab,GPU-34cd", ["--num_gpus", "2"]),
+    ],
+)
+def test_the_gpus_that_the_user_chose(monkeypatch: pytest.MonkeyPatch, visible: str | None, flags: list[str]) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert command(2, "cuda", [])[3:5] == flags
+    assert command(2, "cpu", [])[3:5] == ["--num_accelerators", "2"]
+
+
+def test_more_ranks_than_gpus_are_refused_with_the_way_out() -> None:
+    check_devices(50, 20, "cpu")  # ranks on a CPU are processes
+    with pytest.raises(
+        UserError, match=r"^parallel: tp=50 x dp=20 needs 1000 GPUs, this machine shows \d+; .*--hostfile"
+    ):
+        check_devices(50, 20, "cuda")
 
 
 def test_free_ports_differ_from_the_default() -> None:

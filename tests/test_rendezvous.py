@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import psutil
@@ -21,6 +21,20 @@ from harness.rendezvous import RankFailed, Rendezvous, use_interface
 FACTS = {"engine.token_budget": 64, "dataset's sha256": "abc"}
 
 
+def in_thread(call: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """Runs ``call`` beside the test; a thread that waits for ever does not keep the test from failing."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
 class Ranks:
     """The ranks of a launch, one on each host, and how often each heard that another failed."""
 
@@ -32,10 +46,9 @@ class Ranks:
             for n in range(world)
         ]
         self.ends[0].open()
-        self.pool = ThreadPoolExecutor(world)
 
     def meet(self, number: int, facts: dict[str, Any] = FACTS) -> Future[None]:
-        return self.pool.submit(self.ends[number].meet, facts)
+        return in_thread(self.ends[number].meet, facts)
 
     def all_meet(self) -> None:
         for end in [self.meet(number) for number in range(len(self.ends))]:
@@ -87,7 +100,7 @@ def test_a_lone_rank_meets_nobody() -> None:
 def test_a_rank_that_is_refused_is_heard_by_all(launch: Callable[[int], Ranks], late: float) -> None:
     ranks = launch(3)
     # Before rank 0 looks, which may still be converting its model; or while it waits.
-    failing = ranks.pool.submit(lambda: (time.sleep(late), ranks.ends[2].fail("model.path: no such file", REFUSED)))
+    failing = in_thread(lambda: (time.sleep(late), ranks.ends[2].fail("model.path: no such file", REFUSED)))
     waiting = ranks.meet(1)
     with pytest.raises(RankFailed, match=r"^rank 2 on \S+: model.path: no such file$") as heard:
         ranks.ends[0].meet(FACTS)
@@ -100,7 +113,7 @@ def test_a_rank_that_is_refused_is_heard_by_all(launch: Callable[[int], Ranks], 
 
 def test_rank_0_tells_those_that_are_still_to_come(launch: Callable[[int], Ranks]) -> None:
     ranks = launch(2)
-    failing = ranks.pool.submit(ranks.ends[0].fail, "dataset.path: no such file", REFUSED)
+    failing = in_thread(ranks.ends[0].fail, "dataset.path: no such file", REFUSED)
     time.sleep(0.5)
     with pytest.raises(RankFailed, match=r"^rank 0 on \S+: dataset.path: no such file$"):
         ranks.ends[1].meet(FACTS)
@@ -144,7 +157,7 @@ def test_strangers_are_sent_away(launch: Callable[[int], Ranks]) -> None:
     gathering = ranks.meet(0)
     place = ("127.0.0.1", int(os.environ["MASTER_PORT"]))
     for words in (b"GET / HTTP/1.1\r\n\r\n", b'{"rank": 7}\n', b'{"rank": true}\n', b"[]\n", b"\xff\n"):
-        with socket.create_connection(place) as stranger:
+        with socket.create_connection(place, timeout=20) as stranger:
             stranger.sendall(words)
             assert b"another launch" in stranger.recv(1000)
     ranks.meet(1).result(20)
@@ -161,7 +174,8 @@ def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gloo_uses_the_network_that_leads_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that what is set below is taken back
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     for address in (None, "203.0.113.7", "not an address"):
         use_interface(address)
         assert "GLOO_SOCKET_IFNAME" not in os.environ
