@@ -100,7 +100,7 @@ def run(composed: DictConfig, rank: Rank) -> int:
         work.replicas.stop()
     if recorder is None:
         print(f"error: rank {rank.rank}: {error_line}", file=sys.stderr)
-        rendezvous.fail(error_line, exit_status)
+        _tell(rendezvous, error_line, exit_status)
         return exit_status
     log.error("%s: %s", status, error_line)
     kept = f" (what was finished is in {recorder.directory})" if running else ""
@@ -109,8 +109,17 @@ def run(composed: DictConfig, rank: Rank) -> int:
     except UserError as error:
         kept = f"; and the record cannot be written: {error}"
     print(f"error: {error_line}{kept}", file=sys.stderr)
-    rendezvous.fail(error_line, exit_status)
+    _tell(rendezvous, error_line, exit_status)
     return exit_status
+
+
+def _tell(rendezvous: Rendezvous, error_line: str, exit_status: int) -> None:
+    """Tells the other ranks; meanwhile a signal ends this one, since there is nothing left to write down."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    rendezvous.fail(error_line, exit_status)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def same_everywhere(job: Job, resolved: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Compares runs side by side: the same requests, in turn, the median of several rounds.
 
-    python launch/bench_engines.py [--variants "engine=baseline" "engine=fastgen"] [--cores 0,1] [overrides ...]
-    python launch/bench_engines.py --variants "cores=0 parallel.dp=1" "cores=0,1 parallel.dp=2"
+    python launch/bench_engines.py --cores 0,1 [overrides ...]               # engine=baseline and engine=fastgen
+    python launch/bench_engines.py --variant "cores=0 parallel.dp=1" --variant "cores=0,1 parallel.dp=2" [overrides ...]
 
 A variant is a string of overrides; the others come from the end of the command line. Every run is a normal one
 (python harness/main.py ...) pinned to --cores, or to the variant's own cores=...; its row goes to --results/runs.csv,
@@ -38,12 +38,13 @@ def run(variant: str, overrides: list[str], cores: str, results: Path) -> dict[s
 def main() -> None:
     """Runs the rounds and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", default=["engine=baseline", "engine=fastgen"])
+    parser.add_argument("--variant", action="append", help="its own overrides in one string; give two or more")
     parser.add_argument("--cores", default="0", help="comma-separated, as taskset takes them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "bench")
     options, overrides = parser.parse_known_args()
-    rows: dict[str, list[dict[str, str]]] = {variant: [] for variant in options.variants}
+    variants = options.variant or ["engine=baseline", "engine=fastgen"]
+    rows: dict[str, list[dict[str, str]]] = {variant: [] for variant in variants}
     width = max(len(variant) for variant in rows)
     for number in range(options.rounds):
         for variant in rows:
@@ -55,8 +56,8 @@ def main() -> None:
                 f"({row['total_tokens']} tokens in {float(row['elapsed_s']):.1f} s, load average {load:.1f})",
                 flush=True,
             )
-    first = statistics.median(float(row["total_tokens_per_s"]) for row in rows[options.variants[0]])
-    sample = rows[options.variants[0]][0]
+    first = statistics.median(float(row["total_tokens_per_s"]) for row in rows[variants[0]])
+    sample = rows[variants[0]][0]
     print(
         f"\n{sample['model']} {sample['dtype']}, {sample['dataset']} ({sample['requests']} requests), "
         f"stop={sample['stop']}, cores {options.cores} unless said, {sample['device_name']}, median of {options.rounds}"
