@@ -48,7 +48,6 @@ mine = {
     "place": [tensor.rank, tensor.size, tensor.leader, tensor.leads],
     "shared": tensor.share(["from", rank.rank] if tensor.leads else None),
     "least": tensor.least(100 - rank.rank),
-    "cores": sorted(os.sched_getaffinity(0)),
 }
 everyone = [None] * rank.world
 dist.all_gather_object(everyone, mine)
