@@ -61,8 +61,6 @@ FAMILIES = (
     HEAD
     + """
 import transformers
-from test_main import RANDOM, TINY
-
 from harness.config import AUTO_TP_FAMILIES
 from harness.engines.auto_tp import init_inference
 from harness.engines.fastgen.packed_linear import can_pack, pack_linears
