@@ -371,11 +371,11 @@ def test_a_killed_replica_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_timeout_s_ends_the_run(tmp_path: Path) -> None:
-    process = start(tmp_path, "timeout_s=45")
+    process = start(tmp_path, "timeout_s=20")
     status, stderr, row = ended(process, tmp_path)
     assert status == 1
     assert row["status"] == "timeout"
-    assert "timeout_s=45" in row["error"]
+    assert "timeout_s=20" in row["error"]
     assert "Traceback" not in stderr
 
 
