@@ -4,6 +4,6 @@
 # DS_ACCELERATOR=cuda runs it on a GPU instead.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launch/setup.sh
+source launch/setup.sh "" # without an argument it would be given ours
 export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 exec .venv/bin/python harness/main.py "$@"

@@ -400,3 +400,12 @@ def test_what_deepspeed_s_kernels_cannot_compute_is_refused_before_anything_is_l
     assert run.status == 2
     assert run.stderr.startswith(line) and run.stderr.count("\n") == 1
     assert run.row["status"] == "invalid"
+
+
+@pytest.mark.skipif(not (ROOT / ".venv" / "installed-test").exists(), reason="needs the environment of launch/test.sh")
+def test_run_sh_hands_its_overrides_to_the_harness_alone() -> None:
+    line = ["bash", "launch/run.sh", "experiment=quickstart", "engine.token_budget=123", "--cfg", "job"]
+    done = subprocess.run(line, cwd=ROOT, env=variables(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    composed = yaml.safe_load(done.stdout)
+    assert (composed["dataset"]["num_samples"], composed["engine"]["token_budget"]) == (16, 123)
