@@ -38,9 +38,12 @@ def handled(timeout_s: float | None, hung: Callable[[int], None], patience_s: fl
     """
     noticed = threading.Event()
 
+    def nothing(signum: int, frame: FrameType | None) -> None:
+        pass
+
     def quiet() -> None:
-        for number in ENDING:
-            signal.signal(number, signal.SIG_IGN)
+        for number in ENDING:  # SIG_IGN would have the interpreter complain of a signal that is already on its way
+            signal.signal(number, nothing)
 
     def end(signum: int, frame: FrameType | None) -> None:
         noticed.set()
