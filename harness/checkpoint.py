@@ -10,7 +10,7 @@ import errno
 import io
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+# A checkpoint's own code and packed weights: where the weights are made up there are neither.
+NOT_FOR_DUMMIES = ("auto_map", "quantization_config")
 SIZES = (
     "hidden_size",
     "num_hidden_layers",
@@ -301,29 +303,32 @@ def _load_pretrained(source: Source, kwargs: dict[str, Any]) -> PreTrainedModel:
     mismatched = [entry[0] for entry in info["mismatched_keys"]]
     # Older LLaMA checkpoints also hold each layer's rotary frequencies, which follow from the config.
     unexpected = [key for key in info["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq")]
-    for keys, what in (
-        (info["missing_keys"], "lacks weights"),
-        (mismatched, "has weights of another shape than its config says"),
-        (unexpected, "has weights that its config has no place for"),
-    ):
-        if keys:
-            found = f"{source.path} {what}: {len(keys)}, for example {min(keys)}"
-            raise UserError("model.path", found, "use a complete checkpoint with its own config.json")
+    refuse_other_weights(source, info["missing_keys"], mismatched, unexpected)
     if source.kind == "gguf":  # the weights are plain now, and must look so to whoever saves or shards them
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
     return model
 
 
+def refuse_other_weights(
+    source: Source, missing: Collection[str], mismatched: Collection[str], unexpected: Collection[str]
+) -> None:
+    """Raises UserError for a checkpoint whose weights are not those that its config describes."""
+    for names, what in (
+        (missing, "lacks weights"),
+        (mismatched, "has weights of another shape than its config says"),
+        (unexpected, "has weights that its config has no place for"),
+    ):
+        if names:
+            found = f"{source.path} {what}: {len(names)}, for example {min(names)}"
+            raise UserError("model.path", found, "use a complete checkpoint with its own config.json")
+
+
 def _load_dummy(source: Source, seed: int, kwargs: dict[str, Any]) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    dropped = (
-        "auto_map",
-        "quantization_config",
-    )  # of a checkpoint's code and packed weights: there are neither
-    architecture = {key: value for key, value in source.architecture.items() if key not in dropped}
+    architecture = {key: value for key, value in source.architecture.items() if key not in NOT_FOR_DUMMIES}
     with quiet(), as_user_error("model.architecture", quoted(architecture.get("model_type"))):
         config = AutoConfig.for_model(**architecture)
         config.initializer_range = 0.02  # small enough for activations to stay finite in half precision

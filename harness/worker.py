@@ -275,7 +275,7 @@ class _Run:
         from harness.engines.base import Clock
 
         assert self.replicas is not None
-        leads = self.replicas.tensor is None or self.replicas.tensor.leads
+        leads = self.engine.settings.leads
         self.replicas.barrier()
         clock = Clock()
         if leads:

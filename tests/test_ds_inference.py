@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_fastgen_engine import TINY, hugging_face, requests, settings
+from test_fastgen_engine import TINY, generate, hugging_face, requests, settings
 
 from harness.config import EngineConfig, Stop
-from harness.engines.base import Clock
 from harness.engines.ds_inference import DsInferenceEngine, prefill_groups
 from harness.engines.static_cache import StaticCache
 from harness.results import PassRecord
@@ -23,21 +22,9 @@ from harness.workload import Completion, Request
 def engine_for(model_type: str = "llama", stop: Stop = Stop.length, **engine: Any) -> DsInferenceEngine:
     more = {"sliding_window": None, "pad_token_id": 0} if model_type in ("mistral", "phi3") else {"pad_token_id": 0}
     chosen = settings(model_type, stop, more)
-    loaded = DsInferenceEngine(type(chosen)(**{**_fields(chosen), "engine": EngineConfig("ds_inference", **engine)}))
+    loaded = DsInferenceEngine(replace(chosen, engine=EngineConfig("ds_inference", **engine)))
     loaded.load()
     return loaded
-
-
-def _fields(chosen: Any) -> dict[str, Any]:
-    return {name: getattr(chosen, name) for name in chosen.__dataclass_fields__}
-
-
-def generate(engine: DsInferenceEngine, jobs: Sequence[Request]) -> dict[int, Completion]:
-    found: dict[int, Completion] = {}
-    for completion in engine.generate(iter(engine.arrange(jobs)), Clock()):
-        assert completion.index not in found
-        found[completion.index] = completion
-    return found
 
 
 def ids(found: dict[int, Completion]) -> dict[int, list[int]]:

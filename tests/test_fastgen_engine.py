@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from harness import checkpoint
 from harness.checkpoint import Source
 from harness.config import EngineConfig, GenerationConfig, Order, Stop
-from harness.engines.base import Clock, EngineSettings
+from harness.engines.base import Clock, Engine, EngineSettings
 from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.fastgen.paged_attention import KvCache, build_plan, ragged_attention
 from harness.engines.fastgen.scheduler import Chunk, RaggedBatch, Sequence
@@ -62,7 +62,7 @@ def requests(count: int, seed: int = 0) -> list[Request]:
     ]
 
 
-def generate(engine: FastGenEngine, jobs: list[Request]) -> dict[int, Completion]:
+def generate(engine: Engine, jobs: list[Request]) -> dict[int, Completion]:
     found: dict[int, Completion] = {}
     for completion in engine.generate(iter(engine.arrange(jobs)), Clock()):
         assert completion.index not in found

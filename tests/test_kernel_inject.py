@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_ds_inference import engine_for, generate, ids
-from test_fastgen_engine import TINY, hugging_face, requests, settings
+from test_ds_inference import engine_for, ids
+from test_fastgen_engine import TINY, generate, hugging_face, requests, settings
 from transformers import DynamicCache
 
 from harness import checkpoint
@@ -46,19 +46,19 @@ def test_layers_that_agree_pass_the_check(rows: int) -> None:
     layers = LayersThatRemember(rows)
     expected = expected_logits(layers.model)
     assert expected.shape == (4, 2, TINY["vocab_size"])
-    check(InjectedBatch(layers, rows, 64, "cpu", torch.float32), expected)
+    check(InjectedBatch(layers, rows, "cpu", torch.float32), expected)
 
 
 @pytest.mark.parametrize("damage", [0.5, float("nan")])
 def test_layers_that_compute_something_else_are_refused(damage: float) -> None:
     expected = expected_logits(LayersThatRemember(2).model)
     with pytest.raises(UserError, match=r"^engine\.kernel_inject: true: DeepSpeed's injected kernels do not compute"):
-        check(InjectedBatch(LayersThatRemember(2, damage), 2, 64, "cpu", torch.float32), expected)
+        check(InjectedBatch(LayersThatRemember(2, damage), 2, "cpu", torch.float32), expected)
 
 
 def test_batches_of_all_rows_give_hugging_face_ids() -> None:
     engine = engine_for(batch_size=4, batch_tokens=4 * 190)
-    engine.injected = InjectedBatch(LayersThatRemember(4), 4, 190, "cpu", torch.float32)
+    engine.injected = InjectedBatch(LayersThatRemember(4), 4, "cpu", torch.float32)
     jobs = [
         *requests(14, seed=11),
         Request(14, "", 20, prompt_ids=tuple([7] * 180)),

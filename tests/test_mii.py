@@ -31,6 +31,7 @@ from deepspeed.inference.v2.ragged.sequence_descriptor import DSSequenceDescript
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from test_fastgen_engine import requests as jobs_of
 
 from harness import checkpoint, environment
 from harness.checkpoint import ByteTokenizer
@@ -225,20 +226,6 @@ def engine_on_cpu(
     engine.stops = frozenset()
     engine.pipeline = pipeline_of(settings, RequestPipeline, logits_of, blocks, block_size)
     return engine
-
-
-def jobs_of(count: int, seed: int = 0) -> list[Request]:
-    rng = random.Random(seed)
-    lengths = [1, 2, 3, 7, 20, 60, 150]
-    return [
-        Request(
-            index=index,
-            prompt="",
-            output_len=rng.randint(1, 30),
-            prompt_ids=tuple(rng.randrange(3, VOCABULARY) for _ in range(rng.choice(lengths))),
-        )
-        for index in range(count)
-    ]
 
 
 def run(engine: MiiEngine, jobs: list[Request]) -> dict[int, Completion]:

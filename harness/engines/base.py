@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from harness.config import EngineConfig, GenerationConfig, Stop
+from harness.config import EngineConfig, GenerationConfig, Order, Stop
 from harness.results import PassRecord
 from harness.workload import Completion, Request
 
@@ -41,6 +41,16 @@ class EngineSettings:
     lookahead: int = 256
     tensor: TensorParallel | None = None
     host_ranks: int = 1
+
+    @property
+    def tp(self) -> int:
+        """Ranks that share this engine's model, itself among them."""
+        return 1 if self.tensor is None else self.tensor.size
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank takes requests: it has its model to itself, or leads those that share it."""
+        return self.tensor is None or self.tensor.leads
 
 
 @dataclass(slots=True)
@@ -132,6 +142,39 @@ class Engine(ABC):
         """Returns the requests in the order in which they should be handed to :meth:`generate`."""
         return list(requests)
 
+    def tokenize(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Returns the prompts' ids, and books the time; prompts that came as ids stay what they are."""
+        started = time.perf_counter()
+        texts = [request.prompt for request in requests if request.prompt_ids is None]
+        encoded = iter(self.tokenizer(texts).input_ids if texts else [])
+        prompts = [next(encoded) if request.prompt_ids is None else list(request.prompt_ids) for request in requests]
+        self.statistics.tokenize_s += time.perf_counter() - started
+        return prompts
+
+    def completion(
+        self,
+        index: int,
+        prompt_tokens: int,
+        token_ids: list[int],
+        finish_reason: str,
+        first_token_s: float | None,
+        clock: Clock,
+    ) -> Completion:
+        """Returns what came of a request, its text made from ``token_ids``; books the time."""
+        started = time.perf_counter()
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        self.statistics.detokenize_s += time.perf_counter() - started
+        return Completion(
+            index=index,
+            prompt_tokens=prompt_tokens,
+            output_tokens=len(token_ids),
+            finish_reason=finish_reason,
+            token_ids=token_ids,
+            text=text,
+            first_token_s=first_token_s,
+            finished_s=clock(),
+        )
+
     @abstractmethod
     def generate(self, requests: Iterable[Request], clock: Clock) -> Iterator[Completion]:
         """Yields one completion a request, rejected ones included, in the order of finishing.
@@ -163,6 +206,13 @@ class Clock:
 
     def __call__(self) -> float:
         return time.perf_counter() - self.started
+
+
+def arranged(requests: Sequence[Request], order: Order) -> list[Request]:
+    """Returns the requests as ``engine.order`` says; equal lengths keep the dataset's order."""
+    if order is Order.dataset:
+        return list(requests)
+    return sorted(requests, key=lambda request: -(request.output_len or 0))
 
 
 def rejection(request: Request, reason: str, clock: Clock) -> Completion:

@@ -81,12 +81,10 @@ class DsInferenceEngine(Engine):
     def _load_injected(self) -> None:
         """Loads the model, replaces its layers by DeepSpeed's, and checks that they compute the same."""
         settings = self.settings
-        kernel_inject.refuse_unsupported(
-            settings.source.architecture, settings.tensor.size if settings.tensor is not None else 1
-        )
+        kernel_inject.refuse_unsupported(settings.source.architecture, settings.tp)
         model = auto_tp.load_whole(settings, "eager")
         self.stop_ids = stop_ids(model, settings.generation)
-        expected = kernel_inject.expected_logits(model) if self._leads else None
+        expected = kernel_inject.expected_logits(model) if settings.leads else None
         if settings.tensor is not None:
             expected = settings.tensor.share(expected)
         self.engine = auto_tp.init_inference(
@@ -95,7 +93,6 @@ class DsInferenceEngine(Engine):
         self.injected = kernel_inject.InjectedBatch(
             self.engine.module,
             settings.engine.batch_size,
-            self._width,
             settings.device,
             getattr(torch, settings.dtype),
         )
@@ -109,7 +106,7 @@ class DsInferenceEngine(Engine):
 
     def warm_up(self) -> None:
         """Runs one full batch of made-up prompts for a few tokens."""
-        if not self._leads:
+        if not self.settings.leads:
             self.follow()
             return
         rows = self.settings.engine.batch_size
@@ -172,7 +169,9 @@ class DsInferenceEngine(Engine):
                         row.first_token_s = now
                     if self._finished(token, len(row.output), row.output_len):
                         live -= 1
-                        yield self._completion(row, clock)
+                        reason = "eos" if token in self.stop_ids else "length"
+                        index, length = row.request.index, len(row.prompt)
+                        yield self.completion(index, length, row.output, reason, row.first_token_s, clock)
         self._release()
         statistics.steps = steps
         statistics.mean_tokens_per_pass = tokens / steps if steps else None
@@ -184,23 +183,14 @@ class DsInferenceEngine(Engine):
             for _ in self._compute(*batch):
                 pass
 
-    @property
-    def _leads(self) -> bool:
-        return self.settings.tensor is None or self.settings.tensor.leads
-
     def _release(self) -> None:
         if self.settings.tensor is not None:
             self.settings.tensor.share(None)
 
     def _admit(self, requests: list[Request], clock: Clock) -> tuple[list[Completion], list[_Row]]:
         """Tokenizes requests; returns the rejections, and a row for each of the others."""
-        started = time.perf_counter()
-        texts = [request.prompt for request in requests if request.prompt_ids is None]
-        encoded = iter(self.tokenizer(texts).input_ids if texts else [])
-        prompts = [next(encoded) if request.prompt_ids is None else list(request.prompt_ids) for request in requests]
-        self.statistics.tokenize_s += time.perf_counter() - started
         rejected, rows = [], []
-        for request, prompt in zip(requests, prompts, strict=True):
+        for request, prompt in zip(requests, self.tokenize(requests), strict=True):
             assert request.output_len is not None  # workload.resolve() has seen to it
             reason = self.too_long(len(prompt), request.output_len)
             if self.injected is not None and len(prompt) + request.output_len > self._width:
@@ -339,21 +329,6 @@ class DsInferenceEngine(Engine):
         if tensor is not None:  # the leader's choice, even where another rank rounds differently
             torch.distributed.broadcast(tokens, tensor.leader, group=tensor.group)
         return tokens.tolist()
-
-    def _completion(self, row: _Row, clock: Clock) -> Completion:
-        started = time.perf_counter()
-        text = self.tokenizer.decode(row.output, skip_special_tokens=True)
-        self.statistics.detokenize_s += time.perf_counter() - started
-        return Completion(
-            index=row.request.index,
-            prompt_tokens=len(row.prompt),
-            output_tokens=len(row.output),
-            finish_reason="eos" if row.output[-1] in self.stop_ids else "length",
-            token_ids=row.output,
-            text=text,
-            first_token_s=row.first_token_s,
-            finished_s=clock(),
-        )
 
 
 def prefill_groups(lengths: list[int], waste: float = 0.25) -> list[list[int]]:

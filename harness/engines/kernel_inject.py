@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from harness.checkpoint_files import attention_heads
+from harness.engines.static_cache import left_padded
 from harness.errors import UserError
 
 CHECK_PROMPTS = [[5, 9, 17, 30, 41, 77, 101], [11, 3, 8]]  # of unlike length, so that padding is checked as well
@@ -58,13 +59,12 @@ class InjectedBatch:
 
     Args:
         module: the model with injected layers; ``reset_cache`` empties their workspace.
-        rows, width: sequences, and columns of each, that the workspace has room for.
+        rows: sequences that the workspace has room for.
     """
 
-    def __init__(self, module: Any, rows: int, width: int, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, module: Any, rows: int, device: str, dtype: torch.dtype) -> None:
         self.module = module
         self.rows = rows
-        self.width = width
         self.device = device
         self.dtype = dtype
         self.begins = torch.zeros(rows, dtype=torch.int64)
@@ -79,9 +79,7 @@ class InjectedBatch:
         self.begins = torch.tensor([columns - len(prompt) for prompt in filled])
         ids = torch.tensor([[0] * (columns - len(prompt)) + prompt for prompt in filled])
         positions = (torch.arange(columns)[None] - self.begins[:, None]).clamp(min=0)
-        place = torch.arange(columns)
-        sees = (place[None, :] <= place[:, None])[None] & (place[None, None, :] >= self.begins[:, None, None])
-        return self._forward(ids, positions, sees | torch.eye(columns, dtype=torch.bool)[None])
+        return self._forward(ids, positions, left_padded(self.begins, columns))
 
     def decode(self, tokens: list[int]) -> Tensor:
         """Feeds the newest token of each row, empty rows included; returns the logits ``[rows, vocab]``."""

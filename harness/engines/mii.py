@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from harness import checkpoint
-from harness.config import Order
-from harness.engines.base import Clock, Engine, EngineStatistics, Progress, rejection
+from harness.engines.base import Clock, Engine, EngineStatistics, Progress, arranged, rejection
+from harness.engines.fastgen.kv_blocks import blocks_at_end, refusal
 from harness.engines.mii_settings import (
     USE_FASTGEN,
     device_memory,
@@ -148,8 +148,8 @@ class RequestPipeline(MIIPipeline):
         weakref.finalize(self, _close, self.socket, self._zmq_context)
 
     def blocks_needed(self, prompt_tokens: int, output_len: int) -> int:
-        """Returns the KV blocks that a request holds at its end; the last token is never fed back."""
-        return -(-(prompt_tokens + output_len - 1) // self.block_size)
+        """Returns the KV blocks that a request holds at its end."""
+        return blocks_at_end(prompt_tokens, output_len, self.block_size)
 
     def has_room(self, prompt_tokens: int, output_len: int) -> bool:
         """Whether the KV cache can hold this request, and all active ones, to their ends."""
@@ -303,7 +303,7 @@ class MiiEngine(Engine):
 
     def warm_up(self) -> None:
         """Runs two prompts, of a full pass if the context allows, and some decodes, on made-up tokens."""
-        if self.settings.tensor is not None and not self.settings.tensor.leads:
+        if not self.settings.leads:
             self.follow()
             return
         slots = self.pipeline.total_blocks * self.pipeline.block_size
@@ -313,10 +313,8 @@ class MiiEngine(Engine):
             pass
 
     def arrange(self, requests: Sequence[Request]) -> list[Request]:
-        """Returns the requests as ``engine.order`` says; equal lengths keep the dataset's order."""
-        if self.settings.engine.order is Order.dataset:
-            return list(requests)
-        return sorted(requests, key=lambda request: -(request.output_len or 0))
+        """Returns the requests as ``engine.order`` says."""
+        return arranged(requests, self.settings.engine.order)
 
     def generate(self, requests: Iterable[Request], clock: Clock) -> Iterator[Completion]:
         """Yields completions as MII finishes them; see :meth:`Engine.generate`."""
@@ -357,7 +355,14 @@ class MiiEngine(Engine):
             pipeline.backlog = len(ready)
             pipeline.generate()
             for entry in pipeline.finished:
-                yield self._completion(entry, clock)
+                yield self.completion(
+                    entry.request.index,
+                    entry.prompt_tokens,
+                    entry.token_ids,
+                    entry.finish_reason,
+                    entry.first_token_s,
+                    clock,
+                )
             pipeline.finished.clear()
         pipeline.end()
         if self.statistics.steps:
@@ -367,27 +372,15 @@ class MiiEngine(Engine):
         self, requests: list[Request], ready: deque[tuple[Request, list[int]]], clock: Clock
     ) -> Iterator[Completion]:
         """Adds requests and their prompts' ids to ``ready``; yields the rejections."""
-        started = time.perf_counter()
-        texts = [request.prompt for request in requests if request.prompt_ids is None]
-        encoded = iter(self.tokenizer(texts).input_ids if texts else [])
-        prompts = [next(encoded) if request.prompt_ids is None else list(request.prompt_ids) for request in requests]
-        self.statistics.tokenize_s += time.perf_counter() - started
-        for request, ids in zip(requests, prompts, strict=True):
+        for request, ids in zip(requests, self.tokenize(requests), strict=True):
             assert request.output_len is not None
-            reason = self.too_long(len(ids), request.output_len) or self._refusal(len(ids), request.output_len)
+            reason = self.too_long(len(ids), request.output_len) or refusal(
+                len(ids), request.output_len, self.pipeline.block_size, self.pipeline.total_blocks
+            )
             if reason:
                 yield rejection(request, reason, clock)
             else:
                 ready.append((request, ids))
-
-    def _refusal(self, prompt_tokens: int, output_len: int) -> str | None:
-        needed, total = self.pipeline.blocks_needed(prompt_tokens, output_len), self.pipeline.total_blocks
-        if needed <= total:
-            return None
-        return (
-            f"prompt of {prompt_tokens} tokens + output_len {output_len} needs {needed} KV blocks of "
-            f"{self.pipeline.block_size} tokens, the cache has {total} (engine.kv_memory)"
-        )
 
     def _account(self, done: PassRecord) -> None:
         statistics, pipeline = self.statistics, self.pipeline
@@ -401,18 +394,3 @@ class MiiEngine(Engine):
         running = len(pipeline.active) - pipeline.waiting
         counts = (pipeline.prompt_tokens, pipeline.output_tokens)
         self.on_progress(Progress(running, done.waiting or 0, done.kv_utilisation, *counts))
-
-    def _completion(self, entry: Entry, clock: Clock) -> Completion:
-        started = time.perf_counter()
-        text = self.tokenizer.decode(entry.token_ids, skip_special_tokens=True)
-        self.statistics.detokenize_s += time.perf_counter() - started
-        return Completion(
-            index=entry.request.index,
-            prompt_tokens=entry.prompt_tokens,
-            output_tokens=len(entry.token_ids),
-            finish_reason=entry.finish_reason,
-            token_ids=entry.token_ids,
-            text=text,
-            first_token_s=entry.first_token_s,
-            finished_s=clock(),
-        )

@@ -47,7 +47,7 @@ def model_settings(
         "model_name_or_path": path,
         "tokenizer": tokenizer,
         # Never left out: the default is the environment's WORLD_SIZE.
-        "tensor_parallel": settings.tensor.size if settings.tensor else 1,
+        "tensor_parallel": settings.tp,
         "quantization_mode": engine.quantization,
         "inference_engine_config": {"state_manager": manager},
         "max_length": settings.max_context,
@@ -168,7 +168,7 @@ def refuse_unsupported(settings: EngineSettings, source: Source) -> None:
 
     from harness.engines.fastgen.deepspeed_checks import device_unsupported, not_installed, unsupported
 
-    tp, quantization = settings.tensor.size if settings.tensor else 1, settings.engine.quantization
+    tp, quantization = settings.tp, settings.engine.quantization
     if tp > settings.host_ranks:
         found = f"{tp} ranks, {settings.host_ranks} of them on this host: MII's tensor parallelism stays on one"
         raise UserError("parallel.tp", found, USE_FASTGEN)
@@ -232,7 +232,7 @@ def device_memory(settings: EngineSettings, source: Source) -> dict[str, Any]:
     import torch
     from deepspeed.inference.v2.kernels.ragged_ops.blocked_flash.blocked_flash import get_kv_block_size
 
-    tp = settings.tensor.size if settings.tensor else 1
+    tp = settings.tp
     _, kv_heads, head_dim = attention_heads(source.architecture)
     block = get_kv_block_size(head_dim)
     block_bytes = block * checkpoint.kv_bytes_per_token(source.architecture, 2) // kv_heads * -(-kv_heads // tp)

@@ -52,10 +52,7 @@ class StaticCache:
         begins = torch.tensor([self.begins[row] - (self.prompt_columns - columns) for row in rows])
         mask = None
         if begins.any():
-            place = torch.arange(columns)
-            sees = (place[None, :] <= place[:, None])[None] & (place[None, None, :] >= begins[:, None, None])
-            # Padding sees itself: a softmax over nothing would be NaN, and spread.
-            mask = (sees | torch.eye(columns, dtype=torch.bool)[None])[:, None].to(self.mask.device)
+            mask = left_padded(begins, columns)[:, None].to(self.mask.device)
         self._prefill = (rows, mask)
 
     def begin_decode(self) -> None:
@@ -99,6 +96,18 @@ class StaticCache:
         keys[: self.live, :, self.column - 1] = key[:, :, 0]
         values[: self.live, :, self.column - 1] = value[:, :, 0]
         return _attend(query, keys[seen], values[seen], self.mask[: self.live, begin : self.column], scale)
+
+
+def left_padded(begins: Tensor, columns: int) -> Tensor:
+    """Returns what each token of prompts padded on the left sees, bool ``[rows, columns, columns]``.
+
+    Args:
+        begins: ``[rows]`` each prompt's first column.
+    """
+    place = torch.arange(columns)
+    sees = (place[None, :] <= place[:, None])[None] & (place[None, None, :] >= begins[:, None, None])
+    # Padding sees itself: a softmax over nothing would be NaN, and spread.
+    return sees | torch.eye(columns, dtype=torch.bool)[None]
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -76,7 +76,7 @@ def engine_config(settings: EngineSettings) -> RaggedInferenceEngineConfig:
     atoms = min(engine.token_budget, engine.max_sequences + engine.token_budget // SMALLEST_ATOM)
     context = {} if settings.max_context is None else {"max_context": settings.max_context}
     return RaggedInferenceEngineConfig(
-        tensor_parallel={"tp_size": 1 if settings.tensor is None else settings.tensor.size},
+        tensor_parallel={"tp_size": settings.tp},
         state_manager={
             "max_ragged_batch_size": engine.token_budget,
             "max_ragged_sequence_count": atoms,
@@ -126,7 +126,7 @@ class DeepSpeedRunner:
             unsupported(
                 config.to_dict(),
                 settings.dtype,
-                1 if self.tensor is None else self.tensor.size,
+                settings.tp,
                 quantization,
                 settings.max_context,
                 dummy=settings.source.kind == "dummy",

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DUMMY_DEVIATION = 0.02  # as checkpoint.load_model draws them
-NOT_A_CHOICE = ("auto_map", "quantization_config")  # of a checkpoint's config, where its weights are made up
 
 
 class Weights(CheckpointEngineBase):
@@ -109,17 +108,12 @@ class Weights(CheckpointEngineBase):
                     shards[path] = [name for name in names if not (self.tied and name == HEAD)]
                     found |= {name: tuple(shard.get_slice(name).get_shape()) for name in shards[path]}
         both = self.expected.keys() & found.keys()
-        for differing, what in (
-            (self.expected.keys() - found.keys(), "lacks weights"),
-            (
-                {name for name in both if self.expected[name] != found[name]},
-                "has weights of another shape than its config says",
-            ),
-            (found.keys() - self.expected.keys(), "has weights that its config has no place for"),
-        ):
-            if differing:
-                text = f"{self.source.path} {what}: {len(differing)}, for example {min(differing)}"
-                raise UserError("model.path", text, "use a complete checkpoint with its own config.json")
+        checkpoint.refuse_other_weights(
+            self.source,
+            missing=self.expected.keys() - found.keys(),
+            mismatched={name for name in both if self.expected[name] != found[name]},
+            unexpected=found.keys() - self.expected.keys(),
+        )
         return shards
 
     def _files(self, directory: Path) -> list[Path]:
@@ -145,7 +139,9 @@ def skeleton(source: Source) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     if source.kind == "dummy":
-        architecture: dict[str, Any] = {k: v for k, v in source.architecture.items() if k not in NOT_A_CHOICE}
+        architecture: dict[str, Any] = {
+            k: v for k, v in source.architecture.items() if k not in checkpoint.NOT_FOR_DUMMIES
+        }
         with quiet(), as_user_error("model.architecture", quoted(architecture.get("model_type"))):
             config = AutoConfig.for_model(**architecture)
             return _on_meta(AutoModelForCausalLM, config)

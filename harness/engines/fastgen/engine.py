@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import islice
 
 from harness import checkpoint
-from harness.config import Kernels, Order
-from harness.engines.base import Clock, Engine, EngineSettings, EngineStatistics, Progress, rejection
+from harness.config import Kernels
+from harness.engines.base import Clock, Engine, EngineSettings, EngineStatistics, Progress, arranged, rejection
 from harness.engines.fastgen import deepspeed_checks
 from harness.engines.fastgen.kv_blocks import KvBlocks
 from harness.engines.fastgen.runner import Runner
@@ -64,7 +63,7 @@ class FastGenEngine(Engine):
 
     def warm_up(self) -> None:
         """Runs a full prompt pass and some decodes on made-up tokens."""
-        if self.settings.tensor is not None and not self.settings.tensor.leads:
+        if not self.settings.leads:
             self.follow()
             return
         scheduler = self._scheduler(frozenset())
@@ -88,10 +87,8 @@ class FastGenEngine(Engine):
         self.team.follow()
 
     def arrange(self, requests: SequenceOf[Request]) -> list[Request]:
-        """Returns the requests as ``engine.order`` says; equal lengths keep the dataset's order."""
-        if self.settings.engine.order is Order.dataset:
-            return list(requests)
-        return sorted(requests, key=lambda request: -(request.output_len or 0))
+        """Returns the requests as ``engine.order`` says."""
+        return arranged(requests, self.settings.engine.order)
 
     def generate(self, requests: Iterable[Request], clock: Clock) -> Iterator[Completion]:
         """Yields completions as their sequences finish; see :meth:`Engine.generate`."""
@@ -146,7 +143,14 @@ class FastGenEngine(Engine):
             )
             for sequence in finished:
                 self.runner.free(sequence)
-                yield self._completion(sequence, active.pop(sequence.uid), clock)
+                yield self.completion(
+                    sequence.uid,
+                    sequence.prompt_len,
+                    sequence.output_ids,
+                    sequence.finish_reason or "length",
+                    active.pop(sequence.uid).first_token_s,
+                    clock,
+                )
 
         if self.team is not None:
             self.team.release()
@@ -175,7 +179,7 @@ class FastGenEngine(Engine):
         reason = deepspeed_checks.unsupported(
             settings.source.architecture,
             settings.dtype,
-            1 if settings.tensor is None else settings.tensor.size,
+            settings.tp,
             engine.quantization,
             settings.max_context,
             dummy=settings.source.kind == "dummy",
@@ -203,12 +207,7 @@ class FastGenEngine(Engine):
         self, requests: list[Request], scheduler: Scheduler, active: dict[int, _Active], clock: Clock
     ) -> Iterator[Completion]:
         """Tokenizes requests and queues them; yields the rejections."""
-        started = time.perf_counter()
-        texts = [request.prompt for request in requests if request.prompt_ids is None]
-        encoded = iter(self.tokenizer(texts).input_ids if texts else [])
-        prompts = [next(encoded) if request.prompt_ids is None else list(request.prompt_ids) for request in requests]
-        self.statistics.tokenize_s += time.perf_counter() - started
-        for request, ids in zip(requests, prompts, strict=True):
+        for request, ids in zip(requests, self.tokenize(requests), strict=True):
             assert request.output_len is not None  # workload.resolve() has seen to it
             reason = self.too_long(len(ids), request.output_len) or scheduler.refusal(len(ids), request.output_len)
             if reason:
@@ -216,19 +215,3 @@ class FastGenEngine(Engine):
                 continue
             active[request.index] = _Active(request)
             scheduler.submit(Sequence(request.index, ids, len(ids), request.output_len))
-
-    def _completion(self, sequence: Sequence, entry: _Active, clock: Clock) -> Completion:
-        started = time.perf_counter()
-        ids = sequence.output_ids
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        self.statistics.detokenize_s += time.perf_counter() - started
-        return Completion(
-            index=sequence.uid,
-            prompt_tokens=sequence.prompt_len,
-            output_tokens=len(ids),
-            finish_reason=sequence.finish_reason or "length",
-            token_ids=ids,
-            text=text,
-            first_token_s=entry.first_token_s,
-            finished_s=clock(),
-        )

@@ -51,3 +51,19 @@ class KvBlocks:
         for block in blocks:
             heapq.heappush(self._free, block)
         blocks.clear()
+
+
+def blocks_at_end(prompt_tokens: int, output_len: int, block_size: int) -> int:
+    """Returns the blocks that a request holds at its end; the last token is never fed back, so never stored."""
+    return -(-(prompt_tokens + output_len - 1) // block_size)
+
+
+def refusal(prompt_tokens: int, output_len: int, block_size: int, total: int) -> str | None:
+    """Returns why a request could never run in a cache of ``total`` blocks, or None when it can."""
+    needed = blocks_at_end(prompt_tokens, output_len, block_size)
+    if needed <= total:
+        return None
+    return (
+        f"prompt of {prompt_tokens} tokens + output_len {output_len} needs {needed} KV blocks of "
+        f"{block_size} tokens, the cache has {total} (engine.kv_memory)"
+    )

@@ -15,7 +15,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from harness.engines.fastgen.kv_blocks import KvBlocks
+from harness.engines.fastgen.kv_blocks import KvBlocks, refusal
 
 
 @dataclass(slots=True, eq=False)
@@ -98,14 +98,7 @@ class Scheduler:
 
     def refusal(self, prompt_tokens: int, max_new_tokens: int) -> str | None:
         """Returns why a request could never run in this cache, or None when it can."""
-        # The last generated token is never fed back, so its keys and values are never stored.
-        needed = self.blocks.needed(prompt_tokens + max_new_tokens - 1)
-        if needed <= self.blocks.total:
-            return None
-        return (
-            f"prompt of {prompt_tokens} tokens + output_len {max_new_tokens} needs {needed} KV blocks of "
-            f"{self.blocks.block_size} tokens, the cache has {self.blocks.total} (engine.kv_memory)"
-        )
+        return refusal(prompt_tokens, max_new_tokens, self.blocks.block_size, self.blocks.total)
 
     def submit(self, sequence: Sequence) -> None:
         """Puts a sequence at the end of the queue; raises ValueError for one that :meth:`refusal` refuses."""
