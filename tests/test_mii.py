@@ -28,7 +28,7 @@ from deepspeed.inference.v2.model_implementations.inference_transformer_base imp
 from deepspeed.inference.v2.ragged import PlaceholderSequenceDescriptor
 from deepspeed.inference.v2.ragged.manager_configs import AllocationMode, KVCacheConfig, MemoryConfig
 from deepspeed.inference.v2.ragged.sequence_descriptor import DSSequenceDescriptor
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from test_fastgen_engine import requests as jobs_of
@@ -492,7 +492,7 @@ def test_where_stock_mii_loses_tokens_or_gives_up_ours_does_not() -> None:
 @pytest.mark.usefixtures("no_gpu")
 def test_starvation_would_be_loud() -> None:
     mii = engine_on_cpu(settings_of(order=Order.dataset), blocks=10)
-    mii.pipeline.total_blocks = 40  # a wrong count
+    mii.pipeline.usable_blocks = 40  # a wrong count
     jobs = [Request(index, "", 25, prompt_ids=(index + 3,) * 8) for index in range(6)]
     with pytest.raises(RuntimeError, match=r"can schedule none of its \d+ requests: 24 of 40 KV blocks are promised"):
         list(mii.generate(iter(jobs), Clock()))
@@ -608,6 +608,8 @@ def test_blocks_needed_are_those_that_deepspeed_takes(prompt: int, output: int, 
     lookahead=st.integers(1, 9),
     stop=st.integers(0, VOCABULARY - 1),
 )
+@example(lengths=[(14, 1)], blocks=4, block_size=4, max_sequences=1, room=0, lookahead=1, stop=0)  # the cache full
+@example(lengths=[(10, 1)], blocks=4, block_size=4, max_sequences=1, room=0, lookahead=1, stop=0)
 def test_every_token_comes_back_whatever_the_cache(
     lengths: list[tuple[int, int]],
     blocks: int,
@@ -628,7 +630,7 @@ def test_every_token_comes_back_whatever_the_cache(
     found = run(mii, jobs)
     for job in jobs:
         needed = -(-(len(job.prompt_ids or ()) + (job.output_len or 0) - 1) // block_size)
-        if needed > blocks:
+        if needed > blocks - 1:
             assert found[job.index].finish_reason == "rejected"
         else:
             assert found[job.index].token_ids == counted(job, mii.stops)

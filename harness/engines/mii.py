@@ -137,6 +137,8 @@ class RequestPipeline(MIIPipeline):
         self.on_pass: Callable[[PassRecord], None] = lambda record: None
         self.block_size = min(group.block_size for group in inference_engine.model().kv_cache_config())
         self.total_blocks = int(min(inference_engine.free_blocks))
+        # MII feeds no prompt while no block is free, not even the rest of one whose last block has room.
+        self.usable_blocks = self.total_blocks - 1
         self.active: dict[int, Entry] = {}
         self.finished: list[Entry] = []
         self.reserved = 0  # blocks of all active requests at their ends
@@ -153,7 +155,7 @@ class RequestPipeline(MIIPipeline):
 
     def has_room(self, prompt_tokens: int, output_len: int) -> bool:
         """Whether the KV cache can hold this request, and all active ones, to their ends."""
-        return self.reserved + self.blocks_needed(prompt_tokens, output_len) <= self.total_blocks
+        return self.reserved + self.blocks_needed(prompt_tokens, output_len) <= self.usable_blocks
 
     def submit(self, request: Request, prompt_ids: Sequence[int], stops: frozenset[int]) -> None:
         """Hands a request, for which :meth:`has_room`, to MII's queue."""
@@ -228,7 +230,7 @@ class RequestPipeline(MIIPipeline):
     def reset_request_status(self) -> None:
         """Never reached while :meth:`has_room` is asked; MII's own would move generated tokens into a prompt."""
         raise RuntimeError(
-            f"MII can schedule none of its {len(self.buffer)} requests: {self.reserved} of {self.total_blocks} "
+            f"MII can schedule none of its {len(self.buffer)} requests: {self.reserved} of {self.usable_blocks} "
             f"KV blocks are promised, {int(min(self.inference_engine.free_blocks))} are free"
         )
 
@@ -306,7 +308,7 @@ class MiiEngine(Engine):
         if not self.settings.leads:
             self.follow()
             return
-        slots = self.pipeline.total_blocks * self.pipeline.block_size
+        slots = self.pipeline.usable_blocks * self.pipeline.block_size
         length = min(slots - 4, (self.settings.max_context or slots) - 4, self.settings.engine.token_budget)
         requests = [Request(uid, "", 4, prompt_ids=(1,) * length) for uid in range(2 if length > 0 else 0)]
         for _ in self._run(requests, Clock(), frozenset()):
@@ -375,7 +377,7 @@ class MiiEngine(Engine):
         for request, ids in zip(requests, self.tokenize(requests), strict=True):
             assert request.output_len is not None
             reason = self.too_long(len(ids), request.output_len) or refusal(
-                len(ids), request.output_len, self.pipeline.block_size, self.pipeline.total_blocks
+                len(ids), request.output_len, self.pipeline.block_size, self.pipeline.usable_blocks
             )
             if reason:
                 yield rejection(request, reason, clock)
