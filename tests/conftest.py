@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from harness.results import read_completions
@@ -19,6 +20,11 @@ from harness.runs_table import read_rows
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 SAMPLE = ROOT / "harness" / "data" / "sample.jsonl"
+
+# The same examples each time, so that a change is judged by what it changes; other ones: --hypothesis-profile=search
+hypothesis.settings.register_profile("search", deadline=None)
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 
 @dataclasses.dataclass(frozen=True)
