@@ -83,6 +83,29 @@ def deepspeed(ranks: int, *flags: str) -> tuple[str, ...]:
     return (str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port()), *flags)
 
 
+def launched(directory: Path, script: str, ranks: int, *arguments: str, **environment: str) -> Any:
+    """Runs a script under DeepSpeed's launcher; returns what rank 0 wrote, as JSON, to the last argument it got."""
+    (directory / "rank.py").write_text(script)
+    place = directory / "outcome.json"
+    done = subprocess.run(
+        [*deepspeed(ranks, "--log_level", "critical"), str(directory / "rank.py"), *arguments, str(place)],
+        cwd=ROOT,
+        env=variables(**environment),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert place.exists(), done.stderr
+    return json.loads(place.read_text())
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], line: str) -> None:
+    """Asserts that a command ended as one does that refuses its input: one line, which starts so, and status 2."""
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(line)
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.fixture
 def harness(tmp_path: Path) -> Callable[..., Run]:
     """Returns a function that runs the harness from the repository's root with results of its own."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, Run, command, deepspeed, variables
+from conftest import ROOT, Run, assert_refused, command, deepspeed, variables
 
 from harness.results import read_completions
 from harness.runs_table import COLUMNS, read_rows
@@ -241,9 +241,7 @@ def test_odd_command_lines_are_one_line_too(tmp_path: Path, override: str, line:
         text=True,
         timeout=60,
     )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(line)
-    assert done.stderr.count("\n") == 1
+    assert_refused(done, line)
 
 
 def test_results_that_cannot_be_written(tmp_path: Path) -> None:
@@ -252,9 +250,7 @@ def test_results_that_cannot_be_written(tmp_path: Path) -> None:
         done = subprocess.run(
             command(f"results_dir={place}"), cwd=ROOT, env=variables(), capture_output=True, text=True, timeout=60
         )
-        assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith("error: results_dir: ")
-        assert done.stderr.count("\n") == 1
+        assert_refused(done, "error: results_dir: ")
 
 
 def test_under_deepspeed_a_refusal_is_one_line_too(harness: Harness) -> None:

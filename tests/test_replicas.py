@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from pathlib import Path
 
-from conftest import ROOT, deepspeed, variables
+from conftest import launched
 
 RANK = """
 import json, os, sys, time
@@ -58,23 +56,8 @@ if mode == "works":
 """
 
 
-def two_ranks(tmp_path: Path, mode: str) -> dict:
-    script, place = tmp_path / "rank.py", tmp_path / "outcome.json"
-    script.write_text(RANK)
-    done = subprocess.run(
-        [*deepspeed(2, "--log_level", "critical"), str(script), mode, str(place)],
-        cwd=ROOT,
-        env=variables(),
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert place.exists(), done.stderr
-    return json.loads(place.read_text())
-
-
 def test_each_request_is_taken_once_and_comes_back(tmp_path: Path) -> None:
-    outcome = two_ranks(tmp_path, "works")
+    outcome = launched(tmp_path, RANK, 2, "works")
     theirs = [index for index, _, _ in outcome["found"]]
     assert sorted(outcome["mine"] + theirs) == list(range(50))
     assert len(outcome["mine"]) > len(theirs) > 0  # the fast replica did more
@@ -85,7 +68,7 @@ def test_each_request_is_taken_once_and_comes_back(tmp_path: Path) -> None:
 
 
 def test_a_failing_rank_is_heard_with_its_own_message(tmp_path: Path) -> None:
-    outcome = two_ranks(tmp_path, "fails")
+    outcome = launched(tmp_path, RANK, 2, "fails")
     assert outcome["failure"] == "rank 1: out of luck"
     assert outcome["stopped"] == 1
     assert len(outcome["found"]) == 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, Run, command, deepspeed, variables
+from conftest import ROOT, Run, command, launched, variables
 from test_main import RANDOM, TINY
 
 from harness.config import AUTO_TP_FAMILIES
@@ -90,24 +89,8 @@ replicas.leave()
 )
 
 
-def launched(tmp_path: Path, script: str, ranks: int) -> dict | list:
-    """Runs a script under DeepSpeed's launcher and returns what rank 0 wrote."""
-    (tmp_path / "rank.py").write_text(script)
-    place = tmp_path / "outcome.json"
-    done = subprocess.run(
-        [*deepspeed(ranks, "--log_level", "critical"), str(tmp_path / "rank.py"), str(place)],
-        cwd=ROOT,
-        env=variables(OMP_NUM_THREADS="1"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert place.exists(), done.stderr
-    return json.loads(place.read_text())
-
-
 def test_each_replica_has_a_group_of_its_own(tmp_path: Path) -> None:
-    everyone = launched(tmp_path, GROUPS, 4)
+    everyone = launched(tmp_path, GROUPS, 4, OMP_NUM_THREADS="1")
     # A reduction that ignored its group would give 1111 everywhere.
     assert [rank["sum"] for rank in everyone] == [11, 11, 1100, 1100]
     assert [rank["place"] for rank in everyone] == [
@@ -122,7 +105,7 @@ def test_each_replica_has_a_group_of_its_own(tmp_path: Path) -> None:
 
 def test_auto_tp_shards_every_family_that_is_let_through(tmp_path: Path) -> None:
     """Two ranks with uneven heads (4 and 2 of 6) give the whole model's logits, in bfloat16 on packed weights too."""
-    differences = launched(tmp_path, FAMILIES, 2)
+    differences = launched(tmp_path, FAMILIES, 2, OMP_NUM_THREADS="1")
     assert {key.split()[0] for key in differences} == set(AUTO_TP_FAMILIES)
     for key, (difference, packed) in differences.items():
         assert difference < (1e-5 if key.endswith("float32") else 0.03), key

@@ -14,6 +14,7 @@ from harness import checkpoint
 from harness.checkpoint_files import LLAMA_LIKE, Source, attention_heads, find
 from harness.config import parse_bytes
 from harness.engines.base import EngineSettings, stop_ids
+from harness.engines.kv_memory import is_fraction, too_little, too_much
 from harness.errors import UserError, one_line
 
 RESERVED_BYTES = 1_000_000_000  # what MII by default leaves free beside the KV cache
@@ -80,21 +81,12 @@ def memory_settings(
             "use a larger parallel.tp, or a smaller model",
         )
     amount = parse_bytes(kv_memory)
-    has_unit = isinstance(kv_memory, str) and kv_memory.strip()[-1].isalpha()
-    if amount <= 1 and not has_unit:
+    if is_fraction(kv_memory):
         return {"mode": "reserve", "size": max(RESERVED_BYTES, int((1 - amount) * left))}
     if amount < block_bytes:
-        raise UserError(
-            "engine.kv_memory",
-            f"{kv_memory} is less than one block of {tokens_per_block} tokens ({block_bytes} bytes)",
-            "give more memory",
-        )
+        raise too_little(kv_memory, int(amount), tokens_per_block, block_bytes)
     if amount > left:
-        raise UserError(
-            "engine.kv_memory",
-            f"{kv_memory} asks for {amount / 2**30:.1f} GiB, {left / 2**30:.1f} GiB are free beside the weights",
-            "give less, or a fraction such as 0.5",
-        )
+        raise too_much(kv_memory, amount, left, " beside the weights")
     return {"mode": "allocate", "size": int(amount // block_bytes)}
 
 

@@ -46,7 +46,7 @@ from harness.engines.base import EngineSettings, stop_ids
 from harness.engines.fastgen.deepspeed_checks import FP6, TOKENS_MOST, device_unsupported, unsupported
 from harness.engines.fastgen.deepspeed_weights import Weights
 from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
-from harness.engines.fastgen.torch_runner import kv_memory_bytes
+from harness.engines.kv_memory import kv_memory_bytes, too_little, too_much
 from harness.environment import available_memory_bytes
 from harness.errors import UserError
 
@@ -155,22 +155,17 @@ class DeepSpeedRunner:
         layers, kv_heads, head_dim = cache.cache_shape
         layer_elements = cache.block_size * 2 * kv_heads * head_dim
         block_bytes = layers * layer_elements * elem_size(cache.cache_dtype)
-        free = self._free_memory()
-        asked = kv_memory_bytes(self.settings.engine.kv_memory, free)
+        setting, free = self.settings.engine.kv_memory, self._free_memory()
+        asked = kv_memory_bytes(setting, free)
         blocks, possible = asked // block_bytes, free // block_bytes
         if self.tensor is not None:
             # All ranks must find the same, or some would refuse while the others wait for them.
             blocks, possible = self.tensor.least(blocks), self.tensor.least(possible)
         blocks = min(blocks, max_blocks, INDEXABLE // layer_elements)
-        setting = self.settings.engine.kv_memory
         if blocks > possible:
-            found = f"{setting} asks for {asked / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
-            raise UserError("engine.kv_memory", found, "give less, or a fraction such as 0.5")
+            raise too_much(setting, asked, free)
         if blocks < 1:
-            found = (
-                f"{setting} is {asked} bytes, less than one block of {cache.block_size} tokens ({block_bytes} bytes)"
-            )
-            raise UserError("engine.kv_memory", found, "give more memory")
+            raise too_little(setting, asked, cache.block_size, block_bytes)
         self.engine_config.state_manager.memory_config.size = blocks
         self.engine = _Engine(self.policy, self.engine_config, self._group)
         return int(blocks)

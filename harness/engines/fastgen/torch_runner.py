@@ -17,6 +17,7 @@ from harness.engines.base import EngineSettings, stop_ids
 from harness.engines.fastgen.packed_linear import can_pack, pack_linears
 from harness.engines.fastgen.paged_attention import KvCache, KvProbe, build_plan, ragged_attention
 from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
+from harness.engines.kv_memory import kv_memory_bytes, too_little, too_much
 from harness.environment import available_memory_bytes
 from harness.errors import UserError
 
@@ -56,22 +57,14 @@ class TorchRunner:
         shapes = self._kv_shapes()
         block_size = self.block_size
         block_bytes = 2 * block_size * self.dtype.itemsize * sum(heads * head_dim for heads, head_dim in shapes)
-        free = self._free_memory()
-        memory = kv_memory_bytes(self.settings.engine.kv_memory, free)
+        setting, free = self.settings.engine.kv_memory, self._free_memory()
+        memory = kv_memory_bytes(setting, free)
         blocks = min(max_blocks, memory // block_bytes)
         if blocks * block_bytes > free:
-            raise UserError(
-                "engine.kv_memory",
-                f"{self.settings.engine.kv_memory} asks for {memory / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free",
-                "give less, or a fraction such as 0.5",
-            )
+            raise too_much(setting, memory, free)
         if blocks < 1:
-            raise UserError(
-                "engine.kv_memory",
-                f"{self.settings.engine.kv_memory} is {memory} bytes, less than one block of "
-                f"{block_size} tokens ({block_bytes} bytes)",
-                "give more memory, or a smaller engine.kv_block_size",
-            )
+            remedy = "give more memory, or a smaller engine.kv_block_size"
+            raise too_little(setting, memory, block_size, block_bytes, remedy)
         self.caches = [
             KvCache(*(self._zeros(blocks, heads, block_size, head_dim) for _ in range(2))) for heads, head_dim in shapes
         ]
@@ -122,15 +115,6 @@ class TorchRunner:
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info(self.device)[0]
         return available_memory_bytes() // self.settings.host_ranks
-
-
-def kv_memory_bytes(setting: float | int | str, free_memory: int) -> int:
-    """Returns ``engine.kv_memory`` in bytes: up to 1 it is a fraction of ``free_memory``, else bytes."""
-    from harness.config import parse_bytes
-
-    amount = parse_bytes(setting)
-    has_unit = isinstance(setting, str) and setting.strip()[-1].isalpha()
-    return int(amount * free_memory) if amount <= 1 and not has_unit else int(amount)
 
 
 def refuse_unusual_attention(config: object, max_context: int | None) -> None:
