@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,21 @@ def attention_heads(architecture: dict[str, Any]) -> tuple[int, int, int]:
 def positive_integer(value: object) -> int:
     """Returns ``value`` if it is a positive integer, else 0."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+def rotary_settings(architecture: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields the rotary settings, in ``rope_parameters`` since transformers 5 and in ``rope_scaling`` before."""
+    for key in ("rope_parameters", "rope_scaling"):
+        found = architecture.get(key)
+        if isinstance(found, dict):
+            yield found
+            yield from (value for value in found.values() if isinstance(value, dict))  # one a kind of layer
+
+
+def rotary_types(architecture: dict[str, Any]) -> set[str]:
+    """Returns the kinds of rotary embedding that the config names, such as ``llama3``."""
+    found = {entry.get("rope_type", entry.get("type")) for entry in rotary_settings(architecture)}
+    return {str(rope_type) for rope_type in found if rope_type is not None}
 
 
 def _check_safetensors(path: Path) -> None:

@@ -17,10 +17,11 @@ from harness.errors import UserError, quoted
 
 
 class Kernels(Enum):
-    """Which forward pass ``engine=fastgen`` uses: ``auto`` is deepspeed on CUDA and torch elsewhere."""
+    """Which forward pass ``engine=fastgen`` uses: ``auto`` is deepspeed on CUDA, native on CPUs, torch elsewhere."""
 
     auto = "auto"
     deepspeed = "deepspeed"
+    native = "native"
     torch = "torch"
 
 
@@ -300,7 +301,7 @@ def _check_engine_on_cpu(config: Config) -> None:
         raise UserError(
             "engine.kernels",
             "deepspeed needs CUDA: its ragged kernels do not exist for cpu",
-            "use engine.kernels=torch or auto",
+            "use engine.kernels=native, torch or auto",
         )
     if config.model.dtype is DType.float16:
         raise UserError(

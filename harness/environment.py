@@ -113,7 +113,7 @@ def cuda_devices() -> int:
 
 def supports_bfloat16_on_cpu() -> bool:
     """Returns whether the CPU multiplies bfloat16 in hardware; False where /proc/cpuinfo is missing."""
-    return not _cpu_flags().isdisjoint(("avx512_bf16", "amx_bf16"))
+    return not cpu_flags().isdisjoint(("avx512_bf16", "amx_bf16"))
 
 
 def _cpuinfo(key: str) -> str:
@@ -126,7 +126,8 @@ def _cpuinfo(key: str) -> str:
     return ""
 
 
-def _cpu_flags() -> set[str]:
+def cpu_flags() -> set[str]:
+    """Returns the instructions that /proc/cpuinfo names; none where it is missing."""
     return set(_cpuinfo("flags").split())
 
 
@@ -317,7 +318,7 @@ def snapshot(device: str) -> dict[str, Any]:
         load = list(os.getloadavg())
     except (OSError, AttributeError):
         load = []
-    flags = _cpu_flags()
+    flags = cpu_flags()
     return {
         "hostname": socket.gethostname(),
         "python": platform.python_version(),

@@ -15,6 +15,7 @@ from harness import checkpoint, environment, workload
 from harness.checkpoint import Source
 from harness.config import Config, DType, Kernels, check, check_auto_tp, check_kv_heads, to_config
 from harness.engines.fastgen.deepspeed_checks import unsupported
+from harness.engines.fastgen.native import checks as native_checks
 from harness.errors import UserError
 from harness.explain import explain
 from harness.workload import Workload
@@ -66,6 +67,7 @@ def prepare(composed: DictConfig, local_ranks: int | None = None) -> Job:
     parallel = config.parallel
     if config.engine.name != "mii" and not _ragged_kernels(config, accelerator, source, dtype, max_context):
         check_auto_tp(parallel.tp, source.architecture.get("model_type"))
+    _check_native(config, source, dtype)
     _check_memory(source, dtype, accelerator, -(-(local_ranks or parallel.tp * parallel.dp) // parallel.tp))
     return Job(
         config=config,
@@ -103,6 +105,21 @@ def _ragged_kernels(config: Config, accelerator: str, source: Source, dtype: str
     if reason is not None and engine.kernels is Kernels.deepspeed and source.architecture:
         raise UserError("engine.kernels", f"deepspeed: {reason}", "use engine.kernels=torch or auto")
     return reason is None
+
+
+def _check_native(config: Config, source: Source, dtype: str) -> None:
+    """Raises UserError if the native kernels are asked for and cannot compute the model."""
+    if config.engine.name != "fastgen" or config.engine.kernels is not Kernels.native or not source.architecture:
+        return
+    reason = native_checks.unsupported(
+        source.architecture,
+        dtype,
+        config.parallel.tp,
+        dummy=source.kind == "dummy",
+        remote_code=source.trust_remote_code,
+    )
+    if reason is not None:
+        raise UserError("engine.kernels", f"native: {reason}", "use engine.kernels=torch or auto")
 
 
 def _check_memory(source: Source, dtype: str, accelerator: str, replicas: int) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harness.checkpoint_files import attention_heads, positive_integer
+from harness.checkpoint_files import attention_heads, positive_integer, rotary_settings, rotary_types
 
 # Families whose decoder is model_implementations/{llama_v2,mistral,qwen_v2,phi3}. The engine has others (opt, falcon,
 # phi, mixtral, ...), whose norms, biases or experts this harness has not checked.
@@ -149,9 +149,9 @@ def shares(size: int, ranks: int, granule: int = 1) -> list[int]:
 
 def _unlike_layers(architecture: dict[str, Any], max_context: int | None) -> Iterator[str]:
     family = architecture["model_type"]
-    for rope_type in sorted(_rope_types(architecture) - set(ROPE_TYPES)):
+    for rope_type in sorted(rotary_types(architecture) - set(ROPE_TYPES)):
         yield f"its rotary embedding is scaled ({rope_type}; {', '.join(ROPE_TYPES)} are possible)"
-    for entry in (architecture, *_rope(architecture)):
+    for entry in (architecture, *rotary_settings(architecture)):
         if entry.get("partial_rotary_factor", 1.0) != 1.0:
             yield f"only a part of each head is rotated (partial_rotary_factor {entry['partial_rotary_factor']})"
     activation = architecture.get("hidden_act", "silu")
@@ -218,20 +218,6 @@ def _unlike_fp6(architecture: dict[str, Any], dtype: str, tp: int) -> Iterator[s
                     f"{FP6} needs weights in multiples of {FP6_OUT_GRANULE} x {FP6_IN_GRANULE}, the {name} "
                     f"weight is {out_features} x {in_features}{_a_rank(tp)}"
                 )
-
-
-def _rope(architecture: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields the rotary settings, in ``rope_parameters`` since transformers 5 and in ``rope_scaling`` before."""
-    for key in ("rope_parameters", "rope_scaling"):
-        found = architecture.get(key)
-        if isinstance(found, dict):
-            yield found
-            yield from (value for value in found.values() if isinstance(value, dict))  # one a kind of layer
-
-
-def _rope_types(architecture: dict[str, Any]) -> set[str]:
-    found = {entry.get("rope_type", entry.get("type")) for entry in _rope(architecture)}
-    return {str(rope_type) for rope_type in found if rope_type is not None}
 
 
 def _a_rank(tp: int) -> str:

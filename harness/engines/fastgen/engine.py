@@ -12,6 +12,7 @@ from harness.config import Kernels
 from harness.engines.base import Clock, Engine, EngineSettings, EngineStatistics, Progress, arranged, rejection
 from harness.engines.fastgen import deepspeed_checks
 from harness.engines.fastgen.kv_blocks import KvBlocks
+from harness.engines.fastgen.native import checks as native_checks
 from harness.engines.fastgen.runner import Runner
 from harness.engines.fastgen.scheduler import RaggedBatch, Scheduler, Sequence
 from harness.engines.fastgen.sharded_runner import ShardedRunner
@@ -167,13 +168,15 @@ class FastGenEngine(Engine):
         return Scheduler(engine.token_budget, engine.max_sequences, blocks, stop_ids)
 
     def _runner(self) -> Runner:
-        """Returns DeepSpeed's kernels where they are wanted and can run, PyTorch's elsewhere."""
+        """Returns the fastest kernels that can run, or the ones asked for."""
         # Imported here, by name: each brings its own library.
         from harness.engines.fastgen.torch_runner import TorchRunner
 
         settings, engine = self.settings, self.settings.engine
-        if engine.kernels is Kernels.torch or not settings.device.startswith("cuda"):
+        if engine.kernels is Kernels.torch:
             return TorchRunner(settings)
+        if not settings.device.startswith("cuda"):
+            return self._native_runner() or TorchRunner(settings)
         import torch
 
         reason = deepspeed_checks.unsupported(
@@ -198,6 +201,31 @@ class FastGenEngine(Engine):
             raise UserError("engine.kernels", f"deepspeed: {reason}", "use engine.kernels=torch or auto")
         self.notes.append(f"engine.kernels=auto took torch, not DeepSpeed's kernels: {reason}")
         return TorchRunner(settings)
+
+    def _native_runner(self) -> Runner | None:
+        """Returns the C++ pass, None where ``engine.kernels=auto`` has to do without; the notes say why."""
+        from harness.engines.fastgen.native.build import BuildError
+        from harness.engines.fastgen.native_runner import NativeRunner
+
+        settings, auto = self.settings, self.settings.engine.kernels is Kernels.auto
+        source = settings.source
+        reason = native_checks.unsupported(
+            source.architecture,
+            settings.dtype,
+            settings.tp,
+            dummy=source.kind == "dummy",
+            remote_code=source.trust_remote_code,
+        )
+        reason = reason or (native_checks.slower(settings.dtype) if auto else None)
+        if reason is None:
+            try:
+                return NativeRunner(settings)
+            except BuildError as error:
+                reason = str(error)
+        if not auto:
+            raise UserError("engine.kernels", f"native: {reason}", "use engine.kernels=torch or auto")
+        self.notes.append(f"engine.kernels=auto took torch, not the native kernels: {reason}")
+        return None
 
     def _forward(self, batch: RaggedBatch) -> list[int]:
         rows = self.runner.forward(batch)

@@ -1,0 +1,134 @@
+// Matrix products of a few rows of activations with packed weights.
+//
+// Weights [columns, depth] are cut into panels of 32 columns, each laid out [depth words][32 columns], so that the
+// kernel reads them in order. Activations [rows, depth] are cut into tiles of at most 14 rows, each [depth words][rows]:
+// 14 rows x 2 vectors of columns are the 28 sums that stay in registers.
+#pragma once
+
+#include <array>
+#include <utility>
+
+#include "element.h"
+
+namespace harness {
+
+constexpr int PANEL = 32;
+constexpr int TILE = 14;
+
+inline int panels_of(int columns) { return (columns + PANEL - 1) / PANEL; }
+
+// How a number of rows is cut into tiles, as equal as can be.
+struct Tiling {
+    int rows, tiles, low, extra;  // the first `extra` tiles have low + 1 rows, the others `low`
+
+    explicit Tiling(int rows = 0) : rows(rows), tiles((rows + TILE - 1) / TILE) {
+        low = tiles ? rows / tiles : 0;
+        extra = tiles ? rows % tiles : 0;
+    }
+    int start(int tile) const { return tile * low + (tile < extra ? tile : extra); }
+    int height(int tile) const { return low + (tile < extra); }
+    int tile_of(int row) const {
+        const int split = extra * (low + 1);
+        return row < split ? row / (low + 1) : extra + (row - split) / low;
+    }
+};
+
+// Where the words of one row of activations stand: word k is at base[k * stride].
+struct RowWords {
+    Word* base;
+    int stride;
+};
+
+inline RowWords row_words(Word* tiles, const Tiling& tiling, int row, int words) {
+    const int tile = tiling.tile_of(row), start = tiling.start(tile);
+    return {tiles + static_cast<std::size_t>(start) * words + (row - start), tiling.height(tile)};
+}
+
+// Puts 16 values of a row, elements `at`.. of it, into its tile.
+template <class E>
+inline void put16(const RowWords& row, int at, __m512 values) {
+    alignas(64) Word words[LANES];
+    E::store(reinterpret_cast<typename E::Raw*>(words), values);
+    Word* to = row.base + static_cast<std::size_t>(at / E::STEP) * row.stride;
+    for (int i = 0; i < LANES / E::STEP; ++i) to[static_cast<std::size_t>(i) * row.stride] = words[i];
+}
+
+// sums[ROWS][VECTORS * 16] (+)= tile[words][ROWS] x columns[words][width]. With FETCH it asks meanwhile for as much
+// memory from `soon` on as it reads of the columns.
+template <class E, int ROWS, int VECTORS, bool ADD, bool FETCH>
+void product(const Word* tile, const Word* columns, int width, int words, float* sums, int leading, const Word* soon) {
+    __m512 sum[ROWS][VECTORS];
+#pragma GCC unroll 14
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v)
+            sum[r][v] = ADD ? _mm512_loadu_ps(sums + r * leading + v * LANES) : _mm512_setzero_ps();
+    for (int k = 0; k < words; ++k) {
+        __m512i column[VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) {
+            column[v] = _mm512_loadu_si512(columns + v * LANES);
+            if (FETCH) _mm_prefetch(reinterpret_cast<const char*>(soon + v * LANES), _MM_HINT_T1);
+        }
+        if (FETCH) soon += VECTORS * LANES;
+#pragma GCC unroll 14
+        for (int r = 0; r < ROWS; ++r) {
+            const __m512i value = _mm512_set1_epi32(static_cast<int>(tile[r]));
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) sum[r][v] = E::dot(sum[r][v], value, column[v]);
+        }
+        tile += ROWS;
+        columns += width;
+    }
+#pragma GCC unroll 14
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) _mm512_storeu_ps(sums + r * leading + v * LANES, sum[r][v]);
+}
+
+using Product = void (*)(const Word*, const Word*, int, int, float*, int, const Word*);
+
+template <class E, int VECTORS, bool ADD, bool FETCH, int... ROWS>
+constexpr std::array<Product, sizeof...(ROWS) + 1> products(std::integer_sequence<int, ROWS...>) {
+    return {nullptr, &product<E, ROWS + 1, VECTORS, ADD, FETCH>...};
+}
+
+// The product for a tile's height and a number of vectors: at most 28 sums.
+template <class E, bool ADD, bool FETCH>
+inline Product product_of(int rows, int vectors) {
+    static constexpr auto one = products<E, 1, ADD, FETCH>(std::make_integer_sequence<int, TILE>());
+    static constexpr auto two = products<E, 2, ADD, FETCH>(std::make_integer_sequence<int, TILE>());
+    static constexpr auto four = products<E, 4, ADD, FETCH>(std::make_integer_sequence<int, TILE / 2>());
+    return vectors == 4 ? four[rows] : vectors == 2 ? two[rows] : one[rows];
+}
+
+// Packed weights [columns, depth].
+struct Weights {
+    const Word* packed;
+    int panels, words;
+};
+
+// Computes all columns of `tiles` x weights; calls done(sums[height][32], first row, height, panel) for each block of
+// them. All threads of a team call it together; it ends with a barrier.
+template <class E, class Done>
+void multiply(const Weights& weights, const Word* tiles, const Tiling& tiling, int threads, Done&& done) {
+    if (!tiling.tiles) return;
+    const int panels = weights.panels, words = weights.words;
+    int splits = (8 * threads + panels - 1) / panels;  // enough tasks for all threads to end together
+    splits = splits < 1 ? 1 : splits > tiling.tiles ? tiling.tiles : splits;
+#pragma omp for schedule(dynamic, 1)
+    for (int task = 0; task < panels * splits; ++task) {
+        const int panel = task / splits, split = task % splits;
+        const int first = tiling.tiles * split / splits, last = tiling.tiles * (split + 1) / splits;
+        const Word* columns = weights.packed + static_cast<std::size_t>(panel) * words * PANEL;
+        alignas(64) float sums[TILE * PANEL];
+        for (int tile = first; tile < last; ++tile) {
+            const int start = tiling.start(tile), height = tiling.height(tile);
+            product_of<E, false, false>(height, 2)(tiles + static_cast<std::size_t>(start) * words, columns, PANEL, words,
+                                                   sums, PANEL, nullptr);
+            done(sums, start, height, panel);
+        }
+    }
+}
+
+}  // namespace harness

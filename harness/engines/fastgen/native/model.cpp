@@ -1,0 +1,398 @@
+// Forward passes of a Llama-like model over a ragged batch, on a CPU with AVX-512; called through ctypes.
+#include <omp.h>
+#include <sched.h>
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "attention.h"
+
+using harness::Word;
+
+extern "C" {
+
+struct HarnessLayer {
+    const Word *qkv, *output, *gate_up, *down;            // packed
+    const float *qkv_bias, *output_bias;                  // or null
+    const float *attention_norm, *mlp_norm;               // [hidden]
+    const float *query_norm, *key_norm;                   // [head_dim], or null
+    Word *keys, *values;                                  // the cache
+};
+
+struct HarnessModel {
+    std::int32_t layer_count, hidden, intermediate, heads, kv_heads, head_dim, vocab, block_size;
+    float epsilon, scaling;
+    const void* embedding;                                // [vocab, hidden]
+    const float* norm;                                    // [hidden]
+    const Word* head;                                     // packed
+    const float *cosines, *sines;                         // [positions, head_dim / 2]
+    const HarnessLayer* layers;
+};
+
+struct HarnessPass {
+    std::int32_t tokens, chunks, rows;
+    const std::int32_t* token_ids;                        // [tokens]
+    const std::int32_t *starts, *lengths;                 // [chunks]
+    const std::int32_t *blocks, *block_begins;            // all chunks' blocks, and where each one's begin
+    const std::int32_t* sampled;                          // [rows]: which rows of the pass get logits
+    std::int64_t* next_ids;                               // [rows]: the result, -1 where no logit is a number
+    float* logits;                                        // [rows, vocab], or null: also a result
+};
+}
+
+namespace harness {
+namespace {
+
+struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+};
+
+// Memory that grows and is never read before it is written.
+template <class T>
+class Buffer {
+public:
+    void hold(std::size_t count) {
+        if (count <= held_) return;
+        held_ = 0;
+        data_.reset();
+        data_.reset(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)));
+        if (!data_) throw std::bad_alloc();
+        held_ = count;
+    }
+    T* get() const { return data_.get(); }
+
+private:
+    std::unique_ptr<T, Free> data_;
+    std::size_t held_ = 0;
+};
+
+// Keeps each thread of a team on a core of its own while a pass is computed. Left to itself, the kernel has been seen
+// to leave two of them on one core for seconds, for to it a thread that waits in a barrier is a busy one.
+class Cores {
+public:
+    // Remembers the cores that the caller may use. Nothing is bound where they are too few, or where the user binds.
+    explicit Cores(int threads) {
+        if (omp_get_proc_bind() != omp_proc_bind_false || sched_getaffinity(0, sizeof allowed_, &allowed_)) return;
+        for (int core = 0; core < CPU_SETSIZE && static_cast<int>(cores_.size()) < threads; ++core)
+            if (CPU_ISSET(core, &allowed_)) cores_.push_back(core);
+        if (static_cast<int>(cores_.size()) < threads) cores_.clear();
+    }
+    // Called by each thread of the team.
+    void bind() const {
+        thread_local int bound = -1;
+        const int thread = omp_get_thread_num();
+        if (cores_.empty() || (thread && bound == cores_[thread])) return;
+        bound = cores_[thread];
+        cpu_set_t one;
+        CPU_ZERO(&one);
+        CPU_SET(bound, &one);
+        sched_setaffinity(0, sizeof one, &one);
+    }
+    // The calling thread is not ours, and threads that it starts inherit its cores.
+    ~Cores() {
+        if (!cores_.empty()) sched_setaffinity(0, sizeof allowed_, &allowed_);
+    }
+
+private:
+    cpu_set_t allowed_;
+    std::vector<int> cores_;
+};
+
+class Forward {
+public:
+    virtual ~Forward() = default;
+    virtual void run(const HarnessModel& model, const HarnessPass& pass, int threads) = 0;
+};
+
+template <class E>
+class ForwardOf final : public Forward {
+    using Raw = typename E::Raw;
+
+public:
+    void run(const HarnessModel& model, const HarnessPass& pass, int threads) override {
+        model_ = &model;
+        pass_ = &pass;
+        shape_ = {model.heads, model.kv_heads, model.head_dim, model.block_size, model.scaling};
+        query_width_ = model.heads * model.head_dim;
+        key_width_ = model.kv_heads * model.head_dim;
+        qkv_width_ = panels_of(query_width_ + 2 * key_width_) * PANEL;
+        tiling_ = Tiling(pass.tokens);
+        sampled_ = Tiling(pass.rows);
+        read_chunks();
+        const auto hold = [&](auto& buffer, std::size_t width) { buffer.hold(pass.tokens * width); };
+        hold(residual_, model.hidden);
+        hold(qkv_, qkv_width_);
+        hold(query_, query_width_);
+        hold(normed_, model.hidden / E::STEP);
+        hold(attended_, query_width_ / E::STEP);
+        hold(middle_, model.intermediate / E::STEP);
+        const std::size_t candidates = static_cast<std::size_t>(threads) * pass.rows * LANES;
+        best_.assign(candidates, -std::numeric_limits<float>::infinity());
+        best_id_.assign(candidates, -1);
+        const Cores cores(threads);
+#pragma omp parallel num_threads(threads)
+        {
+            cores.bind();
+#pragma omp single
+            team_ = omp_get_num_threads();
+            embed();
+            for (int l = 0; l < model.layer_count; ++l) {
+                attention(model.layers[l]);
+                mlp(model.layers[l]);
+            }
+            score_vocabulary();
+        }
+        choose();
+    }
+
+private:
+    void read_chunks() {
+        chunks_.clear();
+        owner_.resize(pass_->tokens);
+        position_.resize(pass_->tokens);
+        for (int c = 0, row = 0; c < pass_->chunks; row += pass_->lengths[c++]) {
+            const int start = pass_->starts[c];
+            const std::int32_t* blocks = pass_->blocks + pass_->block_begins[c];
+            chunks_.push_back({row, start, pass_->lengths[c], blocks});
+            for (int i = 0; i < pass_->lengths[c]; ++i) {
+                owner_[row + i] = c;
+                position_[row + i] = start + i;
+            }
+        }
+        plan(chunks_, shape_, tasks_);
+    }
+
+    Cache cache(const HarnessLayer& layer) const {
+        return {layer.keys, layer.values, static_cast<std::size_t>(shape_.head_dim / E::STEP) * shape_.block_size,
+                shape_.kv_heads};
+    }
+
+    float* residual(int row) { return residual_.get() + static_cast<std::size_t>(row) * model_->hidden; }
+    Weights weights(const Word* packed, int columns, int depth) const {
+        return {packed, panels_of(columns), depth / E::STEP};
+    }
+
+    void embed() {
+        const int hidden = model_->hidden;
+#pragma omp for
+        for (int row = 0; row < pass_->tokens; ++row) {
+            const Raw* from =
+                static_cast<const Raw*>(model_->embedding) + static_cast<std::size_t>(pass_->token_ids[row]) * hidden;
+            for (int i = 0; i < hidden; i += LANES) _mm512_storeu_ps(residual(row) + i, E::load(from + i));
+        }
+    }
+
+    // What a product's done() does to add it to the residual stream.
+    auto add(const float* bias) {
+        return [this, bias](const float* sums, int start, int height, int panel) {
+            for (int r = 0; r < height; ++r) {
+                float* to = residual(start + r) + panel * PANEL;
+                for (int v = 0; v < PANEL && panel * PANEL + v < model_->hidden; v += LANES) {
+                    __m512 sum = _mm512_load_ps(sums + r * PANEL + v);
+                    if (bias) sum = _mm512_add_ps(sum, _mm512_loadu_ps(bias + panel * PANEL + v));
+                    _mm512_storeu_ps(to + v, _mm512_add_ps(_mm512_loadu_ps(to + v), sum));
+                }
+            }
+        };
+    }
+
+    void attention(const HarnessLayer& layer) {
+        const int hidden = model_->hidden, dim = model_->head_dim;
+        normalise(layer.attention_norm, pass_->tokens, tiling_, [](int row) { return row; });
+        multiply<E>(weights(layer.qkv, qkv_width_, hidden), normed_.get(), tiling_, team_,
+                    [&](const float* sums, int start, int height, int panel) {
+                        for (int r = 0; r < height; ++r) {
+                            float* to = qkv_.get() + static_cast<std::size_t>(start + r) * qkv_width_ + panel * PANEL;
+                            for (int v = 0; v < PANEL; v += LANES) {
+                                __m512 sum = _mm512_load_ps(sums + r * PANEL + v);
+                                if (layer.qkv_bias)
+                                    sum = _mm512_add_ps(sum, _mm512_loadu_ps(layer.qkv_bias + panel * PANEL + v));
+                                _mm512_storeu_ps(to + v, sum);
+                            }
+                        }
+                    });
+        const Cache held = cache(layer);
+#pragma omp for
+        for (int row = 0; row < pass_->tokens; ++row) {
+            const int position = position_[row];
+            float* from = qkv_.get() + static_cast<std::size_t>(row) * qkv_width_;
+            const float* cosine = model_->cosines + static_cast<std::size_t>(position) * (dim / 2);
+            const float* sine = model_->sines + static_cast<std::size_t>(position) * (dim / 2);
+            for (int head = 0; head < model_->heads + model_->kv_heads; ++head)
+                rotate(from + head * dim, head < model_->heads ? layer.query_norm : layer.key_norm, cosine, sine, dim,
+                       model_->epsilon);
+            Raw* to = query_.get() + static_cast<std::size_t>(row) * query_width_;
+            for (int i = 0; i < query_width_; i += LANES) E::store(to + i, _mm512_loadu_ps(from + i));
+            remember<E>(from + query_width_, from + query_width_ + key_width_, shape_,
+                        chunks_[owner_[row]].blocks[position / shape_.block_size], position % shape_.block_size, held);
+        }
+        const int tasks = static_cast<int>(tasks_.size());
+#pragma omp for schedule(dynamic, 1)
+        for (int t = 0; t < tasks; ++t)
+            attend<E>(tasks_[t], chunks_[tasks_[t].chunk], shape_, held, query_.get(), attended_.get(), tiling_);
+        multiply<E>(weights(layer.output, hidden, query_width_), attended_.get(), tiling_, team_,
+                    add(layer.output_bias));
+    }
+
+    void mlp(const HarnessLayer& layer) {
+        const int hidden = model_->hidden, intermediate = model_->intermediate;
+        normalise(layer.mlp_norm, pass_->tokens, tiling_, [](int row) { return row; });
+        // A panel is 16 columns of the gate, then the same 16 of the other projection.
+        multiply<E>(weights(layer.gate_up, 2 * intermediate, hidden), normed_.get(), tiling_, team_,
+                    [&](const float* sums, int start, int height, int panel) {
+                        Word* tile = middle_.get() + static_cast<std::size_t>(start) * (intermediate / E::STEP);
+                        for (int r = 0; r < height; ++r) {
+                            const __m512 gate = _mm512_load_ps(sums + r * PANEL);
+                            const __m512 up = _mm512_load_ps(sums + r * PANEL + LANES);
+                            const __m512 power = exp2(_mm512_mul_ps(gate, _mm512_set1_ps(-1.44269504088896341f)));
+                            const __m512 silu = _mm512_div_ps(gate, _mm512_add_ps(_mm512_set1_ps(1.0f), power));
+                            put16<E>({tile + r, height}, panel * LANES, _mm512_mul_ps(silu, up));
+                        }
+                    });
+        multiply<E>(weights(layer.down, hidden, intermediate), middle_.get(), tiling_, team_,
+                    add(nullptr));
+    }
+
+    void score_vocabulary() {
+        const int vocab = model_->vocab, rows = pass_->rows;
+        normalise(model_->norm, rows, sampled_, [this](int row) { return pass_->sampled[row]; });
+        // Each thread keeps, for each row and lane, the highest logit that it met and whose it is.
+        float* best = best_.data() + static_cast<std::size_t>(omp_get_thread_num()) * rows * LANES;
+        std::int32_t* best_id = best_id_.data() + static_cast<std::size_t>(omp_get_thread_num()) * rows * LANES;
+        const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        multiply<E>(weights(model_->head, vocab, model_->hidden), normed_.get(), sampled_, team_,
+                    [&](const float* sums, int start, int height, int panel) {
+                        for (int r = 0; r < height; ++r) {
+                            const std::size_t row = start + r;
+                            __m512 top = _mm512_loadu_ps(best + row * LANES);
+                            __m512i top_id = _mm512_loadu_si512(best_id + row * LANES);
+                            for (int v = 0; v < PANEL; v += LANES) {
+                                const int id = panel * PANEL + v;
+                                const __mmask16 real = first_lanes(vocab - id);
+                                const __m512 logit = _mm512_load_ps(sums + r * PANEL + v);
+                                const __mmask16 higher = _mm512_mask_cmp_ps_mask(real, logit, top, _CMP_GT_OQ);
+                                top = _mm512_mask_mov_ps(top, higher, logit);
+                                top_id = _mm512_mask_add_epi32(top_id, higher, lanes, _mm512_set1_epi32(id));
+                                if (pass_->logits)
+                                    _mm512_mask_storeu_ps(pass_->logits + row * vocab + id, real, logit);
+                            }
+                            _mm512_storeu_ps(best + row * LANES, top);
+                            _mm512_storeu_si512(best_id + row * LANES, top_id);
+                        }
+                    });
+    }
+
+    // The highest logit of each row, the lowest id among equals.
+    void choose() {
+        for (int row = 0; row < pass_->rows; ++row) {
+            float top = -std::numeric_limits<float>::infinity();
+            std::int32_t id = -1;
+            for (int thread = 0; thread < team_; ++thread)
+                for (int lane = 0; lane < LANES; ++lane) {
+                    const std::size_t at = (static_cast<std::size_t>(thread) * pass_->rows + row) * LANES + lane;
+                    if (best_id_[at] < 0) continue;
+                    if (best_[at] > top || (best_[at] == top && best_id_[at] < id)) {
+                        top = best_[at];
+                        id = best_id_[at];
+                    }
+                }
+            pass_->next_ids[row] = id;
+        }
+    }
+
+    // RMSNorm of rows of the residual stream, into tiles.
+    template <class RowOf>
+    void normalise(const float* weight, int rows, const Tiling& tiling, RowOf&& row_of) {
+        const int hidden = model_->hidden;
+#pragma omp for
+        for (int r = 0; r < rows; ++r) {
+            const float* row = residual(row_of(r));
+            const RowWords to = row_words(normed_.get(), tiling, r, hidden / E::STEP);
+            __m512 squares = _mm512_setzero_ps();
+            for (int i = 0; i < hidden; i += LANES) {
+                const __m512 x = _mm512_loadu_ps(row + i);
+                squares = _mm512_fmadd_ps(x, x, squares);
+            }
+            const float mean = _mm512_reduce_add_ps(squares) / hidden;
+            const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(mean + model_->epsilon));
+            for (int i = 0; i < hidden; i += LANES) {
+                const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(row + i), factor);
+                put16<E>(to, i, _mm512_mul_ps(scaled, _mm512_loadu_ps(weight + i)));
+            }
+        }
+    }
+
+    // Normalises a head where its model does, then turns it by its position.
+    static void rotate(float* head, const float* weight, const float* cosine, const float* sine, int dim,
+                       float epsilon) {
+        if (weight) {
+            float squares = 0;
+            for (int i = 0; i < dim; ++i) squares += head[i] * head[i];
+            const float factor = 1.0f / std::sqrt(squares / dim + epsilon);
+            for (int i = 0; i < dim; ++i) head[i] = head[i] * factor * weight[i];
+        }
+        const int half = dim / 2;
+        for (int i = 0; i < half; ++i) {
+            const float a = head[i], b = head[i + half];
+            head[i] = a * cosine[i] - b * sine[i];
+            head[i + half] = b * cosine[i] + a * sine[i];
+        }
+    }
+
+    const HarnessModel* model_ = nullptr;
+    const HarnessPass* pass_ = nullptr;
+    Shape shape_{};
+    Tiling tiling_, sampled_;
+    int query_width_ = 0, key_width_ = 0, qkv_width_ = 0, team_ = 1;
+    std::vector<Chunk> chunks_;
+    std::vector<Task> tasks_;
+    std::vector<int> owner_, position_;  // of each row: its chunk, and its place in the sequence
+    Buffer<float> residual_, qkv_;
+    Buffer<Raw> query_;
+    Buffer<Word> normed_, attended_, middle_;
+    std::vector<float> best_;
+    std::vector<std::int32_t> best_id_;
+};
+
+}  // namespace
+}  // namespace harness
+
+extern "C" {
+
+// Lays out weights [columns, depth words] as panels; columns missing in the last panel are zero.
+void harness_pack(const Word* weights, std::int32_t columns, std::int32_t words, Word* packed, std::int32_t threads) {
+    using harness::PANEL;
+#pragma omp parallel for num_threads(threads)
+    for (int panel = 0; panel < harness::panels_of(columns); ++panel) {
+        Word* to = packed + static_cast<std::size_t>(panel) * PANEL * words;
+        for (int k = 0; k < words; ++k)
+            for (int c = 0; c < PANEL; ++c) {
+                const int column = panel * PANEL + c;
+                *to++ = column < columns ? weights[static_cast<std::size_t>(column) * words + k] : 0;
+            }
+    }
+}
+
+// A place for the working memory of passes, one at a time; null where this build cannot compute the type.
+void* harness_new(std::int32_t bfloat16) {
+    if (!bfloat16) return new (std::nothrow) harness::ForwardOf<harness::Float32>;
+#ifdef __AVX512BF16__
+    return new (std::nothrow) harness::ForwardOf<harness::BFloat16>;
+#else
+    return nullptr;
+#endif
+}
+
+void harness_delete(void* forward) { delete static_cast<harness::Forward*>(forward); }
+
+// Returns 0, or 1 where memory ran out.
+std::int32_t harness_forward(void* forward, const HarnessModel* model, const HarnessPass* pass, std::int32_t threads) {
+    try {
+        static_cast<harness::Forward*>(forward)->run(*model, *pass, threads);
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+}
