@@ -277,6 +277,10 @@ def _check_engine(config: Config, accelerator: str) -> None:
         )
     if accelerator != "cuda":
         _check_engine_on_cpu(config)
+    elif engine.kernels is Kernels.native:
+        raise UserError(
+            "engine.kernels", "native computes on a CPU, and this run is on cuda", "use engine.kernels=auto"
+        )
     if engine.cuda_graph and (config.parallel.tp > 1 or engine.kernel_inject):
         raise UserError(
             "engine.cuda_graph",

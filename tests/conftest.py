@@ -14,6 +14,8 @@ from typing import Any
 import hypothesis
 import pytest
 
+from harness.engines.fastgen.native import checks as native_checks
+from harness.environment import cpu_flags
 from harness.results import read_completions
 from harness.runs_table import read_rows
 
@@ -25,6 +27,14 @@ SAMPLE = ROOT / "harness" / "data" / "sample.jsonl"
 hypothesis.settings.register_profile("search", deadline=None)
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
+
+needs_native = pytest.mark.skipif(
+    not cpu_flags().issuperset(native_checks.INSTRUCTIONS), reason="this processor has no AVX-512"
+)
+needs_native_bfloat16 = pytest.mark.skipif(
+    not cpu_flags().issuperset((*native_checks.INSTRUCTIONS, native_checks.BFLOAT16)),
+    reason="this processor has no AVX512-BF16",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +114,37 @@ def assert_refused(done: subprocess.CompletedProcess[str], line: str) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(line)
     assert done.stderr.count("\n") == 1
+
+
+def kernels_on_cpu(model: Path, dtype: str) -> str:
+    """Returns what ``engine.kernels=auto`` takes on this machine for the checkpoint in ``model``."""
+    architecture = json.loads((model / "config.json").read_text())
+    reason = native_checks.unsupported(architecture, dtype, 1) or native_checks.slower(dtype)
+    return "native" if reason is None else "torch"
+
+
+def save_model(directory: Path, model_type: str, dtype: Any, sharp: float = 1.0, **sizes: Any) -> Path:
+    """Writes a model whose weights are large enough for attention, norms, biases and positions to matter.
+
+    ``sharp`` scales queries and keys.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(model_type, **sizes)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 1:
+            torch.nn.init.normal_(weight, mean=0.0 if name.endswith("bias") else 1.0, std=0.2)
+        elif name == "model.embed_tokens.weight":
+            torch.nn.init.normal_(weight, std=0.7)
+        else:
+            torch.nn.init.normal_(weight, std=1.2 * weight.shape[1] ** -0.5)
+            if "q_proj" in name or "k_proj" in name:
+                weight.data *= sharp
+    model.to(dtype).save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture

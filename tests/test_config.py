@@ -16,9 +16,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness import config as schema
 from harness.config import Config, check, check_kv_heads, parse_bytes, to_config
+from harness.engines.fastgen.native import checks as native_checks
 from harness.errors import UserError
 from harness.explain import explain, keys
-from harness.job import resolve_dtype
+from harness.job import prepare, resolve_dtype
+
+FLAGS = {*native_checks.INSTRUCTIONS, native_checks.BFLOAT16}
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +99,7 @@ def test_an_experiment_overlays_the_rest_and_the_command_line_overlays_it() -> N
         ("engine.kernel_inject=perhaps", "engine.kernel_inject: 'perhaps' is no true or false"),
         ("timeout_s=soon", "timeout_s: 'soon' is no number"),
         ("model.dtype=int4", "model.dtype: 'int4' is not known; choose one of auto, float32"),
+        ("engine.kernels=naive", "engine.kernels: 'naive' is not known; choose one of auto, deepspeed, native, torch"),
         ("generation.stop=never", "generation.stop: 'never' is not known; choose one of eos, length"),
         ("engine=vllm", "engine: no option named 'vllm'; choose one of baseline, ds_inference, fastgen"),
         ("experiment=nope", "experiment: no option named 'nope'; choose one of"),
@@ -163,6 +167,43 @@ def test_impossible_combinations_on_cpu(overrides: list[str], line: str) -> None
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("kernels", ["auto", "native", "torch"])
+def test_kernels_that_a_cpu_can_have_are_let_through_there(kernels: str) -> None:
+    check(composed(f"engine.kernels={kernels}"), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "flags", "found"),
+    [
+        (["parallel.tp=2"], FLAGS, "they do not shard a model (parallel.tp)"),
+        (["model.architecture.hidden_act=gelu"], FLAGS, "its hidden_act is gelu, not silu"),
+        (["model.architecture.model_type=gemma2"], FLAGS, "gemma2 is not one of the families"),
+        (["model.dtype=bfloat16"], FLAGS - {"avx512_bf16"}, "this processor has no avx512_bf16"),
+        ([], {"avx512f", "avx512bw", "avx512vl"}, "this processor has no avx512dq, fma"),
+        (["model.dtype=float32"], FLAGS - {"avx512_bf16"}, None),
+        (["parallel.dp=2"], FLAGS, None),
+        (["engine.kernels=auto", "parallel.tp=2"], FLAGS, None),
+        (["engine.kernels=torch"], set(), None),
+    ],
+    ids=str,
+)
+def test_what_the_native_kernels_cannot_compute_is_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, overrides: list[str], flags: set[str], found: str | None
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(native_checks, "cpu_flags", lambda: flags)
+    tiny = [f"model.architecture.{key}=64" for key in ("hidden_size", "num_attention_heads", "num_key_value_heads")]
+    tiny = ["model=llama2_7b", "model.weights=dummy", *tiny, "+model.architecture.head_dim=16", "model.dtype=float32"]
+    job = compose("config", [*tiny, "engine.kernels=native", *overrides])
+    if found is None:
+        assert prepare(job).accelerator == "cpu"
+        return
+    with pytest.raises(UserError) as refused:
+        prepare(job)
+    assert str(refused.value).startswith(f"engine.kernels: native: {found}")
+    assert str(refused.value).endswith("; use engine.kernels=torch or auto")
+
+
 def test_float16_is_fine_on_cuda() -> None:
     check(composed("model.dtype=float16"), "cuda")
 
@@ -185,6 +226,7 @@ def test_what_cuda_has_is_let_through_there(overrides: list[str]) -> None:
     ("overrides", "line"),
     [
         (["engine=mii", "parallel.dp=2"], "parallel.dp: 2: MII's pipeline is one replica a launch"),
+        (["engine.kernels=native"], "engine.kernels: native computes on a CPU, and this run is on cuda"),
         (["engine=ds_inference", "engine.cuda_graph=true", "parallel.tp=2"], "engine.cuda_graph: true: DeepSpeed"),
         (
             ["engine=ds_inference", "engine.cuda_graph=true", "engine.kernel_inject=true"],

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT, variables
+from conftest import ROOT, save_model, variables
 from deepspeed_kernels import CPU, emulate
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
@@ -82,26 +82,7 @@ TINY: dict[str, Any] = {
 def save(
     directory: Path, model_type: str = "llama", dtype: torch.dtype = torch.float16, sharp: float = 1.0, **more: Any
 ) -> Path:
-    """Writes a model whose weights are large enough for attention, norms and positions to matter.
-
-    ``sharp`` scales queries and keys.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(model_type, **{**TINY, **more})
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    for name, weight in model.named_parameters():
-        if weight.ndim == 1:
-            torch.nn.init.normal_(weight, mean=0.0 if name.endswith("bias") else 1.0, std=0.2)
-        elif name == "model.embed_tokens.weight":
-            torch.nn.init.normal_(weight, std=0.7)
-        else:
-            torch.nn.init.normal_(weight, std=1.2 * weight.shape[1] ** -0.5)
-            if "q_proj" in name or "k_proj" in name:
-                weight.data *= sharp
-    model.to(dtype).save_pretrained(directory)
-    return directory
+    return save_model(directory, model_type, dtype, sharp, **{**TINY, **more})
 
 
 @pytest.fixture(scope="module")

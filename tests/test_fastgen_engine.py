@@ -1,4 +1,7 @@
-"""The FastGen engine in this process, on tiny models with random weights: parity, attention, rejection, stopping."""
+"""The FastGen engine in this process, on tiny models with random weights: parity, attention, rejection, stopping.
+
+It runs on the PyTorch kernels; the native ones have tests of their own.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from harness import checkpoint
 from harness.checkpoint import Source
-from harness.config import EngineConfig, GenerationConfig, Order, Stop
+from harness.config import EngineConfig, GenerationConfig, Kernels, Order, Stop
 from harness.engines.base import Clock, Engine, EngineSettings
 from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.fastgen.paged_attention import KvCache, build_plan, ragged_attention
@@ -41,7 +44,7 @@ def settings(
 ) -> EngineSettings:
     architecture = {"model_type": model_type, **TINY, **(more or {})}
     return EngineSettings(
-        engine=EngineConfig(name="fastgen", **engine),
+        engine=EngineConfig(name="fastgen", **{"kernels": Kernels.torch, **engine}),
         generation=GenerationConfig(stop=stop),
         source=Source("dummy", None, None, None, architecture, False),
         dtype="float32",

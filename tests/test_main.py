@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, Run, assert_refused, command, deepspeed, variables
+from conftest import ROOT, Run, assert_refused, command, deepspeed, kernels_on_cpu, needs_native, variables
 
 from harness.results import read_completions
 from harness.runs_table import COLUMNS, read_rows
@@ -69,7 +69,7 @@ def test_deepspeed_and_python_do_the_same_job(harness: Harness, tmp_path: Path, 
         "status": "ok",
         "error": "",
         "engine": "fastgen",
-        "kernels": "torch",
+        "kernels": kernels_on_cpu(demo_model, "float32"),
         "model": "smollm2_135m",
         "weights": "pretrained",
         "dtype": "float32",
@@ -195,6 +195,11 @@ BAD = [
     (["model=llama2_7b"], "model.path: not set"),
     (["engine=mii"], "engine: mii needs CUDA"),
     (["engine.kernel_inject=true"], "engine.kernel_inject: "),
+    pytest.param(
+        ["engine.kernels=native", "parallel.tp=2"],
+        "engine.kernels: native: they do not shard a model (parallel.tp); use engine.kernels=torch or auto",
+        marks=needs_native,
+    ),
     (["model=llama2_70b", "model.weights=dummy", "model.dtype=float32"], "model: float32 weights need 257.0 GiB"),
 ]
 

@@ -7,20 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import SAMPLE, Run
+from conftest import SAMPLE, Run, kernels_on_cpu
 
 # KV blocks of 16 tokens in fp32 are 16 * 46,080 bytes; the longest request of the sample needs 1,063 slots: 67 blocks.
 TIGHT = 80 * 16 * 46_080
 
-
+TORCH = ["engine.kernels=torch"]  # where nothing is said: the native kernels, if the machine has AVX-512
 SOME, FEW = 24, 8  # requests: what differs between engines and ranks shows in the first few, if at all
 
 
-def test_the_whole_sample_in_fp32(harness: Callable[..., Run], reference: dict[int, list[int]]) -> None:
+def test_the_whole_sample_in_fp32(
+    harness: Callable[..., Run], reference: dict[int, list[int]], demo_model: Path
+) -> None:
     passes = ["engine.token_budget=48", "engine.max_sequences=32", "engine.order=dataset"]
     run = harness("engine=fastgen", *passes, "parallel.dp=2", "model.dtype=float32")
     assert run.status == 0, run.stderr
-    assert run.row["status"] == "ok"
+    assert (run.row["status"], run.row["kernels"]) == ("ok", kernels_on_cpu(demo_model, "float32"))
     assert run.token_ids == reference
     assert int(run.row["output_tokens"]) == sum(len(ids) for ids in reference.values())
 
@@ -29,33 +31,43 @@ def test_the_whole_sample_in_fp32(harness: Callable[..., Run], reference: dict[i
     ("count", "overrides"),
     [
         (SOME, ["engine=fastgen"]),
+        (SOME, ["engine=fastgen", *TORCH, "engine.token_budget=48", "engine.max_sequences=16"]),
         (SOME, ["engine=fastgen", "engine.token_budget=96", "engine.kv_block_size=16", f"engine.kv_memory={TIGHT}"]),
         (SOME, ["engine=ds_inference", "parallel.dp=2"]),
         (FEW, ["engine=baseline", "parallel.dp=2"]),
         # 9 query and 3 key-value heads: AutoTP gives two ranks 2 and 1 of the latter, three ranks one each.
-        (FEW, ["engine=fastgen", "parallel=tp2", "engine.token_budget=48", "engine.max_sequences=16"]),
-        (FEW, ["engine=fastgen", "parallel.tp=3"]),
+        (FEW, ["engine=fastgen", *TORCH, "parallel=tp2", "engine.token_budget=48", "engine.max_sequences=16"]),
+        (FEW, ["engine=fastgen", *TORCH, "parallel.tp=3"]),
         (FEW, ["engine=fastgen", "parallel.tp=2", "parallel.dp=2"]),
         (FEW, ["engine=ds_inference", "parallel.tp=2", "engine.batch_size=5"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
 def test_engines_and_ranks_in_fp32(
-    harness: Callable[..., Run], reference: dict[int, list[int]], count: int, overrides: list[str]
+    harness: Callable[..., Run],
+    reference: dict[int, list[int]],
+    demo_model: Path,
+    count: int,
+    overrides: list[str],
 ) -> None:
     """No request of these is at a near-tie: whatever the order of summation, all ids are the same."""
     run = harness(*overrides, "model.dtype=float32", f"dataset.num_samples={count}")
     assert run.status == 0, run.stderr
     assert run.token_ids == {index: reference[index] for index in range(count)}
-    assert int(run.row["tp"]) == (
-        3 if "parallel.tp=3" in overrides else 2 if {"parallel=tp2", "parallel.tp=2"} & set(overrides) else 1
-    )
+    tp = 3 if "parallel.tp=3" in overrides else 2 if {"parallel=tp2", "parallel.tp=2"} & set(overrides) else 1
+    assert int(run.row["tp"]) == tp
+    if "engine=fastgen" in overrides:
+        auto = tp == 1 and TORCH[0] not in overrides
+        assert run.row["kernels"] == (kernels_on_cpu(demo_model, "float32") if auto else "torch")
     assert int(run.row["dp"]) == (2 if "parallel.dp=2" in overrides else 1)
     assert (int(run.row["preemptions"] or 0) > 0) == (f"engine.kv_memory={TIGHT}" in overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "tokens"), [([], 3000), ([*TORCH, f"dataset.num_samples={SOME}"], 600)], ids=["auto", "torch"]
+)
 def test_sample_in_bfloat16_differs_from_float32_by_rounding_only(
-    harness: Callable[..., Run], demo_model: Path
+    harness: Callable[..., Run], demo_model: Path, overrides: list[str], tokens: int
 ) -> None:
     """Every token chosen in bf16 is, fp32 teacher-forced over the same ids, the best or all but the best.
 
@@ -64,8 +76,9 @@ def test_sample_in_bfloat16_differs_from_float32_by_rounding_only(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    run = harness("engine=fastgen", "model.dtype=bfloat16")
+    run = harness("engine=fastgen", "model.dtype=bfloat16", *overrides)
     assert run.status == 0, run.stderr
+    assert run.row["kernels"] == ("torch" if overrides else kernels_on_cpu(demo_model, "bfloat16"))
     tokenizer = AutoTokenizer.from_pretrained(demo_model)
     model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32).eval()
     prompts = [json.loads(line)["prompt"] for line in SAMPLE.read_text().splitlines()]
@@ -76,6 +89,6 @@ def test_sample_in_bfloat16_differs_from_float32_by_rounding_only(
             logits = model(torch.tensor([prompt + ids[:-1]])).logits[0, len(prompt) - 1 :]
         gaps.append(logits.amax(-1) - logits[torch.arange(len(ids)), torch.tensor(ids)])
     gap = torch.cat(gaps)
-    assert len(gap) == int(run.row["output_tokens"]) > 3000
+    assert len(gap) == int(run.row["output_tokens"]) > tokens
     assert gap.max() < 0.4
     assert gap.mean() < 0.0014

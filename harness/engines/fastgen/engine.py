@@ -53,7 +53,7 @@ class FastGenEngine(Engine):
         """Loads the model and makes the KV cache."""
         settings = self.settings.engine
         self.tokenizer = checkpoint.load_tokenizer(self.settings.source)
-        self.runner.load()
+        self._load_runner()
         context = self.settings.max_context
         per_sequence = -(-context // self.runner.block_size) if context else 1 << 20
         self.total_blocks = self.runner.allocate(settings.max_sequences * per_sequence)
@@ -201,6 +201,21 @@ class FastGenEngine(Engine):
             raise UserError("engine.kernels", f"deepspeed: {reason}", "use engine.kernels=torch or auto")
         self.notes.append(f"engine.kernels=auto took torch, not DeepSpeed's kernels: {reason}")
         return TorchRunner(settings)
+
+    def _load_runner(self) -> None:
+        """Loads the weights; where ``engine.kernels=auto`` chose wrongly, PyTorch computes the model."""
+        from harness.engines.fastgen.native_runner import LogitsDiffer
+        from harness.engines.fastgen.torch_runner import TorchRunner
+
+        try:
+            self.runner.load()
+        except LogitsDiffer as error:
+            if self.settings.engine.kernels is not Kernels.auto:
+                raise
+            reason = error.found.removeprefix("native: ")
+            self.notes.append(f"engine.kernels=auto took torch, not the native kernels: {reason}")
+            self.runner = TorchRunner(self.settings)
+            self.runner.load()
 
     def _native_runner(self) -> Runner | None:
         """Returns the C++ pass, None where ``engine.kernels=auto`` has to do without; the notes say why."""

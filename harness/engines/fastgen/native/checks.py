@@ -51,7 +51,7 @@ def _unlike(architecture: dict[str, Any], dummy: bool, remote_code: bool) -> str
     family = architecture.get("model_type")
     if family not in LLAMA_LIKE:
         return f"{family} is not one of the families that they compute ({', '.join(LLAMA_LIKE)})"
-    if remote_code and "auto_map" in architecture:
+    if remote_code and not dummy and "auto_map" in architecture:
         return "the checkpoint brings its own code (model.trust_remote_code)"
     if not dummy and architecture.get("quantization_config"):
         return "the checkpoint's weights are packed (quantization_config)"
@@ -66,7 +66,9 @@ def _unlike(architecture: dict[str, Any], dummy: bool, remote_code: bool) -> str
         return f"{heads} query and {kv_heads} key-value heads of {head_dim}"
     for rope_type in sorted(rotary_types(architecture) - set(ROPE_TYPES)):
         return f"its rotary embedding is scaled ({rope_type}; {', '.join(ROPE_TYPES)} are possible)"
-    if any(entry.get("partial_rotary_factor", 1.0) != 1.0 for entry in (architecture, *rotary_settings(architecture))):
+    if any(
+        (entry.get("partial_rotary_factor") or 1.0) != 1.0 for entry in (architecture, *rotary_settings(architecture))
+    ):
         return "only a part of each head is rotated (partial_rotary_factor)"
     if architecture.get("hidden_act", "silu") != "silu":
         return f"its hidden_act is {architecture['hidden_act']}, not silu"

@@ -71,12 +71,12 @@ private:
 // to leave two of them on one core for seconds, for to it a thread that waits in a barrier is a busy one.
 class Cores {
 public:
-    // Remembers the cores that the caller may use. Nothing is bound where they are too few, or where the user binds.
+    // Binds where there is a thread for each core that the caller may use, and the user does not bind.
     explicit Cores(int threads) {
         if (omp_get_proc_bind() != omp_proc_bind_false || sched_getaffinity(0, sizeof allowed_, &allowed_)) return;
-        for (int core = 0; core < CPU_SETSIZE && static_cast<int>(cores_.size()) < threads; ++core)
+        if (CPU_COUNT(&allowed_) != threads) return;
+        for (int core = 0; core < CPU_SETSIZE; ++core)
             if (CPU_ISSET(core, &allowed_)) cores_.push_back(core);
-        if (static_cast<int>(cores_.size()) < threads) cores_.clear();
     }
     // Called by each thread of the team.
     void bind() const {

@@ -1,0 +1,610 @@
+"""The C++ forward pass: its logits and ids against Hugging Face's, what it refuses, when it is used, its compilation.
+
+Models have random weights, biases and norms included; only so does each part of the pass show in the logits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, needs_native, needs_native_bfloat16, save_model, variables
+from safetensors.torch import load_file, save_file
+from test_fastgen_engine import generate, hugging_face, requests, settings
+from torch import Tensor
+
+from harness.checkpoint_files import find
+from harness.config import EngineConfig, GenerationConfig, Kernels, Order, Stop
+from harness.engines.base import EngineSettings
+from harness.engines.fastgen import native_runner
+from harness.engines.fastgen.engine import FastGenEngine
+from harness.engines.fastgen.native import build, checks
+from harness.engines.fastgen.native_runner import NativeRunner
+from harness.engines.fastgen.scheduler import Chunk, RaggedBatch, Sequence
+from harness.errors import UserError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# --- models and passes ----------------------------------------------------------------------------------------------
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 300,
+    "max_position_embeddings": 512,
+    "sliding_window": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+# What each pass feeds: sequence and tokens. The first comes in pieces, of which every height of tile up to 14 is one,
+# goes on past the 256 keys that are scored together, and is joined by others: whole prompts and decodes.
+PASSES: list[list[tuple[int, int]]] = [
+    *([(0, length)] for length in range(1, 15)),
+    [(0, 15), (1, 70)],
+    [(1, 1), (0, 31), (2, 37)],
+    [(1, 1), (2, 1), (0, 49)],
+    [(2, 1), (1, 1), (0, 97), (3, 1)],
+    *([[(0, 1), (1, 1), (2, 1), (3, 1)]] * 3),
+]
+
+
+def prompts(vocabulary: int, seed: int = 0) -> list[list[int]]:
+    """Returns the sequences' ids, as many as ``PASSES`` feeds."""
+    rng = random.Random(seed)
+    lengths = [sum(length for step in PASSES for uid, length in step if uid == which) for which in range(4)]
+    assert lengths == [300, 76, 42, 4]
+    return [[rng.randrange(vocabulary) for _ in range(length)] for length in lengths]
+
+
+def settings_of(
+    directory: Path, dtype: str = "float32", stop: Stop = Stop.length, kernels: Kernels = Kernels.native, **engine: Any
+) -> EngineSettings:
+    return EngineSettings(
+        engine=EngineConfig(name="fastgen", kernels=kernels, **engine),
+        generation=GenerationConfig(stop=stop),
+        source=find(str(directory), False, need_weights=True),
+        dtype=dtype,
+        device="cpu",
+        max_context=512,
+    )
+
+
+def logits_of(runner: NativeRunner, tokens: list[list[int]], seed: int = 0) -> list[Tensor]:
+    """Feeds the sequences as ``PASSES`` says, their blocks in no order; returns the logits of all their tokens."""
+    sequences = [Sequence(uid, ids, len(ids), 1) for uid, ids in enumerate(tokens)]
+    needed = [-(-len(ids) // runner.block_size) for ids in tokens]
+    total = sum(needed) + 5
+    assert runner.allocate(total) == total
+    runner.cache.array.fill(0x461C461C)  # about 10,000 in either type: what a former holder of the blocks left there
+    numbers = list(range(total))
+    random.Random(seed).shuffle(numbers)
+    for sequence, count in zip(sequences, needed, strict=True):
+        sequence.blocks = [numbers.pop() for _ in range(count)]
+    found: list[list[Tensor]] = [[] for _ in tokens]
+    for step in PASSES:
+        chunks = []
+        for uid, length in step:
+            chunks.append(Chunk(sequences[uid], sequences[uid].computed, length, True))
+            sequences[uid].computed += length
+        rows = sum(length for _, length in step)
+        logits = torch.full((rows, runner.model.vocab), float("nan"))
+        next_ids = runner._run(chunks, list(range(rows)), logits)
+        assert next_ids.tolist() == logits.argmax(-1).tolist()
+        last = [end - 1 for end in torch.tensor([length for _, length in step]).cumsum(0).tolist()]
+        assert runner.forward(RaggedBatch(chunks, 0, rows)).tolist() == next_ids[last].tolist()
+        for (uid, _), part in zip(step, logits.split([length for _, length in step]), strict=True):
+            found[uid].append(part)
+    return [torch.cat(parts) for parts in found]
+
+
+@torch.inference_mode()
+def hugging_face_logits(directory: Path, tokens: list[list[int]], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    return [model(torch.tensor([ids]), use_cache=False).logits[0].float() for ids in tokens]
+
+
+# --- it computes what Hugging Face computes -------------------------------------------------------------------------
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 128}
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("family", "more", "block_size"),
+    [
+        ("llama", {"tie_word_embeddings": True}, 16),
+        ("llama", {"attention_bias": True, "tie_word_embeddings": False}, 64),
+        ("llama", {"num_key_value_heads": 6, "rms_norm_eps": 0.3}, 32),
+        ("llama", {"num_key_value_heads": 1, "vocab_size": 257}, 128),
+        ("mistral", {}, 256),
+        ("mistral", {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 80, "vocab_size": 15}, 16),
+        ("qwen2", {}, 48),
+        ("qwen2", {"head_dim": 128, "num_attention_heads": 2, "vocab_size": 331}, 16),
+        ("qwen3", {}, 96),
+        ("qwen3", {"head_dim": 32, "num_key_value_heads": 3, "attention_bias": True, "rms_norm_eps": 0.3}, 80),
+        ("llama", {"head_dim": 256, "num_attention_heads": 4}, 16),
+        (
+            "llama",
+            {"hidden_size": 112, "intermediate_size": 176, "num_attention_heads": 7, "num_key_value_heads": 7},
+            112,
+        ),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}}, 16),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, **LLAMA3}}, 16),
+        ("qwen2", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, **YARN}}, 160),
+    ],
+    ids=str,
+)
+def test_logits_are_hugging_faces(tmp_path: Path, family: str, more: dict[str, Any], block_size: int) -> None:
+    """In passes of every kind, with one thread and with two, over scattered blocks that held something else."""
+    directory = save_model(tmp_path, family, torch.float32, **{**SIZES, **more})
+    chosen = settings_of(directory, stop=Stop.eos, kv_block_size=block_size, kv_memory="64MiB")
+    assert checks.unsupported(chosen.source.architecture, "float32", 1) is None
+    runner = NativeRunner(chosen)
+    runner.load()
+    assert (runner.block_size, runner.stop_ids()) == (block_size, {2})
+    cores = os.sched_getaffinity(0)
+    tokens = prompts(runner.model.vocab)
+    expected = hugging_face_logits(directory, tokens)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            found = logits_of(runner, tokens, seed=threads)
+        finally:
+            torch.set_num_threads(1)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
+    assert os.sched_getaffinity(0) == cores  # a pass keeps its threads on cores of their own, and lets go of ours
+
+
+@needs_native_bfloat16
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_bfloat16_is_as_close_to_float32_as_hugging_faces(tmp_path: Path, family: str) -> None:
+    more = {"hidden_size": 384, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 4}
+    directory = save_model(tmp_path, family, torch.bfloat16, **{**SIZES, **more})
+    runner = NativeRunner(settings_of(directory, "bfloat16", kv_block_size=16, kv_memory="64MiB"))
+    runner.load()
+    tokens = prompts(runner.model.vocab)
+    exact = torch.cat(hugging_face_logits(directory, tokens))
+    theirs = torch.cat(hugging_face_logits(directory, tokens, torch.bfloat16))
+    ours = torch.cat(logits_of(runner, tokens))
+    error, usual = ((logits - exact).norm(dim=-1).mean().item() for logits in (ours, theirs))
+    assert 0 < error < 1.1 * usual  # measured: half of it
+
+
+REQUESTS = requests(30)
+BLOCK = 2 * 3 * 2 * 16 * 16 * 4  # bytes, with test_fastgen_engine's model; the longest request needs 12 blocks
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[int, list[int]]:
+    return hugging_face(settings().source, REQUESTS)
+
+
+@needs_native
+@pytest.mark.parametrize("order", list(Order))
+@pytest.mark.parametrize(("budget", "sequences", "blocks"), [(5, 5, 13), (64, 40, 12), (300, 64, 300)])
+def test_budgets_and_cache_sizes_do_not_change_a_token(
+    answers: dict[int, list[int]], budget: int, sequences: int, blocks: int, order: Order
+) -> None:
+    engine = FastGenEngine(
+        settings(
+            kernels=Kernels.native,
+            token_budget=budget,
+            max_sequences=sequences,
+            kv_block_size=16,
+            kv_memory=blocks * BLOCK,
+            order=order,
+        )
+    )
+    engine.load()
+    assert (engine.kernels, engine.total_blocks, engine.notes) == ("native", blocks, [])
+    engine.warm_up()
+    found = generate(engine, REQUESTS)
+    assert {index: completion.token_ids for index, completion in found.items()} == answers
+    if blocks == 12 and order is Order.longest_first:
+        assert engine.statistics.preemptions
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("wish", "size"), [(1, 16), (16, 16), (17, 32), (200, 208), (250, 256), (256, 256), (257, 256), (100_000, 256)]
+)
+def test_blocks_are_a_multiple_of_16_tokens_up_to_256(wish: int, size: int) -> None:
+    engine = FastGenEngine(settings(kernels=Kernels.native, kv_block_size=wish, kv_memory="1MiB"))
+    engine.load()
+    assert engine.runner.block_size == size
+    assert engine.notes == (
+        [] if wish == size else [f"the kernels' KV blocks are of {size} tokens, not engine.kv_block_size"]
+    )
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("memory", "line"),
+    [
+        (100, r"^engine\.kv_memory: 100 is 100 bytes, less than one block of 64 tokens"),
+        ("100000GiB", r"^engine\.kv_memory: 100000GiB asks for 100000\.0 GiB, .* are free"),
+    ],
+)
+def test_a_cache_that_cannot_be_is_refused(memory: int | str, line: str) -> None:
+    chosen = settings(
+        kernels=Kernels.native, kv_memory=memory, kv_block_size=64, max_sequences=2**29, token_budget=2**29
+    )
+    engine = FastGenEngine(chosen)
+    with pytest.raises(UserError, match=line):
+        engine.load()
+
+
+# --- models that come out wrong -------------------------------------------------------------------------------------
+
+
+@needs_native
+@pytest.mark.parametrize("weight", ["model.norm.weight", "lm_head.weight"])
+def test_weights_that_are_not_numbers_are_found_at_load(tmp_path: Path, weight: str) -> None:
+    """All logits of every token, or one logit of each."""
+    save_model(tmp_path, "llama", torch.float32, **SIZES)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights[weight][7] = float("nan")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    runner = NativeRunner(settings_of(tmp_path))
+    with pytest.raises(
+        (FloatingPointError, UserError), match=r"its logits are not numbers|the logits differ .* by nan"
+    ):
+        runner.load()
+
+
+@needs_native
+@pytest.mark.parametrize("norm", ["input_layernorm", "post_attention_layernorm"])
+def test_a_pass_that_computes_something_else_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, norm: str
+) -> None:
+    whole = NativeRunner._layer
+
+    def without_a_norm(runner: NativeRunner, layer: Any) -> Any:
+        getattr(layer, norm).weight.zero_()
+        return whole(runner, layer)
+
+    monkeypatch.setattr(NativeRunner, "_layer", without_a_norm)
+    runner = NativeRunner(settings_of(save_model(tmp_path, "llama", torch.float32, **SIZES)))
+    with pytest.raises(UserError, match=r"^engine\.kernels: native: the logits differ .*; use engine\.kernels=torch$"):
+        runner.load()
+
+
+@needs_native
+def test_auto_takes_torch_when_the_pass_computes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_runner, "TOLERANCE", {"float32": 0.0})
+    engine = FastGenEngine(settings(kernels=Kernels.auto))
+    engine.load()
+    assert engine.kernels == "torch"
+    assert any("not the native kernels: the logits differ from Hugging Face's" in note for note in engine.notes)
+
+
+@needs_native
+def test_a_token_that_the_model_does_not_know_ends_the_run(tmp_path: Path) -> None:
+    runner = NativeRunner(settings_of(save_model(tmp_path, "llama", torch.float32, **SIZES)))
+    runner.load()
+    runner.allocate(1)
+    stranger = Sequence(0, [5, SIZES["vocab_size"]], 2, 1, blocks=[0])
+    with pytest.raises(IndexError, match=r"^token id 300 is outside the model's vocabulary of 300$"):
+        runner.forward(RaggedBatch([Chunk(stranger, 0, 2, True)], 0, 2))
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+FLAGS = {*checks.INSTRUCTIONS, checks.BFLOAT16}
+LLAMA_7B = yaml.safe_load((ROOT / "conf" / "model" / "llama2_7b.yaml").read_text())["architecture"]
+
+
+@pytest.fixture
+def every_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "cpu_flags", lambda: FLAGS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["smollm2_135m", "llama2_7b", "llama2_13b", "llama2_70b"])
+def test_the_configs_models_are_supported(every_instruction: None, name: str, dtype: str) -> None:
+    architecture = yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text())["architecture"]
+    assert checks.unsupported(architecture, dtype, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("more", "found"),
+    [
+        ({"dtype": "float16"}, "they compute in float32 or bfloat16, not in float16"),
+        ({"tp": 2}, "they do not shard a model (parallel.tp)"),
+        ({"model_type": "gemma2"}, "gemma2 is not one of the families that they compute (llama, mistral, qwen2, qwen3"),
+        ({"model_type": None}, "None is not one of the families"),
+        ({"auto_map": {"AutoModel": "x.py"}, "remote_code": True}, "brings its own code (model.trust_remote_code)"),
+        ({"quantization_config": {"quant_method": "awq"}}, "weights are packed (quantization_config)"),
+        ({"hidden_size": None}, "its hidden_size is not known"),
+        ({"intermediate_size": "11008"}, "its intermediate_size is not known"),
+        ({"num_hidden_layers": 0}, "its num_hidden_layers is not known"),
+        ({"num_attention_heads": -1}, "its num_attention_heads is not known"),
+        ({"vocab_size": None}, "its vocab_size is not known"),
+        ({"hidden_size": 4104, "head_dim": 128}, "its hidden_size 4104 is not a multiple of 16"),
+        ({"intermediate_size": 11010}, "its intermediate_size 11010 is not a multiple of 16"),
+        ({"head_dim": 72}, "32 query and 32 key-value heads of 72"),
+        ({"head_dim": 272}, "32 query and 32 key-value heads of 272"),
+        ({"num_key_value_heads": 5}, "32 query and 5 key-value heads of 128"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "its rotary embedding is scaled (dynamic; default,"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "embedding is scaled (longrope;"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "embedding is scaled (dynamic;"),
+        ({"partial_rotary_factor": 0.75}, "only a part of each head is rotated (partial_rotary_factor)"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "only a part of each head"),
+        ({"hidden_act": "gelu"}, "its hidden_act is gelu, not silu"),
+        ({"mlp_bias": True}, "it has mlp_bias"),
+    ],
+    ids=str,
+)
+def test_each_hazard_is_refused(every_instruction: None, more: dict[str, Any], found: str) -> None:
+    given_to = {"dtype": "bfloat16", "tp": 1, "remote_code": False}
+    architecture = dict(LLAMA_7B)
+    architecture.pop("dtype", None)
+    for key, value in more.items():
+        (given_to if key in given_to else architecture)[key] = value
+    reason = checks.unsupported(architecture, **given_to)  # type: ignore[arg-type]
+    assert reason is not None and found in reason and "\n" not in reason
+
+
+def test_harmless_settings_are_not_refused(every_instruction: None) -> None:
+    for more in (
+        {"model_type": "mistral", "sliding_window": 4096},  # refused at load where it is less than the context
+        {"model_type": "qwen3", "head_dim": None},
+        {"attention_bias": True, "tie_word_embeddings": True, "rms_norm_eps": 0.1, "vocab_size": 32001},
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 256},
+        {"num_key_value_heads": None, "rope_scaling": None},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "partial_rotary_factor": 1.0}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"auto_map": {"AutoModel": "x.py"}},
+    ):
+        assert checks.unsupported({**LLAMA_7B, **more}, "bfloat16", 1) is None
+    packed = {**LLAMA_7B, "quantization_config": {"quant_method": "awq"}}
+    assert checks.unsupported(packed, "bfloat16", 1, dummy=True) is None
+    assert checks.unsupported({}, "bfloat16", 1) == "its config is not known before it is downloaded"
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "found"),
+    [
+        (set(), "float32", "this processor has no avx512f, avx512bw, avx512dq, avx512vl, fma"),
+        (FLAGS - {"fma", "avx512dq"}, "bfloat16", "this processor has no avx512dq, fma"),
+        (FLAGS - {"avx512_bf16"}, "bfloat16", "this processor has no avx512_bf16"),
+        (FLAGS - {"avx512_bf16"}, "float32", None),
+        (FLAGS, "bfloat16", None),
+    ],
+)
+def test_instructions_that_are_missing_are_named(
+    monkeypatch: pytest.MonkeyPatch, flags: set[str], dtype: str, found: str | None
+) -> None:
+    monkeypatch.setattr(checks, "cpu_flags", lambda: flags)
+    assert checks.unsupported(LLAMA_7B, dtype, 1) == found
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "slower"),
+    [
+        (FLAGS | {"amx_bf16"}, "bfloat16", True),
+        (FLAGS | {"amx_bf16"}, "float32", False),
+        (FLAGS, "bfloat16", False),
+        (FLAGS, "float32", False),
+    ],
+)
+def test_pytorch_is_faster_where_it_has_amx(
+    monkeypatch: pytest.MonkeyPatch, flags: set[str], dtype: str, slower: bool
+) -> None:
+    monkeypatch.setattr(checks, "cpu_flags", lambda: flags)
+    assert (checks.slower(dtype) is not None) == slower
+
+
+# --- which kernels are used -----------------------------------------------------------------------------------------
+
+
+@needs_native_bfloat16
+def test_auto_leaves_bfloat16_to_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "cpu_flags", lambda: FLAGS | {"amx_bf16"})
+    chosen = dataclasses.replace(settings(kernels=Kernels.auto), dtype="bfloat16")
+    engine = FastGenEngine(chosen)
+    assert engine.kernels == "torch"
+    assert engine.notes == [
+        "engine.kernels=auto took torch, not the native kernels: "
+        "this processor has amx_bf16, which PyTorch uses and they do not"
+    ]
+    assert FastGenEngine(settings(kernels=Kernels.auto)).kernels == "native"
+    asked = dataclasses.replace(chosen, engine=dataclasses.replace(chosen.engine, kernels=Kernels.native))
+    assert FastGenEngine(asked).kernels == "native"
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("/nonexistent/g++", "no C++ compiler: /nonexistent/g++ is not installed (CXX names another)"),
+        ("false", "{false} cannot compile the kernels: it ended with status 1"),
+        ("/nonexistent/ccache g++", "no C++ compiler: /nonexistent/ccache g++ is not installed (CXX names another)"),
+    ],
+)
+def test_without_a_compiler_auto_takes_torch(
+    every_instruction: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str, reason: str
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path))
+    reason = reason.format(false=shutil.which("false"))
+    engine = FastGenEngine(settings(kernels=Kernels.auto))
+    assert engine.kernels == "torch"
+    assert engine.notes == [f"engine.kernels=auto took torch, not the native kernels: {reason}"]
+    with pytest.raises(UserError) as refused:
+        FastGenEngine(settings(kernels=Kernels.native))
+    assert str(refused.value).startswith(f"engine.kernels: native: {reason.strip()}")
+    assert not [path for path in tmp_path.rglob("*") if path.suffix not in ("", ".lock")]
+
+
+@pytest.mark.parametrize("kernels", [Kernels.auto, Kernels.native])
+def test_a_model_that_is_not_computed_is_left_to_torch(every_instruction: None, kernels: Kernels) -> None:
+    chosen = settings(more={"mlp_bias": True}, kernels=kernels)
+    if kernels is Kernels.native:
+        with pytest.raises(UserError, match=r"^engine\.kernels: native: it has mlp_bias; use engine\.kernels=torch"):
+            FastGenEngine(chosen)
+        return
+    engine = FastGenEngine(chosen)
+    assert engine.kernels == "torch"
+    assert engine.notes == ["engine.kernels=auto took torch, not the native kernels: it has mlp_bias"]
+
+
+# --- compilation ----------------------------------------------------------------------------------------------------
+
+
+def script(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def test_what_the_compiler_says_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = script(
+        tmp_path / "old",
+        "echo 'cc1plus: warning: is old' >&2",
+        "echo 'error: what is' $2 >&2",
+        "echo more >&2",
+        "exit 1",
+    )
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(build.BuildError) as failed:
+        build.library()
+    assert str(failed.value) == f"{compiler} cannot compile the kernels: error: what is -std=c++17"
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.suffix not in ("", ".lock")]
+
+
+def test_a_cache_that_cannot_be_written_is_no_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    places = [tmp_path / "file", tmp_path / "readable"]
+    places[0].write_text("in the way")
+    places[1].mkdir(mode=0o500)
+    for place in places[: 1 if os.geteuid() == 0 else 2]:  # root writes everywhere
+        monkeypatch.setenv("HARNESS_CACHE", str(place))
+        with pytest.raises(build.BuildError) as failed:
+            build.library()
+        assert str(failed.value).startswith(f"{place}/native cannot hold the compiled kernels: ")
+        assert "\n" not in str(failed.value)
+
+
+@needs_native
+def test_a_library_that_cannot_be_loaded_is_no_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A compiler that writes something else; torch takes over."""
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv(
+        "CXX",
+        str(script(tmp_path / "odd", '[ "$1" = --version ] || { for last; do :; done; echo rubbish > "$last"; }')),
+    )
+    engine = FastGenEngine(settings(kernels=Kernels.auto))
+    assert engine.kernels == "torch"
+    (note,) = engine.notes
+    assert "the compiled kernels cannot be loaded: " in note
+
+
+PLAIN = FLAGS - {checks.BFLOAT16}
+BUILDER = f"""
+import json, os, sys
+sys.path.insert(0, os.getcwd())
+from harness.engines.fastgen.native import build
+build.cpu_flags = lambda: {PLAIN!r}
+path = build.library()
+print(json.dumps([str(path), path.stat().st_mtime_ns]))
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """What two processes did that wanted the library at once, on a processor without AVX512-BF16."""
+
+    environment: dict[str, str]
+    answers: list[list[Any]]  # path and time of change, as each process saw them
+    calls: Path  # the compiler's command lines
+
+    @property
+    def compilations(self) -> list[str]:
+        return [line for line in self.calls.read_text().splitlines() if "model.cpp" in line]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    place = tmp_path_factory.mktemp("built")
+    calls = place / "calls"
+    real = shutil.which(os.environ.get("CXX") or "g++")
+    compiler = script(place / "compiler", f'echo "$@" >> "{calls}"', f'exec "{real}" "$@"')
+    environment = {"HARNESS_CACHE": str(place / "cache"), "CXX": str(compiler)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", BUILDER], cwd=ROOT, env=variables(**environment), stdout=-1, stderr=-1, text=True
+        )
+        for _ in range(2)
+    ]
+    outcomes = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outcomes
+    return Built(environment, [json.loads(output) for output, _ in outcomes], calls)
+
+
+@pytest.fixture
+def plain_processor(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor without AVX512-BF16, and the library for it."""
+    for name, value in built.environment.items():
+        monkeypatch.setenv(name, value)
+    for module in (build, checks):
+        monkeypatch.setattr(module, "cpu_flags", lambda: PLAIN)
+
+
+def test_processes_compile_once_between_them_and_never_again(built: Built, plain_processor: None) -> None:
+    assert built.answers[0] == built.answers[1]
+    (command,) = built.compilations
+    assert "-mavx512f" in command and "bf16" not in command
+    path = build.library()
+    assert [str(path), path.stat().st_mtime_ns] == built.answers[0]
+    assert built.compilations == [command]
+    assert {found.suffix for found in path.parent.iterdir()} <= {".so", ".lock"}
+    assert len(list(path.parent.glob("*.so"))) == 1
+
+
+@needs_native
+def test_a_processor_without_bfloat16_computes_float32(
+    plain_processor: None, answers: dict[int, list[int]], built: Built
+) -> None:
+    chosen = settings(kernels=Kernels.auto, kv_memory="4MiB")
+    engine = FastGenEngine(chosen)
+    assert (engine.kernels, engine.notes) == ("native", [])
+    engine.load()
+    found = generate(engine, REQUESTS[:8])
+    assert {index: completion.token_ids for index, completion in found.items()} == {
+        index: answers[index] for index in range(8)
+    }
+    assert len(built.compilations) == 1
+    narrow = FastGenEngine(dataclasses.replace(chosen, dtype="bfloat16"))
+    assert narrow.kernels == "torch"
+    assert narrow.notes == ["engine.kernels=auto took torch, not the native kernels: this processor has no avx512_bf16"]
