@@ -208,6 +208,23 @@ def positive_integer(value: object) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
+def not_plain(architecture: dict[str, Any], *, dummy: bool, remote_code: bool) -> str | None:
+    """Returns why kernels that know a family's decoder by heart cannot take this one; None when they can.
+
+    Args:
+        dummy: the weights are made up, so how the checkpoint packs its own does not matter.
+        remote_code: the checkpoint's own code may run, if it has any (``model.trust_remote_code``).
+    """
+    if remote_code and "auto_map" in architecture:
+        return "the checkpoint brings its own code (model.trust_remote_code)"
+    if not dummy and architecture.get("quantization_config"):
+        return "the checkpoint's weights are packed (quantization_config)"
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        if not positive_integer(architecture.get(key)):
+            return f"its {key} is not known"
+    return None
+
+
 def rotary_settings(architecture: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yields the rotary settings, in ``rope_parameters`` since transformers 5 and in ``rope_scaling`` before."""
     for key in ("rope_parameters", "rope_scaling"):

@@ -24,14 +24,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / "launch" / "peers"
-sys.path[0] = str(ROOT)
+sys.path.insert(0, str(ROOT))
 
+import bench_engines  # noqa: E402
 from hydra import compose, initialize_config_dir  # noqa: E402
 
 from harness import checkpoint, config, job, workload  # noqa: E402
 from harness.demo_model import cache_root  # noqa: E402
 from harness.errors import UserError, report  # noqa: E402
-from harness.runs_table import read_rows  # noqa: E402
 
 OURS, BASELINE = "fastgen", "baseline"
 TITLES = {"openvino": "OpenVINO GenAI", "vllm": "vLLM"}
@@ -178,13 +178,12 @@ class Bench:
 
     def _matrix_rate(self) -> float:
         """Returns the best rate of matrix products on the model's shapes, all cores at once, in GFLOP/s."""
-        words = [str(PEERS / "matrix_rate.py"), self.model, self.job.dtype, self.cores]
+        words = [str(ROOT / "launch" / "matrix_rate.py"), self.model, self.job.dtype, self.cores]
         return float(self._answer([sys.executable, *words])["gflops"])
 
     def _ours(self, words: list[str], threads: int) -> dict[str, Any]:
-        command = ["taskset", "-c", ",".join(self.cores.split(",")[:threads]), sys.executable, "harness/main.py"]
-        self._do([*command, *self.overrides, *words, f"results_dir={self.results}"])
-        row = read_rows(self.results / "runs.csv")[-1]
+        cores = ",".join(self.cores.split(",")[:threads])
+        row = bench_engines.run(" ".join(words), self.overrides, cores, self.results)
         record = json.loads((self.results / row["run_id"] / "record.json").read_text())
         return {"elapsed_s": float(row["elapsed_s"]), "model_flops": record["model_flops"]}
 
@@ -198,7 +197,7 @@ class Bench:
         return float(answer["seconds"])
 
     def _answer(self, command: list[str]) -> dict[str, Any]:
-        """Runs one of the programs in peers/ and returns the JSON object that it printed among other things."""
+        """Runs a program and returns the JSON object that it printed among other things."""
         lines = [line for line in self._do(command).splitlines() if line.startswith("{")]
         if not lines:
             raise UserError(

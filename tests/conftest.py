@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,17 @@ def save_model(directory: Path, model_type: str, dtype: Any, sharp: float = 1.0,
                 weight.data *= sharp
     model.to(dtype).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Thousands of tiny operations: more threads only wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

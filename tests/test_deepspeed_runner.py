@@ -46,19 +46,12 @@ from harness.errors import UserError
 from harness.tensor_parallel import TensorParallel
 from harness.workload import Completion, Request
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     emulate(monkeypatch.setattr)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Thousands of tiny operations: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- models and requests --------------------------------------------------------------------------------------------

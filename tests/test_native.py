@@ -13,7 +13,6 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +34,7 @@ from harness.engines.fastgen.native_runner import NativeRunner
 from harness.engines.fastgen.scheduler import Chunk, RaggedBatch, Sequence
 from harness.errors import UserError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny models: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # --- models and passes ----------------------------------------------------------------------------------------------
 

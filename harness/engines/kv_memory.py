@@ -18,6 +18,26 @@ def kv_memory_bytes(setting: float | int | str, free_memory: int) -> int:
     return int(amount * free_memory) if is_fraction(setting) else int(amount)
 
 
+def affordable_blocks(setting: float | int | str, free: int, max_blocks: int, block_size: int, block_bytes: int) -> int:
+    """Returns how many blocks ``engine.kv_memory`` buys, at most ``max_blocks``.
+
+    Args:
+        free: bytes that can be had.
+        block_size: tokens in a block, which has ``block_bytes`` bytes.
+
+    Raises:
+        UserError: the memory is not there, or does not hold one block.
+    """
+    asked = kv_memory_bytes(setting, free)
+    blocks = min(max_blocks, asked // block_bytes)
+    if blocks * block_bytes > free:
+        raise too_much(setting, asked, free)
+    if blocks < 1:
+        remedy = "give more memory, or a smaller engine.kv_block_size"
+        raise too_little(setting, asked, block_size, block_bytes, remedy)
+    return blocks
+
+
 def too_much(setting: float | int | str, asked: float, free: int, where: str = "") -> UserError:
     """Returns the refusal of more memory than there is; ``asked`` and ``free`` in bytes."""
     found = f"{setting} asks for {asked / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free{where}"

@@ -3,17 +3,12 @@
 Settings are the fastest found on two cores; the precision of the KV cache is OpenVINO's own choice.
 """
 
-import json
-import sys
-import time
-
 import numpy as np
 import openvino as ov
 import openvino_genai as genai
+from timing import arguments, measure
 
-model, requests_file, dtype, cores = sys.argv[1:]
-with open(requests_file) as file:
-    requests = json.load(file)
+model, requests, dtype, cores = arguments()
 scheduler = genai.SchedulerConfig()
 scheduler.cache_size = 3  # GB
 scheduler.max_num_seqs = 128
@@ -41,9 +36,4 @@ def generate(jobs):
     return [list(result.m_generation_ids[0]) for result in pipeline.generate(prompts, configs)]
 
 
-generate([(ids[:32], 4) for ids, _ in requests[:4]])
-started = time.perf_counter()
-outputs = generate(requests)
-seconds = time.perf_counter() - started
-wrong = sum(len(ids) != length for ids, (_, length) in zip(outputs, requests, strict=True))
-print(json.dumps({"seconds": seconds, "wrong_length": wrong}), flush=True)
+measure(generate, requests)

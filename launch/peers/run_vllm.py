@@ -3,22 +3,19 @@
 Settings are the fastest found on two cores.
 """
 
-import json
 import os
-import sys
-import time
+
+from timing import arguments, measure
 
 
 def main() -> None:
     """Prints the time that all requests took."""
-    model, requests_file, dtype, cores = sys.argv[1:]
+    model, requests, dtype, cores = arguments()
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = cores
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GB
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from vllm import LLM, SamplingParams
 
-    with open(requests_file) as file:
-        requests = json.load(file)
     longest = max(len(ids) + length for ids, length in requests)
     engine = LLM(
         model,
@@ -37,12 +34,7 @@ def main() -> None:
         )
         return [list(result.outputs[0].token_ids) for result in results]
 
-    generate([(ids[:32], 4) for ids, _ in requests[:4]])
-    started = time.perf_counter()
-    outputs = generate(requests)
-    seconds = time.perf_counter() - started
-    wrong = sum(len(ids) != length for ids, (_, length) in zip(outputs, requests, strict=True))
-    print(json.dumps({"seconds": seconds, "wrong_length": wrong}), flush=True)
+    measure(generate, requests)
 
 
 if __name__ == "__main__":

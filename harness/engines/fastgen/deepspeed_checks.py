@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harness.checkpoint_files import attention_heads, positive_integer, rotary_settings, rotary_types
+from harness.checkpoint_files import attention_heads, not_plain, rotary_settings, rotary_types
 
 # Families whose decoder is model_implementations/{llama_v2,mistral,qwen_v2,phi3}. The engine has others (opt, falcon,
 # phi, mixtral, ...), whose norms, biases or experts this harness has not checked.
@@ -79,15 +79,9 @@ def unsupported(
         return f"{family} is not one of the families checked with them ({', '.join(FAMILIES)})"
     if dtype not in DTYPES:
         return f"they compute in {' or '.join(DTYPES)}, not in {dtype}"
-    if remote_code and "auto_map" in architecture:
-        return "the checkpoint brings its own code (model.trust_remote_code)"
-    if not dummy and architecture.get("quantization_config"):
-        return "the checkpoint's weights are packed (quantization_config)"
-    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        if not positive_integer(architecture.get(key)):
-            return f"its {key} is not known"
     return (
-        next(_unlike_layers(architecture, max_context), None)
+        not_plain(architecture, dummy=dummy, remote_code=remote_code)
+        or next(_unlike_layers(architecture, max_context), None)
         or next(_unlike_shapes(architecture, tp), None)
         or (next(_unlike_fp6(architecture, dtype, tp), None) if quantization == FP6 else None)
     )

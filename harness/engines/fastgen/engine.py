@@ -169,14 +169,12 @@ class FastGenEngine(Engine):
 
     def _runner(self) -> Runner:
         """Returns the fastest kernels that can run, or the ones asked for."""
-        # Imported here, by name: each brings its own library.
-        from harness.engines.fastgen.torch_runner import TorchRunner
-
         settings, engine = self.settings, self.settings.engine
         if engine.kernels is Kernels.torch:
-            return TorchRunner(settings)
+            return self._torch_runner()
         if not settings.device.startswith("cuda"):
-            return self._native_runner() or TorchRunner(settings)
+            return self._native_runner()
+        # Imported here, by name: each of the kernels brings its own library.
         import torch
 
         reason = deepspeed_checks.unsupported(
@@ -199,26 +197,30 @@ class FastGenEngine(Engine):
             raise UserError("engine.quantization", f"{engine.quantization}: {reason}", "use engine.quantization=null")
         if engine.kernels is Kernels.deepspeed:
             raise UserError("engine.kernels", f"deepspeed: {reason}", "use engine.kernels=torch or auto")
-        self.notes.append(f"engine.kernels=auto took torch, not DeepSpeed's kernels: {reason}")
-        return TorchRunner(settings)
+        return self._torch_runner("DeepSpeed's", reason)
+
+    def _torch_runner(self, others: str = "", reason: str = "") -> Runner:
+        """Returns PyTorch's kernels; given why ``engine.kernels=auto`` did not take others, a note says so."""
+        from harness.engines.fastgen.torch_runner import TorchRunner
+
+        if reason:
+            self.notes.append(f"engine.kernels=auto took torch, not {others} kernels: {reason}")
+        return TorchRunner(self.settings)
 
     def _load_runner(self) -> None:
         """Loads the weights; where ``engine.kernels=auto`` chose wrongly, PyTorch computes the model."""
         from harness.engines.fastgen.native_runner import LogitsDiffer
-        from harness.engines.fastgen.torch_runner import TorchRunner
 
         try:
             self.runner.load()
         except LogitsDiffer as error:
             if self.settings.engine.kernels is not Kernels.auto:
                 raise
-            reason = error.found.removeprefix("native: ")
-            self.notes.append(f"engine.kernels=auto took torch, not the native kernels: {reason}")
-            self.runner = TorchRunner(self.settings)
+            self.runner = self._torch_runner("the native", error.reason)
             self.runner.load()
 
-    def _native_runner(self) -> Runner | None:
-        """Returns the C++ pass, None where ``engine.kernels=auto`` has to do without; the notes say why."""
+    def _native_runner(self) -> Runner:
+        """Returns the C++ pass, or PyTorch's kernels where ``engine.kernels=auto`` has to do without it."""
         from harness.engines.fastgen.native.build import BuildError
         from harness.engines.fastgen.native_runner import NativeRunner
 
@@ -239,8 +241,7 @@ class FastGenEngine(Engine):
                 reason = str(error)
         if not auto:
             raise UserError("engine.kernels", f"native: {reason}", "use engine.kernels=torch or auto")
-        self.notes.append(f"engine.kernels=auto took torch, not the native kernels: {reason}")
-        return None
+        return self._torch_runner("the native", reason)
 
     def _forward(self, batch: RaggedBatch) -> list[int]:
         rows = self.runner.forward(batch)

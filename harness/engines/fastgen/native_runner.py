@@ -20,11 +20,11 @@ from harness.engines.fastgen.native import build, library
 from harness.engines.fastgen.native.library import HALF, LONGEST_BLOCK, PANEL, VECTOR
 from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
 from harness.engines.fastgen.torch_runner import refuse_unusual_attention
-from harness.engines.kv_memory import kv_memory_bytes, too_little, too_much
+from harness.engines.kv_memory import affordable_blocks
 from harness.environment import available_memory_bytes
 from harness.errors import UserError
 
-PROBE = 16  # tokens whose logits are compared
+PROBE = 16  # tokens whose logits are compared; the smallest block holds them
 # Largest distance, median of the tokens, between our logits and Hugging Face's, as a part of their spread. On the demo
 # model it is 1e-5 in float32 and 0.06 in bfloat16, to which Hugging Face rounds after every operation, and 0.5 or more
 # with any one part computed wrongly.
@@ -32,7 +32,11 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.35}
 
 
 class LogitsDiffer(UserError):
-    """The pass does not compute what Hugging Face computes."""
+    """The pass does not compute what Hugging Face computes; ``distance`` is that of :data:`TOLERANCE`."""
+
+    def __init__(self, distance: float) -> None:
+        self.reason = f"the logits differ from Hugging Face's by {distance:.2g} of their spread"
+        super().__init__("engine.kernels", f"native: {self.reason}", "use engine.kernels=torch")
 
 
 class NativeRunner:
@@ -73,18 +77,14 @@ class NativeRunner:
             if not expected.isfinite().all():
                 raise UserError("model", "its logits are not numbers", "check the weights, or use model.dtype=float32")
             self._take(model)
-        self._make_cache(-(-PROBE // self.block_size), PROBE)
-        probe = Sequence(0, tokens, PROBE, 1, blocks=list(range(-(-PROBE // self.block_size))))
+        self._make_cache(1, PROBE)
+        probe = Sequence(0, tokens, PROBE, 1, blocks=[0])
         logits = torch.empty_like(expected)
         self._run([(probe, 0, PROBE, True)], list(range(PROBE)), logits)
         spread = expected - expected.mean(-1, keepdim=True)
         distance = ((logits - expected).norm(dim=-1) / spread.norm(dim=-1)).median().item()
         if not distance <= TOLERANCE[self.settings.dtype]:
-            raise LogitsDiffer(
-                "engine.kernels",
-                f"native: the logits differ from Hugging Face's by {distance:.2g} of their spread",
-                "use engine.kernels=torch",
-            )
+            raise LogitsDiffer(distance)
 
     def stop_ids(self) -> frozenset[int]:
         """Returns the checkpoint's end-of-sequence ids, none under ``generation.stop=length``."""
@@ -95,13 +95,7 @@ class NativeRunner:
         model, block_size = self.model, self.block_size
         block_bytes = 2 * model.layer_count * model.kv_heads * model.head_dim * block_size * self.dtype.itemsize
         setting, free = self.settings.engine.kv_memory, available_memory_bytes() // self.settings.host_ranks
-        memory = kv_memory_bytes(setting, free)
-        blocks = min(max_blocks, memory // block_bytes)
-        if blocks * block_bytes > free:
-            raise too_much(setting, memory, free)
-        if blocks < 1:
-            remedy = "give more memory, or a smaller engine.kv_block_size"
-            raise too_little(setting, memory, block_size, block_bytes, remedy)
+        blocks = affordable_blocks(setting, free, max_blocks, block_size, block_bytes)
         positions = blocks * block_size
         self._make_cache(blocks, min(positions, self.settings.max_context or positions))
         return blocks
@@ -168,17 +162,11 @@ class NativeRunner:
         query, key = attention.q_proj.out_features, attention.k_proj.out_features
         head_dim = attention.head_dim
         layers = len(decoder.layers)
-        words_of = lambda columns, depth: -(-columns // PANEL) * PANEL * depth * self.dtype.itemsize // 4  # noqa: E731
         hidden, intermediate = config.hidden_size, config.intermediate_size
+        shapes = [(query + 2 * key, hidden), (hidden, query), (2 * intermediate, hidden), (hidden, intermediate)]
+        shapes = [*shapes * layers, (config.vocab_size, hidden)]
         self.packed = _Words(
-            layers
-            * (
-                words_of(query + 2 * key, hidden)
-                + words_of(hidden, query)
-                + words_of(2 * intermediate, hidden)
-                + words_of(hidden, intermediate)
-            )
-            + words_of(config.vocab_size, hidden)
+            sum(_whole_panels(columns) * depth for columns, depth in shapes) * self.dtype.itemsize // 4
         )
         self.layers = (library.Layer * layers)()
         for number, layer in enumerate(decoder.layers):
@@ -225,13 +213,13 @@ class NativeRunner:
         """Returns the address of packed ``weight``, ``[columns, depth]``."""
         words = weight.detach().to(self.dtype).contiguous().view(torch.int32)
         columns, depth = words.shape
-        to = self.packed.take(-(-columns // PANEL) * PANEL * depth)
+        to = self.packed.take(_whole_panels(columns) * depth)
         self.library.harness_pack(words.data_ptr(), columns, depth, to, torch.get_num_threads())
         return to
 
     def _vector(self, values: Tensor) -> int:
         """Returns the address of a float32 copy, which ends with zeros up to a whole panel."""
-        padded = torch.zeros(-(-len(values) // PANEL) * PANEL)
+        padded = torch.zeros(_whole_panels(len(values)))
         padded[: len(values)] = values.detach()
         return self._keep(padded)
 
@@ -251,6 +239,11 @@ class NativeRunner:
         half = model.head_dim // 2
         self.tables = [table[0, :, :half].contiguous() for table in tables]
         model.cosines, model.sines = (table.data_ptr() for table in self.tables)
+
+
+def _whole_panels(columns: int) -> int:
+    """Returns the columns of as many panels as hold ``columns``."""
+    return -(-columns // PANEL) * PANEL
 
 
 class _Words:

@@ -17,7 +17,7 @@ from harness.engines.base import EngineSettings, stop_ids
 from harness.engines.fastgen.packed_linear import can_pack, pack_linears
 from harness.engines.fastgen.paged_attention import KvCache, KvProbe, build_plan, ragged_attention
 from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
-from harness.engines.kv_memory import kv_memory_bytes, too_little, too_much
+from harness.engines.kv_memory import affordable_blocks
 from harness.environment import available_memory_bytes
 from harness.errors import UserError
 
@@ -58,13 +58,7 @@ class TorchRunner:
         block_size = self.block_size
         block_bytes = 2 * block_size * self.dtype.itemsize * sum(heads * head_dim for heads, head_dim in shapes)
         setting, free = self.settings.engine.kv_memory, self._free_memory()
-        memory = kv_memory_bytes(setting, free)
-        blocks = min(max_blocks, memory // block_bytes)
-        if blocks * block_bytes > free:
-            raise too_much(setting, memory, free)
-        if blocks < 1:
-            remedy = "give more memory, or a smaller engine.kv_block_size"
-            raise too_little(setting, memory, block_size, block_bytes, remedy)
+        blocks = affordable_blocks(setting, free, max_blocks, block_size, block_bytes)
         self.caches = [
             KvCache(*(self._zeros(blocks, heads, block_size, head_dim) for _ in range(2))) for heads, head_dim in shapes
         ]

@@ -75,7 +75,7 @@ void attend(const Task& task, const Chunk& chunk, const Shape& shape, const Cach
             const typename E::Raw* query, Word* out, const Tiling& tiling) {
     const int group = shape.heads / shape.kv_heads, dim = shape.head_dim, rows = task.rows;
     const int width = shape.heads * dim, head_words = dim / E::STEP, block_size = shape.block_size;
-    const float factor = shape.scaling * 1.44269504088896341f;
+    const float factor = shape.scaling * LOG2_E;
 
     alignas(64) Word packed[MAX_HEAD_DIM * TILE];
     alignas(64) float scores[TILE * GROUP];

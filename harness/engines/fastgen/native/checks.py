@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.checkpoint_files import LLAMA_LIKE, attention_heads, positive_integer, rotary_settings, rotary_types
+from harness.checkpoint_files import LLAMA_LIKE, attention_heads, not_plain, rotary_settings, rotary_types
 from harness.engines.fastgen.native.library import LARGEST_HEAD, VECTOR
 from harness.environment import cpu_flags
 
@@ -28,9 +28,8 @@ def unsupported(
     """
     if dtype not in ("float32", "bfloat16"):
         return f"they compute in float32 or bfloat16, not in {dtype}"
-    missing = [
-        name for name in (*INSTRUCTIONS, *([BFLOAT16] if dtype == "bfloat16" else [])) if name not in cpu_flags()
-    ]
+    flags, wanted = cpu_flags(), [*INSTRUCTIONS, *([BFLOAT16] if dtype == "bfloat16" else [])]
+    missing = [name for name in wanted if name not in flags]
     if missing:
         return f"this processor has no {', '.join(missing)}"
     if tp > 1:
@@ -51,13 +50,10 @@ def _unlike(architecture: dict[str, Any], dummy: bool, remote_code: bool) -> str
     family = architecture.get("model_type")
     if family not in LLAMA_LIKE:
         return f"{family} is not one of the families that they compute ({', '.join(LLAMA_LIKE)})"
-    if remote_code and not dummy and "auto_map" in architecture:
-        return "the checkpoint brings its own code (model.trust_remote_code)"
-    if not dummy and architecture.get("quantization_config"):
-        return "the checkpoint's weights are packed (quantization_config)"
-    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        if not positive_integer(architecture.get(key)):
-            return f"its {key} is not known"
+    # Made-up weights are drawn without the checkpoint's code.
+    reason = not_plain(architecture, dummy=dummy, remote_code=remote_code and not dummy)
+    if reason is not None:
+        return reason
     for key in ("hidden_size", "intermediate_size"):
         if architecture[key] % VECTOR:
             return f"its {key} {architecture[key]} is not a multiple of {VECTOR}"

@@ -12,6 +12,7 @@ namespace harness {
 
 using Word = std::uint32_t;
 constexpr int LANES = 16;  // floats, or words, in a vector
+constexpr float LOG2_E = 1.44269504088896341f;
 
 struct Float32 {
     using Raw = float;

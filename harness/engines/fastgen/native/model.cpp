@@ -245,13 +245,12 @@ private:
                         for (int r = 0; r < height; ++r) {
                             const __m512 gate = _mm512_load_ps(sums + r * PANEL);
                             const __m512 up = _mm512_load_ps(sums + r * PANEL + LANES);
-                            const __m512 power = exp2(_mm512_mul_ps(gate, _mm512_set1_ps(-1.44269504088896341f)));
+                            const __m512 power = exp2(_mm512_mul_ps(gate, _mm512_set1_ps(-LOG2_E)));
                             const __m512 silu = _mm512_div_ps(gate, _mm512_add_ps(_mm512_set1_ps(1.0f), power));
                             put16<E>({tile + r, height}, panel * LANES, _mm512_mul_ps(silu, up));
                         }
                     });
-        multiply<E>(weights(layer.down, hidden, intermediate), middle_.get(), tiling_, team_,
-                    add(nullptr));
+        multiply<E>(weights(layer.down, hidden, intermediate), middle_.get(), tiling_, team_, add(nullptr));
     }
 
     void score_vocabulary() {

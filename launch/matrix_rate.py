@@ -11,8 +11,14 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from harness.checkpoint_files import attention_heads  # noqa: E402
 
 ROWS = (64, 128, 256, 512)
 SECONDS = 0.12  # for each shape
@@ -21,9 +27,7 @@ SECONDS = 0.12  # for each shape
 def shapes(architecture: dict[str, Any]) -> list[tuple[int, int]]:
     """Returns (columns, depth) of the query-key-value, output, gate-up, down and head weights."""
     hidden, intermediate = architecture["hidden_size"], architecture["intermediate_size"]
-    heads = architecture["num_attention_heads"]
-    head_dim = architecture.get("head_dim") or hidden // heads
-    kv_heads = architecture.get("num_key_value_heads") or heads
+    heads, kv_heads, head_dim = attention_heads(architecture)
     return [
         ((heads + 2 * kv_heads) * head_dim, hidden),
         (hidden, heads * head_dim),
@@ -47,12 +51,11 @@ def best_rate(core: int, architecture: dict[str, Any], dtype: str, together: Any
             weights = torch.randn(columns, depth).to(kind)
             for rows in ROWS:
                 activations = torch.randn(rows, depth).to(kind)
-                ways = [lambda a=activations, w=weights: torch.nn.functional.linear(a, w)]
+                ways: list[Callable[[], Any]] = [partial(torch.nn.functional.linear, activations, weights)]
                 if kind is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
                     packed = torch.ops.mkldnn._reorder_linear_weight(weights, rows)
-                    ways.append(
-                        lambda a=activations, p=packed: torch.ops.mkldnn._linear_pointwise(a, p, None, "none", [], "")
-                    )
+                    pointwise = torch.ops.mkldnn._linear_pointwise
+                    ways.append(partial(pointwise, activations, packed, None, "none", [], ""))
                 for multiply in ways:
                     multiply()
                     until = time.perf_counter() + SECONDS
