@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import math
 import re
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any, Union
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -137,9 +140,12 @@ class HardwareConfig:
 
 @dataclass
 class SweepConfig:
-    """How ``--multirun`` treats jobs that already ran."""
+    """How ``--multirun`` treats jobs that already ran, and what it does with the best of a search."""
 
     resume: bool = False
+    confirm: int = 0
+    confirm_samples: int | None = None
+    save_as: str | None = None
 
 
 @dataclass
@@ -160,6 +166,7 @@ class Config:
     timeout_s: float | None = None
 
 
+GROUPS = ("engine", "model", "dataset", "generation", "parallel", "hardware")
 ENGINES = ("baseline", "ds_inference", "fastgen", "mii", "simulate")
 NOT_BUILT = ("simulate",)
 QUANTIZATIONS = ("wf6af16",)  # what DeepSpeed's ragged engine has: FP6 weights, float16 activations
@@ -172,9 +179,12 @@ BYTE_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10*
 
 
 def register() -> None:
-    """Makes the schema known to Hydra under the name that ``conf/config.yaml`` starts from."""
+    """Makes known to Hydra what ``conf/config.yaml`` names: the schema, and our plugins."""
     from hydra.core.config_store import ConfigStore
 
+    plugins = str(Path(__file__).resolve().parent / "plugins")
+    if plugins not in sys.path:
+        sys.path.append(plugins)  # Hydra takes plugins from a package hydra_plugins alone, wherever parts of it lie
     ConfigStore.instance().store(name="schema", node=Config)
 
 
@@ -187,6 +197,13 @@ def to_config(composed: DictConfig) -> Config:
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(composed)))
     assert isinstance(config, Config)
     return config
+
+
+def check_choices(choices: Mapping[str, object]) -> None:
+    """Raises UserError unless one option of each group was chosen: Hydra would merge a list of them into one."""
+    for group in GROUPS:
+        if not isinstance(choices.get(group), str):
+            raise UserError(group, "no option, or several", f"choose one, or sweep over them with -m {group}=a,b")
 
 
 def parse_bytes(setting: float | int | str) -> float:
@@ -215,8 +232,8 @@ def check(config: Config, accelerator: str) -> None:
         raise UserError("resume", f"{quoted(config.resume)}: resuming a run is not built yet", "start a new run")
     if config.verify:
         raise UserError("verify", f"{config.verify}: checking against HF is not built yet", "use verify=0")
-    if config.repeat != 1:
-        raise UserError("repeat", f"{config.repeat}: repeated runs are not built yet", "use repeat=1 and run again")
+    if config.sweep.save_as is not None and re.fullmatch(r"[A-Za-z0-9_-]{1,100}", config.sweep.save_as) is None:
+        raise UserError("sweep.save_as", quoted(config.sweep.save_as), "give a name of letters, digits, _ and -")
     if not config.results_dir.strip():
         raise UserError("results_dir", quoted(config.results_dir), "name a directory")
 
@@ -236,10 +253,14 @@ def _check_numbers(config: Config) -> None:
         "dataset.output_len": config.dataset.output_len,
         "generation.max_output_len": config.generation.max_output_len,
         "model.max_context": config.model.max_context,
+        "sweep.confirm_samples": config.sweep.confirm_samples,
+        "repeat": config.repeat,
     }
     for name, value in at_least_one.items():
         if value is not None and not 1 <= value <= 2**31:
             raise UserError(name, str(value), f"give a whole number from 1 to {2**31}")
+    if not 0 <= config.sweep.confirm <= 1000:
+        raise UserError("sweep.confirm", str(config.sweep.confirm), "give a whole number from 0 to 1000")
     hardware = config.hardware
     peaks = {f"hardware.peak_flops.{dtype}": peak for dtype, peak in hardware.peak_flops.items()}
     peaks["hardware.memory_bytes"] = hardware.memory_bytes

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import ctypes
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -279,6 +280,15 @@ def git_state(directory: str | Path) -> dict[str, Any] | None:
     if commit is None or changes is None:
         return None
     return {"commit": commit.strip(), "dirty": bool(changes.strip())}
+
+
+def code_fingerprint() -> str:
+    """Returns the SHA-256 of the harness's own source, committed or not; documentation and data do not count."""
+    digest, root = hashlib.sha256(), Path(__file__).resolve().parent
+    for path in sorted(path for path in root.rglob("*") if path.suffix in (".py", ".h", ".cpp")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root)} {len(content)} ".encode() + content)
+    return digest.hexdigest()
 
 
 def gpus() -> list[dict[str, Any]]:

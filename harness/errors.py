@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 REFUSED = 2  # exit status
@@ -50,3 +52,17 @@ def quoted(value: object, limit: int = 60) -> str:
     """Returns ``value`` as it can stand inside an error line: short, escaped, its type visible."""
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+@contextmanager
+def full_error(value: str | None) -> Iterator[None]:
+    """Sets whether Hydra shows tracebacks, for as long as the block lasts; None takes the variable away."""
+    before = os.environ.pop(FULL_ERROR, None)
+    if value is not None:
+        os.environ[FULL_ERROR] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(FULL_ERROR, None)
+        if before is not None:
+            os.environ[FULL_ERROR] = before

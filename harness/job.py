@@ -5,6 +5,8 @@ The launching parent and every rank go through the same function, so both refuse
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ from harness.engines.fastgen.deepspeed_checks import unsupported
 from harness.engines.fastgen.native import checks as native_checks
 from harness.errors import UserError
 from harness.explain import explain
+from harness.results import config_hash
 from harness.workload import Workload
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -30,6 +33,7 @@ class Job:
     Attributes:
         dtype: torch type of weights and activations, ``auto`` resolved.
         max_context: longest prompt plus output in tokens, None where the model states none.
+        job_hash: 12 hex digits, equal for runs of the same config on the same dataset, kind of device and code.
     """
 
     config: Config
@@ -38,6 +42,7 @@ class Job:
     workload: Workload
     source: Source
     max_context: int | None
+    job_hash: str
 
 
 def resolved(composed: DictConfig) -> dict[str, Any]:
@@ -76,7 +81,13 @@ def prepare(composed: DictConfig, local_ranks: int | None = None) -> Job:
         workload=requests,
         source=source,
         max_context=max_context,
+        job_hash=_job_hash(resolved(composed), accelerator, requests),
     )
+
+
+def _job_hash(data: dict[str, Any], accelerator: str, requests: Workload) -> str:
+    facts = [config_hash(data), requests.sha256, accelerator, environment.code_fingerprint()]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
 
 def resolve_dtype(dtype: DType, accelerator: str) -> str:

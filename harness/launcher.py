@@ -8,10 +8,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import IO, Any
 
 import psutil
 from omegaconf import DictConfig
@@ -19,53 +21,97 @@ from omegaconf import DictConfig
 from harness import environment
 from harness import job as jobs
 from harness.errors import INTERRUPTED, REFUSED, UserError, report
-from harness.results import RunRecorder, close_unfinished, new_run_id, read_record
+from harness.results import LAUNCH_LOG, RunRecorder, close_unfinished, new_run_id, read_record
 
 MAIN = Path(__file__).resolve().parent / "main.py"
 RUN_ID_VARIABLE = "HARNESS_RUN_ID"
 PARENT_VARIABLE = "HARNESS_PARENT_PID"
 GRACE_S = 30.0  # for ranks to write down what they have, after they were asked to end
+DEAF_S = 5.0  # the same, for ranks that have not heeded their own alarm for as long already
+
+
+# What a launcher tells its ranks; a launch that one of them starts must not hear it.
+RANK_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "GROUP_RANK"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a launch ended.
+
+    Attributes:
+        record: the run's ``record.json``, whose ``status`` is final.
+        error: what the user has not been told yet, if there is something.
+    """
+
+    exit_status: int
+    record: dict[str, Any]
+    error: UserError | str | None = None
 
 
 def run(composed: DictConfig, overrides: list[str]) -> int:
-    """Runs one job in a ``deepspeed`` launch of its own; returns the exit status.
+    """Runs one job in a ``deepspeed`` launch of its own, on the user's terminal; returns the exit status."""
+    try:
+        outcome = launch(composed, overrides)
+    except UserError as error:
+        return report(error)
+    if isinstance(outcome.error, UserError):
+        report(outcome.error)
+    elif outcome.error is not None:
+        print(f"error: {outcome.error}", file=sys.stderr)
+    return outcome.exit_status
+
+
+def launch(composed: DictConfig, overrides: list[str], watcher: Callable[[Path], None] | None = None) -> Outcome:
+    """Runs one job in a ``deepspeed`` launch of its own.
 
     Args:
         composed: the config, for the checks and the number of ranks.
         overrides: the command line that composed it; the ranks compose the same.
+        watcher: called several times a second with the file (:data:`LAUNCH_LOG`, in the run's directory) that
+            then gets what the launch prints. None leaves it on the terminal.
+
+    Raises:
+        UserError: the results cannot be written; anything else that is wrong is an outcome, and a row.
     """
     resolved = jobs.resolved(composed)
     run_id = new_run_id(str(resolved["engine"].get("name")))
-    try:
-        recorder = RunRecorder.create(str(resolved["results_dir"]), run_id, resolved, sys.argv)
-    except UserError as error:
-        return report(error)
+    recorder = RunRecorder.create(str(resolved["results_dir"]), run_id, resolved, sys.argv)
     try:
         job = jobs.prepare(composed)
         check_devices(job.config.parallel.tp, job.config.parallel.dp, job.accelerator)
     except UserError as error:
         recorder.finish("invalid", str(error))
-        return report(error)
-    except BaseException as error:
-        if not isinstance(error, KeyboardInterrupt):
-            recorder.finish("failed", f"{type(error).__name__}: {error}")
-            raise
+        return Outcome(REFUSED, recorder.record, error)
+    except KeyboardInterrupt:
         recorder.finish("interrupted", "interrupted")
-        print("error: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return Outcome(INTERRUPTED, recorder.record, "interrupted")
+    except BaseException as error:
+        recorder.finish("failed", f"{type(error).__name__}: {error}")
+        raise
     config = job.config
-    ending = _watch(
-        command(config.parallel.tp * config.parallel.dp, job.accelerator, overrides),
-        _variables() | {RUN_ID_VARIABLE: run_id, PARENT_VARIABLE: str(os.getpid()), "DS_ACCELERATOR": job.accelerator},
-        config.timeout_s,
-    )
-    ending.close(config.results_dir, run_id)
-    status = (read_record(config.results_dir, run_id) or {}).get("status")
+    log = recorder.directory / LAUNCH_LOG
+    with nullcontext() if watcher is None else open(log, "wb") as output:
+        ending = _watch(
+            command(config.parallel.tp * config.parallel.dp, job.accelerator, overrides),
+            _variables()
+            | {RUN_ID_VARIABLE: run_id, PARENT_VARIABLE: str(os.getpid()), "DS_ACCELERATOR": job.accelerator},
+            config.timeout_s,
+            output,
+            None if watcher is None else lambda: watcher(log),
+        )
+    untold = ending.close(config.results_dir, run_id)
+    record = read_record(config.results_dir, run_id) or {}
+    status = record.get("status")
     if status == "ok":
-        return 0 if ending.returncode == 0 else 1
-    if status == "interrupted":
-        return INTERRUPTED
-    return REFUSED if ending.returncode == REFUSED else 1
+        exit_status = 0 if ending.returncode == 0 else 1
+    elif status == "interrupted":
+        exit_status = INTERRUPTED
+    else:
+        exit_status = REFUSED if ending.returncode == REFUSED else 1
+    return Outcome(exit_status, record, untold)
 
 
 def check_devices(tp: int, dp: int, accelerator: str) -> None:
@@ -99,8 +145,12 @@ def command(ranks: int, accelerator: str, overrides: list[str]) -> list[str]:
 
 
 def _variables() -> dict[str, str]:
-    """Returns this process's environment without the GPUs that :func:`command` has named; DeepSpeed would say so."""
-    return {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    """Returns this process's environment without what another launcher told it.
+
+    Nor with the GPUs that :func:`command` has named, since DeepSpeed would say so.
+    """
+    left_out = {"CUDA_VISIBLE_DEVICES", *RANK_VARIABLES}
+    return {name: value for name, value in os.environ.items() if name not in left_out}
 
 
 def free_port() -> int:
@@ -119,8 +169,8 @@ class _Ending:
         self.interrupted = interrupted
         self.timeout_s = timeout_s
 
-    def close(self, results_dir: str, run_id: str) -> None:
-        """Closes the record, and says why, if rank 0 could not."""
+    def close(self, results_dir: str, run_id: str) -> str | None:
+        """Closes the record if rank 0 could not; returns why, for the user, who has not been told."""
         if self.timed_out:
             status, error = "timeout", f"not finished after timeout_s={self.timeout_s:g}"
         elif self.interrupted:
@@ -129,8 +179,9 @@ class _Ending:
             status, error = "failed", "the launch ended without a result"
         else:
             status, error = "failed", describe(self.returncode)
-        if close_unfinished(results_dir, run_id, status, error) is not None:
-            print(f"error: {error} (what was finished is in {results_dir}/{run_id})", file=sys.stderr)
+        if close_unfinished(results_dir, run_id, status, error) is None:
+            return None
+        return f"{error} (what was finished is in {results_dir}/{run_id})"
 
 
 def describe(returncode: int) -> str:
@@ -143,7 +194,13 @@ def describe(returncode: int) -> str:
     return f"a rank ended with status {returncode} before it could write its record"
 
 
-def _watch(arguments: list[str], variables: dict[str, str], timeout_s: float | None) -> _Ending:
+def _watch(
+    arguments: list[str],
+    variables: dict[str, str],
+    timeout_s: float | None,
+    output: IO[bytes] | None,
+    tick: Callable[[], None] | None,
+) -> _Ending:
     """Runs the launch to its end, or ends it; its ranks get SIGINT first, so that they write their record."""
     stop_asked: list[int] = []
 
@@ -152,7 +209,14 @@ def _watch(arguments: list[str], variables: dict[str, str], timeout_s: float | N
 
     with _handling(ask):
         # A session of its own: Ctrl-C reaches the ranks through us alone, once.
-        process = subprocess.Popen(arguments, env=variables, start_new_session=True)
+        process = subprocess.Popen(
+            arguments,
+            env=variables,
+            start_new_session=True,
+            stdin=None if output is None else subprocess.DEVNULL,
+            stdout=output,
+            stderr=None if output is None else subprocess.STDOUT,
+        )
         # The ranks keep the time themselves; we step in when one hangs outside Python.
         deadline = time.monotonic() + timeout_s + GRACE_S if timeout_s is not None else None
         timed_out = False
@@ -161,12 +225,14 @@ def _watch(arguments: list[str], variables: dict[str, str], timeout_s: float | N
                 process.wait(0.2)
             except subprocess.TimeoutExpired:
                 timed_out = deadline is not None and time.monotonic() > deadline
+                if tick is not None:
+                    tick()
         if process.poll() is None:
-            _end(process)
+            _end(process, DEAF_S if timed_out else GRACE_S)
     return _Ending(process.returncode, timed_out, bool(stop_asked), timeout_s)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes], grace_s: float) -> None:
     """Interrupts the ranks, gives them time, then kills whatever is left of the launch."""
     tree = _tree(process.pid)
     for member in tree:
@@ -175,7 +241,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     if not any(_is_rank(member) for member in tree):
         _signal(psutil.Process(process.pid), signal.SIGTERM)
     try:
-        process.wait(GRACE_S)
+        process.wait(grace_s)
     except subprocess.TimeoutExpired:
         pass
     _, alive = psutil.wait_procs(_tree(process.pid) + tree, timeout=0.5)

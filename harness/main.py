@@ -2,6 +2,7 @@
 
 deepspeed --num_gpus 8 harness/main.py engine=fastgen ...
 python harness/main.py engine=fastgen ...
+python harness/main.py -m engine.token_budget=128,256         (a sweep, one launch a job)
 Several hosts: launch/NODES.md.
 """
 
@@ -10,8 +11,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,22 +26,17 @@ from omegaconf import DictConfig  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from harness import config, ranks  # noqa: E402
-from harness.errors import FULL_ERROR, INTERRUPTED, REFUSED, UserError, report  # noqa: E402
+from harness.errors import FULL_ERROR, INTERRUPTED, REFUSED, UserError, full_error, report  # noqa: E402
 from harness.explain import explain  # noqa: E402
-
-GROUPS = ("engine", "model", "dataset", "generation", "parallel", "hardware")
 
 
 def main() -> int:
-    """Composes the config and runs the job; returns the exit status."""
+    """Composes the config and runs the job, or the jobs of a sweep; returns the exit status."""
     try:
         rank = ranks.current()
         sys.argv[1:] = ranks.decoded(ranks.without_local_rank(sys.argv[1:]))
     except UserError as error:
         return report(error)
-    if rank is not None:
-        # Until the worker can write down an interruption, a rank leaves without a word (and no traceback).
-        signal.signal(signal.SIGINT, lambda signum, frame: os._exit(INTERRUPTED))
     outcomes: list[int] = []
     begun: list[bool] = []
 
@@ -58,60 +52,94 @@ def main() -> int:
     def job(composed: DictConfig) -> None:
         # Nothing is raised through Hydra, which would add lines of its own.
         begun.append(True)
-        with _full_error(asked):
+        with full_error(asked):
             try:
                 outcomes.append(_run(composed, rank))
             except (UserError, OmegaConfBaseException) as error:
                 outcomes.append(refuse(error))
-        if outcomes[-1] == INTERRUPTED:
-            sys.exit(INTERRUPTED)  # the rest of a sweep as well
 
     asked = os.environ.get(FULL_ERROR)
     config.register()
+    sweeps = bool({"-m", "--multirun"} & set(sys.argv))
     try:
-        if rank is not None and {"-m", "--multirun"} & set(sys.argv):
-            raise UserError("--multirun", "a sweep is not run by one launch", "use python harness/main.py -m ...")
-        with _full_error("1"):  # Hydra's own short form is several lines and exit status 1
+        if sweeps:
+            if not _drives(rank, "-m"):
+                return 0
+            from harness.sweep import SWEEP
+
+            rank, SWEEP.full_error = None, asked
+        elif rank is not None:
+            # Until the worker can write down an interruption, a rank leaves without a word (and no traceback).
+            signal.signal(signal.SIGINT, lambda signum, frame: os._exit(INTERRUPTED))
+        with full_error("1"):  # Hydra's own short form is several lines and exit status 1
             hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")(job)()
+        return _sweep_over() if sweeps else max(outcomes, default=0)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return _sweep_over(interrupted=True)
     except (UserError, HydraException, OmegaConfBaseException) as error:
         return refuse(error)
     except Exception as error:
-        if begun:
+        if begun or (sweeps and SWEEP.jobs):
             raise
         return refuse(error)  # Hydra lets some odd overrides through to a plain ValueError
-    return max(outcomes, default=0)
-
-
-@contextmanager
-def _full_error(value: str | None) -> Iterator[None]:
-    """Sets whether Hydra shows tracebacks, for as long as the block lasts; None takes the variable away."""
-    before = os.environ.pop(FULL_ERROR, None)
-    if value is not None:
-        os.environ[FULL_ERROR] = value
-    try:
-        yield
-    finally:
-        os.environ.pop(FULL_ERROR, None)
-        if before is not None:
-            os.environ[FULL_ERROR] = before
 
 
 def _run(composed: DictConfig, rank: ranks.Rank | None) -> int:
-    hydra_config = HydraConfig.get()
-    for group in GROUPS:
-        if group not in hydra_config.runtime.choices:  # Hydra would merge a list of options into one
-            raise UserError(group, "no option, or several", f"choose one, or sweep over them with -m {group}=a,b")
-    overrides = list(hydra_config.overrides.task)
-    if rank is None:
-        from harness import launcher
+    from harness import launcher
 
+    hydra_config = HydraConfig.get()
+    config.check_choices(hydra_config.runtime.choices)
+    overrides = list(hydra_config.overrides.task)
+    # A rank that our own launcher started has one of several runs to do already.
+    if rank is None or launcher.RUN_ID_VARIABLE not in os.environ:
+        if composed.sweep.confirm or composed.sweep.save_as is not None:
+            found = f"{composed.sweep.save_as}: a search, as experiment=tune is, has several jobs"
+            raise UserError("sweep.save_as", found, "add -m: python harness/main.py -m ...")
+        if composed.repeat != 1:
+            from harness.sweep import SWEEP
+
+            if not _drives(rank, f"repeat={composed.repeat}"):
+                return 0
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            SWEEP.full_error = os.environ.get(FULL_ERROR)
+            SWEEP.fixed, SWEEP.expected = {word.partition("=")[0] for word in overrides}, 1
+            SWEEP.run(overrides, composed)
+            return SWEEP.conclude()
+    if rank is None:
         return launcher.run(composed, overrides)
     from harness import worker
 
     return worker.run(composed, rank)
+
+
+def _drives(rank: ranks.Rank | None, what: str) -> bool:
+    """Returns whether this process starts several runs: a plain one does, and of a launch the first rank.
+
+    Raises:
+        UserError: the launch spans several hosts, on which no rank can start another.
+    """
+    if rank is not None and rank.several_hosts:
+        raise UserError(
+            what,
+            f"several runs need several launches, and this one spans {rank.world // rank.local_world} hosts",
+            "use python harness/main.py -m ... on one host, or a shell loop over launch/multi_node.py",
+        )
+    return rank is None or rank.first
+
+
+def _sweep_over(interrupted: bool = False) -> int:
+    """Returns the exit status of a sweep, after its table."""
+    from harness.sweep import SWEEP
+
+    if not SWEEP.jobs:
+        return INTERRUPTED if interrupted else 0
+    composed = SWEEP.composed
+    if not interrupted and composed is not None and (composed.sweep.confirm or composed.sweep.save_as):
+        from harness import tune
+
+        return tune.conclude(SWEEP, composed)
+    return SWEEP.conclude(interrupted)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ RUNNING = "running"
 # Keys that change where and how often a job runs, not what it computes.
 UNHASHED_KEYS = ("results_dir", "resume", "sweep", "repeat", "timeout_s", "verify")
 PASSES_FLUSH_S = 1.0
+LAUNCH_LOG = "launch.log"  # what a launch printed, where a sweep has the terminal
 
 
 @dataclass(slots=True)
@@ -298,6 +299,11 @@ class RunRecorder:
         recorder = cls(root, record)
         recorder.note()
         return recorder
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What ``record.json`` says, as far as this process wrote it."""
+        return self._record
 
     def note(self, **figures: Any) -> None:
         """Merges facts known early (columns or not) into the record and rewrites ``record.json``.

@@ -185,6 +185,7 @@ class _Run:
         self._note(
             model=model,
             dtype=job.dtype,
+            job_hash=job.job_hash,
             requests=len(job.workload.requests),
             dataset_sha256=job.workload.sha256,
             device=job.accelerator,

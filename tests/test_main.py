@@ -161,15 +161,6 @@ def test_two_replicas_share_one_queue(harness: Harness, tmp_path: Path) -> None:
     assert 0 < passes < int(both.row["steps"])
 
 
-def test_a_sweep_is_one_launch_a_job(harness: Harness) -> None:
-    job = ["dataset.num_samples=3", "dataset.input_len=70", "dataset.output_len=3"]
-    run = harness("-m", *TINY, *RANDOM, *job, "engine.token_budget=64,32", "engine.max_sequences=32")
-    assert run.status == 0, run.stderr
-    assert [(row["status"], row["token_budget"]) for row in run.rows] == [("ok", "64"), ("ok", "32")]
-    assert int(run.rows[0]["steps"]) < int(run.rows[1]["steps"])
-    assert len({row["config_hash"] for row in run.rows}) == 2
-
-
 def test_finished_requests_cost_no_memory(harness: Harness, tmp_path: Path) -> None:
     peaks = []
     for count in (500, 10_000):

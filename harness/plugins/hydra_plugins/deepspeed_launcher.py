@@ -1,0 +1,77 @@
+"""Hydra's ``hydra/launcher=deepspeed``: every job of a sweep is a ``deepspeed`` launch of its own.
+
+Hydra looks for plugins in a package of this name; :func:`harness.config.register` puts the directory above it on
+``sys.path``.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus, setup_globals
+from hydra.plugins.launcher import Launcher
+from omegaconf import DictConfig
+
+from harness.config import check_choices
+from harness.files import cannot_write
+
+if TYPE_CHECKING:
+    from hydra.types import HydraContext, TaskFunction
+
+
+# No settings: a job's are in its config.
+ConfigStore.instance().store(
+    group="hydra/launcher",
+    name="deepspeed",
+    node={"_target_": "hydra_plugins.deepspeed_launcher.DeepSpeedLauncher"},
+    provider="harness",
+)
+
+
+class DeepSpeedLauncher(Launcher):
+    """Hands the jobs that a sweeper has made up to :mod:`harness.sweep`."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Keeps what is needed to compose jobs; Hydra calls it once."""
+        if "optuna" in sys.modules:  # its sweeper is there; its own log would tear the display
+            logging.getLogger("optuna").setLevel(logging.WARNING)
+        try:
+            Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)  # not every sweeper makes it
+        except OSError as error:
+            raise cannot_write(config.hydra.sweep.dir, error) from error
+        self.context = hydra_context
+        self.config = config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Runs the jobs; the value of each is its ``total_tokens_per_s``, 0 for one that failed."""
+        from harness.sweep import SWEEP, without_hydra
+
+        setup_globals()
+        asked = OverridesParser.create().parse_overrides(list(self.config.hydra.overrides.task))
+        SWEEP.fixed = {override.get_key_element() for override in asked if not override.is_sweep_override()}
+        SWEEP.composed, SWEEP.compose = without_hydra(self.config), self._compose
+        trials = self.config.hydra.sweeper.get("n_trials") or 0  # a search asks for one job after the other
+        SWEEP.expected = max(SWEEP.expected, initial_job_idx + len(job_overrides), trials)
+        returns = []
+        for overrides in job_overrides:
+            words = list(overrides)
+            job = SWEEP.run(words, self._compose(words))
+            returned = JobReturn(overrides=words, status=JobStatus.COMPLETED)
+            returned.return_value = job.rate
+            returns.append(returned)
+        return returns
+
+    def _compose(self, overrides: list[str]) -> DictConfig:
+        from harness.sweep import without_hydra
+
+        composed = self.context.config_loader.load_sweep_config(self.config, overrides)
+        check_choices(composed.hydra.runtime.choices)
+        HydraConfig.instance().set_config(composed)
+        return without_hydra(composed)

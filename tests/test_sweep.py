@@ -1,0 +1,299 @@
+"""sweep.py, tune.py and Hydra's launcher: many runs, of which some crash, hang, repeat or were done before."""
+
+from __future__ import annotations
+
+import json
+import signal
+import statistics
+import subprocess
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from conftest import ROOT, Run, assert_refused, command, deepspeed, save_model, variables
+from test_main import RANDOM, TINY
+
+from harness.runs_table import read_rows
+from harness.sweep import Run as SweepRun
+from harness.sweep import SweepJob, choices, finished_runs, spread
+from harness.tune import parallel_splits
+
+Harness = Callable[..., Run]
+SMALL = [*TINY, *RANDOM, "dataset.num_samples=3", "dataset.input_len=70", "dataset.output_len=3"]
+
+# A model whose code dies, or never comes back, in the jobs whose seed says so: nothing in our own code knows of it.
+ODD_CODE = """
+import ctypes, os, sys
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OddConfig(LlamaConfig):
+    model_type = "odd"
+
+
+class OddForCausalLM(LlamaForCausalLM):
+    config_class = OddConfig
+
+    def forward(self, *arguments, **named):
+        if not os.path.exists(os.path.join({directory!r}, "mended")):
+            if "dataset.seed=3" in sys.argv:
+                os.abort()
+            if "dataset.seed=6" in sys.argv:
+                os.kill(os.getpid(), 9)
+            if "dataset.seed=9" in sys.argv:
+                ctypes.PyDLL(None).sleep(3600)  # with the interpreter's lock: no thread and no handler runs
+        return super().forward(*arguments, **named)
+"""
+
+
+@pytest.fixture
+def odd_model(tmp_path: Path) -> Path:
+    """Returns a small checkpoint with :data:`ODD_CODE` of its own."""
+    import torch
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    directory = save_model(tmp_path / "odd", "llama", torch.float32, num_key_value_heads=4, vocab_size=49152, **sizes)
+    config = json.loads((directory / "config.json").read_text())
+    config |= {
+        "model_type": "odd",
+        "auto_map": {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.OddForCausalLM"},
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "odd.py").write_text(ODD_CODE.format(directory=str(directory)))
+    return directory
+
+
+def alive_with(text: str) -> list[list[str]]:
+    """Returns the command lines of processes that name ``text``."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        words = process.info["cmdline"] or []
+        if any(text in word for word in words) and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(words)
+    return found
+
+
+def test_a_sweep_survives_two_crashes_and_a_hang_and_then_runs_only_those(
+    harness: Harness, tmp_path: Path, odd_model: Path, demo_model: Path
+) -> None:
+    job = [
+        f"model.path={odd_model}",
+        f"model.tokenizer={demo_model}",
+        "model.trust_remote_code=true",
+        "model.dtype=float32",
+        "dataset.num_samples=2",
+        "generation.max_output_len=4",
+        "timeout_s=15",
+        f"dataset.seed={','.join(str(seed) for seed in range(1, 13))}",
+    ]
+    own_modules = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    first = harness("-m", *job, **own_modules)
+    assert first.status == 1
+    assert "Traceback" not in first.stdout + first.stderr
+    assert alive_with(str(tmp_path)) == []
+
+    def seed_of(row: dict[str, str]) -> int:
+        record = json.loads((first.results / row["run_id"] / "record.json").read_text())
+        return record["config"]["dataset"]["seed"]
+
+    statuses = {seed_of(row): row["status"] for row in first.rows}
+    assert list(statuses) == list(range(1, 13))
+    assert {seed for seed, status in statuses.items() if status != "ok"} == {3, 6, 9}
+    assert (statuses[3], statuses[6], statuses[9]) == ("failed", "failed", "timeout")
+    errors = {seed_of(row): row["error"] for row in first.rows}
+    assert "SIGABRT" in errors[3]
+    assert "SIGKILL" in errors[6]
+    assert "timeout_s=15" in errors[9]
+    assert "9 of 12 jobs ok" in first.stdout
+    assert "sweep.resume=true" in first.stdout
+    log = (first.results / first.rows[0]["run_id"] / "launch.log").read_text()
+    assert "total tokens/s" in log  # what the job would have printed is kept, and not on the sweep's terminal
+    assert "Throughput" not in first.stdout
+
+    (odd_model / "mended").touch()
+    again = harness("-m", *job, "sweep.resume=true", **own_modules)
+    assert again.status == 0, again.stdout + again.stderr
+    assert again.stdout.count("(ran before)") == 9
+    assert [seed_of(row) for row in again.rows[12:]] == [3, 6, 9]
+    assert {row["status"] for row in again.rows[12:]} == {"ok"}
+    assert "12 of 12 jobs ok" in again.stdout
+
+
+def test_a_job_that_cannot_run_is_a_row_and_the_others_are_repeated(harness: Harness) -> None:
+    run = harness("-m", *SMALL, "engine.token_budget=16,64", "engine.max_sequences=32", "repeat=3")
+    assert run.status == 2
+    refused, *repeated = run.rows
+    assert (refused["status"], refused["token_budget"]) == ("invalid", "")
+    assert "job 1: invalid: engine.token_budget: 16 is below engine.max_sequences=32" in run.stdout
+    assert "1 of 2 jobs ok" in run.stdout
+    assert [(row["status"], row["token_budget"]) for row in repeated] == [("ok", "64")] * 3
+    assert len({row["run_id"] for row in repeated}) == 3
+    assert len({row["config_hash"] for row in repeated}) == 1
+    assert len(finished_runs(str(run.results))) == 1
+    rates = [float(row["total_tokens_per_s"]) for row in repeated]
+    assert f"{statistics.median(rates):,.1f}  {min(rates):,.1f} to {max(rates):,.1f} (" in run.stdout
+
+
+def test_deepspeed_with_m_drives_the_sweep_from_its_first_rank(harness: Harness) -> None:
+    run = harness("-m", *SMALL, "parallel.dp=1,2", launcher=deepspeed(2))
+    assert run.status == 0, run.stderr
+    assert [(row["status"], row["dp"]) for row in run.rows] == [("ok", "1"), ("ok", "2")]
+    assert run.stdout.count("2 of 2 jobs ok") == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_launch_over_several_hosts_says_how_to_sweep_instead(tmp_path: Path, rank: int) -> None:
+    where = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "CROSS_RANK": str(rank)}
+    for words in (["-m", "engine.token_budget=64,128"], ["repeat=2"]):
+        done = subprocess.run(
+            command(*words, f"results_dir={tmp_path}"),
+            cwd=ROOT,
+            env=variables(**where),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 2
+        assert done.stdout == ""
+        if rank == 0:
+            assert_refused(done, f"error: {words[0]}: several runs need several launches, and this one spans 2 hosts; ")
+        else:
+            assert done.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_ends_the_current_job_and_leaves_the_sweep_resumable(tmp_path: Path) -> None:
+    words = ["-m", *TINY, *RANDOM, "dataset.input_len=16", "dataset.output_len=16", "dataset.num_samples=4,100000,5"]
+    arguments = command(*words, f"results_dir={tmp_path / 'results'}")
+    process = subprocess.Popen(arguments, cwd=ROOT, env=variables(), stdout=-1, stderr=-1, text=True)
+    deadline = time.monotonic() + 120
+    while not any(path.stat().st_size > 10_000 for path in tmp_path.glob("results/*/completions.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr == "error: interrupted\n"
+    assert [row["status"] for row in read_rows(tmp_path / "results" / "runs.csv")] == ["ok", "interrupted"]
+    assert "1 of 3 jobs ok\ninterrupted; the same command with sweep.resume=true does the rest" in stdout
+    assert alive_with(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["-m", "engine.tokenbudget=64,128"], "error: engine.tokenbudget: no such key; did you mean "),
+        (["-m", "engine=fastgen,fastgem"], "error: engine: no option named 'fastgem'; choose one of baseline, "),
+        (["-m", "engine.token_budget=64,many"], "error: engine.token_budget: 'many' is no whole number; "),
+        (["-m", "parallel=[single,dp2]"], "error: parallel: no option, or several; "),
+        (["-m", "engine.token_budget=range(64,"], "error: command line: "),
+        (["-m", "experiment=tune", "engine=baseline"], "error: engine: baseline has no token_budget to tune; "),
+        (["experiment=tune"], "error: sweep.save_as: tuned_smollm2_135m_sample: a search, as experiment=tune is, "),
+    ],
+)
+def test_a_sweep_that_makes_no_sense_is_one_line(tmp_path: Path, words: list[str], line: str) -> None:
+    done = subprocess.run(
+        command(*words, f"results_dir={tmp_path / 'results'}"),
+        cwd=ROOT,
+        env=variables(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert_refused(done, line)
+    assert not (tmp_path / "results" / "runs.csv").exists()
+
+
+def test_a_sweep_whose_results_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = subprocess.run(
+        command("-m", "engine.token_budget=64,128", f"results_dir={tmp_path / 'file' / 'results'}"),
+        cwd=ROOT,
+        env=variables(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert_refused(done, f"error: {tmp_path / 'file' / 'results'}")
+
+
+def test_tune_confirms_the_best_beside_the_defaults_and_writes_it_down(harness: Harness) -> None:
+    name = f"tuned_test_{uuid.uuid4().hex[:8]}"
+    path = ROOT / "conf" / "experiment" / f"{name}.yaml"
+    search = [
+        *("-m", "experiment=tune", *SMALL, f"sweep.save_as={name}"),
+        *("engine.token_budget=choice(32,64)", "engine.max_sequences=64", "parallel.dp=1", "parallel.tp=1"),
+        *("hydra.sweeper.n_trials=4", "sweep.confirm=1", "sweep.confirm_samples=6"),
+    ]
+    try:
+        run = harness(*search)
+        assert run.status == 0, run.stderr  # a bad trial is no failure of the search
+        searched = [row for row in run.rows if row["requests"] in ("", "3")]
+        confirmed = [row for row in run.rows if row["requests"] == "6"]
+        # Of four trials each value ran once: a repeated one is known already, or refused again.
+        assert sum(row["status"] == "ok" for row in searched) == 1
+        assert {row["status"] for row in searched} == {"ok", "invalid"}
+        assert [(row["status"], row["token_budget"]) for row in confirmed] == [("ok", "64"), ("ok", "512")]
+        rates = {int(row["token_budget"]): float(row["total_tokens_per_s"]) for row in confirmed}
+        best = max(rates, key=lambda budget: rates[budget])
+        found: dict[str, Any] = yaml.safe_load(path.read_text())
+        assert found == {"engine": {"token_budget": best}}
+        assert path.read_text().startswith("# @package _global_\n")
+        ratio = rates[best] / rates[512]
+        assert f"total tokens/s on 6 requests, {ratio:.2f} times the defaults" in run.stdout
+        shown = subprocess.run(
+            command(f"experiment={name}", "--cfg", "job"), cwd=ROOT, env=variables(), capture_output=True, text=True
+        )
+        assert yaml.safe_load(shown.stdout)["engine"]["token_budget"] == best
+    finally:
+        path.unlink(missing_ok=True)
+
+
+# --- without a launch ---
+
+
+@pytest.mark.parametrize(
+    ("devices", "all_used", "kv_heads", "pairs"),
+    [
+        (8, True, 8, [(1, 8), (2, 4), (4, 2), (8, 1)]),
+        (8, True, 2, [(1, 8), (2, 4)]),
+        (6, True, None, [(1, 6), (2, 3), (4, 1)]),
+        (2, False, 3, [(1, 1), (1, 2), (2, 1)]),
+        (1, False, None, [(1, 1)]),
+        (0, True, None, [(1, 1)]),
+    ],
+)
+def test_parallel_splits(devices: int, all_used: bool, kv_heads: int | None, pairs: list[tuple[int, int]]) -> None:
+    assert list(parallel_splits(devices, all_used, kv_heads)) == pairs
+
+
+def test_a_job_is_worth_nothing_when_one_of_its_runs_failed() -> None:
+    good = [SweepRun(f"r{rate}", "ok", None, rate, 1.0, 0) for rate in (10.0, 30.0, 11.0)]
+    job = SweepJob(1, ["a=1"], ["a=1"], good)
+    assert (job.ok, job.rate) == (True, 11.0)
+    assert spread(job.rates) == "10.0 to 30.0 (181.8%)"
+    job.runs.append(SweepRun("x", "oom", "no memory", None, None, 1))
+    assert (job.ok, job.rate, job.rates) == (False, 0.0, [10.0, 30.0, 11.0])
+    assert SweepJob(2, [], []).rate == 0.0
+
+
+def test_choices_are_values_by_key() -> None:
+    assert choices(["a.b=1", "+c=x=y", "~d"]) == {"a.b": "1", "c": "x=y", "d": ""}
+
+
+def test_finished_runs_are_those_whose_record_says_so(tmp_path: Path) -> None:
+    assert finished_runs(str(tmp_path)) == {}
+    (tmp_path / "runs.csv").write_text("run_id,status\na,ok\nb,ok\nc,failed\n../d,ok\ne,ok\n")
+    for run_id, record in {
+        "a": {"status": "ok", "job_hash": "h1", "total_tokens_per_s": 5.0, "elapsed_s": 2.0},
+        "b": {"status": "ok"},  # of an older version
+        "c": {"status": "failed", "job_hash": "h1"},
+    }.items():
+        (tmp_path / run_id).mkdir()
+        (tmp_path / run_id / "record.json").write_text(json.dumps(record))
+    assert finished_runs(str(tmp_path)) == {"h1": [SweepRun("a", "ok", None, 5.0, 2.0, 0, earlier=True)]}
