@@ -1,0 +1,158 @@
+"""``experiment=tune``: what a search may vary on this machine, and what is done with the best of it."""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from harness import checkpoint, config, environment, files, workload
+from harness.errors import UserError
+from harness.sweep import Sweep, SweepJob, choices, without_hydra
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
+
+EXPERIMENTS = Path(__file__).resolve().parent.parent / "conf" / "experiment"
+MORE = 4  # times as many requests confirm the best as searched for them
+ENGINES = ("fastgen", "mii")  # which token_budget and max_sequences mean something to
+# Of the search alone: what it finds is not to be run on few requests.
+SEARCH_KEYS = ("experiment", "dataset.num_samples", "results_dir", "repeat", "timeout_s")
+
+
+def search_space(composed: DictConfig, trial: Trial) -> None:
+    """Adds the parallel splits of this machine to a trial, unless the command line fixes them.
+
+    Optuna's sweeper calls it (``hydra.sweeper.custom_search_space``) with the config of the sweep.
+
+    Raises:
+        UserError: the engine has nothing to tune here, or the model cannot be found.
+    """
+    engine = str(composed.engine.name)
+    if engine not in ENGINES:
+        raise UserError(
+            "engine",
+            f"{engine} has no token_budget to tune",
+            f"use engine={' or '.join(ENGINES)}, or sweep over its own keys with -m",
+        )
+    if {"parallel", "parallel.tp", "parallel.dp"} & {str(name).lstrip("+") for name in trial.user_attrs}:
+        return
+    settings = config.to_config(without_hydra(composed))
+    heads = checkpoint.locate(settings.model).architecture.get("num_key_value_heads")
+    cuda = environment.accelerator() == "cuda"
+    devices = environment.cuda_devices() if cuda else environment.cores()
+    splits = list(parallel_splits(devices, cuda and engine != "mii", heads if isinstance(heads, int) else None))
+    if engine == "mii":  # one replica a launch
+        splits = [(tp, 1) for tp in dict.fromkeys(tp for tp, _ in splits)]
+    tp = trial.suggest_categorical("parallel.tp", list(dict.fromkeys(tp for tp, _ in splits)))
+    replicas = [dp for split, dp in splits if split == tp]
+    trial.suggest_int("parallel.dp", min(replicas), max(replicas))
+
+
+def parallel_splits(devices: int, all_used: bool, kv_heads: int | None) -> Iterator[tuple[int, int]]:
+    """Yields the pairs (tp, dp) that ``devices`` allow; tp is a power of two, and no rank is without a KV head.
+
+    Args:
+        devices: GPUs, or cores of a CPU.
+        all_used: whether no device may be left idle, as on GPUs; cores can work together in one rank.
+    """
+    tp = 1
+    while tp <= max(devices, 1) and (kv_heads is None or tp <= kv_heads):
+        most = max(devices // tp, 1)
+        for dp in (most,) if all_used else range(1, most + 1):
+            yield tp, dp
+        tp *= 2
+
+
+def conclude(sweep: Sweep, composed: DictConfig) -> int:
+    """Runs the best jobs of a search and the defaults on more requests, prints the winner and writes it down.
+
+    Args:
+        composed: the config of the search.
+
+    Returns:
+        The exit status: 0 when there is a winner, whatever became of single trials.
+
+    Raises:
+        UserError: no trial was ok, or the winner cannot be written.
+        KeyboardInterrupt: the user ended a run.
+    """
+    sweep.show()
+    searched = sorted((job for job in sweep.jobs if job.rate), key=lambda job: -job.rate)
+    if not searched:
+        found = f"none of the {len(sweep.jobs)} trials was ok"
+        raise UserError("sweep", found, "their errors are above; make one of them run by itself first")
+    winner, report = searched[0], "on the requests of the search"
+    if composed.sweep.confirm:
+        requests = _confirming(composed)
+        sweep.say(f"\nthe best of them, and the defaults, on {requests} requests:")
+        final = _confirm(sweep, searched, composed.sweep.confirm, requests)
+        final.show()
+        winner = max(final.jobs, key=lambda job: job.rate)
+        if not winner.rate:
+            raise UserError("sweep.confirm", "no run of the best was ok", "their errors are above")
+        default = final.jobs[-1].rate
+        report = f"on {requests} requests" + (f", {winner.rate / default:.2f} times the defaults" if default else "")
+    assert sweep.compose is not None
+    chosen = sweep.compose(winner.overrides)
+    found_values = {key: OmegaConf.select(chosen, key) for key in choices(searched[0].varied)}
+    _announce(sweep, composed, winner, found_values, f"{winner.rate:,.1f} total tokens/s {report}")
+    return 0
+
+
+def _confirm(sweep: Sweep, searched: list[SweepJob], finalists: int, requests: int) -> Sweep:
+    """Runs the best of the jobs that differ, and last the one that varies nothing, on so many requests."""
+    distinct = {tuple(sorted(job.varied)): job for job in reversed(searched)}
+    best = sorted(distinct.values(), key=lambda job: -job.rate)[:finalists]
+    common = [word for word in searched[0].overrides if word not in searched[0].varied]
+    common = [word for word in common if not word.startswith("dataset.num_samples=")]
+    final = Sweep()
+    final.expected = len(best) + 1
+    for varied in [*(job.varied for job in best), []]:
+        line = [*common, f"dataset.num_samples={requests}", *varied]
+        assert sweep.compose is not None
+        final.run(line, sweep.compose(line), varied)
+    return final
+
+
+def _confirming(composed: DictConfig) -> int:
+    """Returns how many requests confirm the best: ``sweep.confirm_samples``, as far as the dataset has them."""
+    dataset = config.to_config(composed).dataset
+    if dataset.name == "synthetic":
+        return int(composed.sweep.confirm_samples or MORE * (dataset.num_samples or 1))
+    there = len(workload.read(replace(dataset, num_samples=None)).requests)
+    return min(there, composed.sweep.confirm_samples or MORE * (dataset.num_samples or there))
+
+
+def _announce(sweep: Sweep, composed: DictConfig, winner: SweepJob, found: dict[str, Any], figures: str) -> None:
+    """Prints the winning command line, and writes the values ``found`` as an experiment if it has a name."""
+    others = []
+    for word in winner.overrides:
+        key = word.partition("=")[0].lstrip("+")
+        if key not in found and key not in SEARCH_KEYS and not key.startswith(("sweep.", "hydra")):
+            others.append(word)
+    command = ["python", "harness/main.py", *others]
+    line = shlex.join([*command, *(f"{key}={value}" for key, value in found.items())])
+    sweep.say(f"\nwinner: {figures}\n    {line}")
+    if composed.sweep.save_as is None:
+        return
+    path = EXPERIMENTS / f"{composed.sweep.save_as}.yaml"
+    device = environment.device_name(environment.accelerator())
+    lines = [
+        "# @package _global_",
+        f"# Found by experiment=tune on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, for {composed.model.name} and "
+        f"{composed.dataset.name} on {device}:",
+        f"# {figures}; run {winner.runs[-1].run_id}",
+        OmegaConf.to_yaml(OmegaConf.from_dotlist([f"{key}={value}" for key, value in found.items()])),
+    ]
+    try:
+        files.replace(path, "\n".join(lines).encode())
+    except UserError as error:
+        raise UserError("sweep.save_as", f"{path} cannot be written", "use the command line above") from error
+    shown = shlex.join([*command, f"experiment={path.stem}"])
+    sweep.say(f"written to {path}:\n    {shown}")
