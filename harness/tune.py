@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import shlex
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +45,7 @@ def search_space(composed: DictConfig, trial: Trial) -> None:
     heads = checkpoint.locate(settings.model).architecture.get("num_key_value_heads")
     cuda = environment.accelerator() == "cuda"
     devices = environment.cuda_devices() if cuda else environment.cores()
-    splits = list(parallel_splits(devices, cuda and engine != "mii", heads if isinstance(heads, int) else None))
+    splits = parallel_splits(devices, cuda, heads if isinstance(heads, int) else None)
     if engine == "mii":  # one replica a launch
         splits = [(tp, 1) for tp in dict.fromkeys(tp for tp, _ in splits)]
     tp = trial.suggest_categorical("parallel.tp", list(dict.fromkeys(tp for tp, _ in splits)))
@@ -54,19 +53,19 @@ def search_space(composed: DictConfig, trial: Trial) -> None:
     trial.suggest_int("parallel.dp", min(replicas), max(replicas))
 
 
-def parallel_splits(devices: int, all_used: bool, kv_heads: int | None) -> Iterator[tuple[int, int]]:
-    """Yields the pairs (tp, dp) that ``devices`` allow; tp is a power of two, and no rank is without a KV head.
+def parallel_splits(devices: int, cuda: bool, kv_heads: int | None) -> list[tuple[int, int]]:
+    """Returns the pairs (tp, dp) to try, none of which leaves a rank without a KV head.
+
+    On GPUs tp is a power of two, and dp what the others allow. On a CPU there are replicas alone: shards of one model
+    would share the memory that they have to read anyway, and send each other messages besides.
 
     Args:
         devices: GPUs, or cores of a CPU.
-        all_used: whether no device may be left idle, as on GPUs; cores can work together in one rank.
     """
-    tp = 1
-    while tp <= max(devices, 1) and (kv_heads is None or tp <= kv_heads):
-        most = max(devices // tp, 1)
-        for dp in (most,) if all_used else range(1, most + 1):
-            yield tp, dp
-        tp *= 2
+    count = max(devices, 1)
+    if not cuda:
+        return [(1, dp) for dp in range(1, count + 1)]
+    return [(tp, count // tp) for tp in (2**power for power in range(count.bit_length())) if tp <= (kv_heads or tp)]
 
 
 def conclude(sweep: Sweep, composed: DictConfig) -> int:

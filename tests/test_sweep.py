@@ -258,18 +258,18 @@ def test_tune_confirms_the_best_beside_the_defaults_and_writes_it_down(harness: 
 
 
 @pytest.mark.parametrize(
-    ("devices", "all_used", "kv_heads", "pairs"),
+    ("devices", "cuda", "kv_heads", "pairs"),
     [
         (8, True, 8, [(1, 8), (2, 4), (4, 2), (8, 1)]),
         (8, True, 2, [(1, 8), (2, 4)]),
         (6, True, None, [(1, 6), (2, 3), (4, 1)]),
-        (2, False, 3, [(1, 1), (1, 2), (2, 1)]),
+        (3, False, 3, [(1, 1), (1, 2), (1, 3)]),
         (1, False, None, [(1, 1)]),
         (0, True, None, [(1, 1)]),
     ],
 )
-def test_parallel_splits(devices: int, all_used: bool, kv_heads: int | None, pairs: list[tuple[int, int]]) -> None:
-    assert list(parallel_splits(devices, all_used, kv_heads)) == pairs
+def test_parallel_splits(devices: int, cuda: bool, kv_heads: int | None, pairs: list[tuple[int, int]]) -> None:
+    assert parallel_splits(devices, cuda, kv_heads) == pairs
 
 
 def test_a_job_is_worth_nothing_when_one_of_its_runs_failed() -> None:
