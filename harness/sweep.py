@@ -10,7 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ class Sweep:
             if run.exit_status == INTERRUPTED:
                 raise KeyboardInterrupt
             if run.status == "ok":
-                done.append(run)
+                done.append(replace(run, earlier=True))
             if run.status == "invalid":
                 break  # it would be refused again
         return job
@@ -251,7 +251,12 @@ def _line(run: Run) -> str:
 
 
 def _table(sweep_jobs: list[SweepJob]) -> Table:
-    """Returns the jobs, best first: what they varied, how they ended, their median rate and its spread."""
+    """Returns the jobs, best first: what they varied, how they ended, their median rate and its spread.
+
+    One that a search has asked for again, and whose runs another job has, is not shown.
+    """
+    runs_of = {tuple(run.run_id for run in job.runs) or job.number: job for job in reversed(sweep_jobs)}
+    sweep_jobs = [job for job in sweep_jobs if job in runs_of.values()]
     best = max((job.rate for job in sweep_jobs), default=0.0)
     keys = list(dict.fromkeys(key for job in sweep_jobs for key in choices(job.varied)))
     repeated = any(len(job.runs) > 1 for job in sweep_jobs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,7 @@ def conclude(sweep: Sweep, composed: DictConfig) -> int:
             raise UserError("sweep.confirm", "no run of the best was ok", "their errors are above")
         default = final.jobs[-1].rate
         report = f"on {requests} requests" + (f", {winner.rate / default:.2f} times the defaults" if default else "")
+        report += "" if len(winner.runs) > 1 else "; one run each: repeat=3 shows how much they vary"
     assert sweep.compose is not None
     chosen = sweep.compose(winner.overrides)
     found_values = {key: OmegaConf.select(chosen, key) for key in choices(searched[0].varied)}
@@ -154,4 +156,4 @@ def _announce(sweep: Sweep, composed: DictConfig, winner: SweepJob, found: dict[
     except UserError as error:
         raise UserError("sweep.save_as", f"{path} cannot be written", "use the command line above") from error
     shown = shlex.join([*command, f"experiment={path.stem}"])
-    sweep.say(f"written to {path}:\n    {shown}")
+    sweep.say(f"written to {os.path.relpath(path)}:\n    {shown}")
