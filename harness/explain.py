@@ -17,8 +17,10 @@ def explain(error: BaseException) -> UserError:
     if match := re.search(
         r"Could not find '([^']+)/([^'/]+)'.*?Available options in '[^']+':\n((?:\t\S+\n)+)", text, re.S
     ):
-        options = ", ".join(match[3].split())
-        return UserError(match[1], f"no option named '{match[2]}'", f"choose one of {options}")
+        remedy = f"choose one of {', '.join(match[3].split())}"
+        if match[1] == "hydra/sweeper":
+            remedy += f", or install the package hydra-{match[2]}-sweeper"
+        return UserError(match[1], f"no option named '{match[2]}'", remedy)
     if match := re.search(
         r"Value '(.*?)' of type '(\w+)' could not be converted to (\w+).*?full_key: (\S+)", text, re.S
     ):

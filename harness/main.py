@@ -96,7 +96,7 @@ def _run(composed: DictConfig, rank: ranks.Rank | None) -> int:
         if composed.sweep.confirm or composed.sweep.save_as is not None:
             found = f"{composed.sweep.save_as}: a search, as experiment=tune is, has several jobs"
             raise UserError("sweep.save_as", found, "add -m: python harness/main.py -m ...")
-        if composed.repeat != 1:
+        if composed.repeat > 1 and _can_run(composed):
             from harness.sweep import SWEEP
 
             if not _drives(rank, f"repeat={composed.repeat}"):
@@ -111,6 +111,17 @@ def _run(composed: DictConfig, rank: ranks.Rank | None) -> int:
     from harness import worker
 
     return worker.run(composed, rank)
+
+
+def _can_run(composed: DictConfig) -> bool:
+    """Returns whether nothing is wrong with the job; if it is, one run says so as well as several."""
+    from harness import job
+
+    try:
+        job.prepare(composed)
+    except UserError:
+        return False
+    return True
 
 
 def _drives(rank: ranks.Rank | None, what: str) -> bool:

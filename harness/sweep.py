@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -30,6 +29,7 @@ from harness.explain import explain
 from harness.results import read_record
 from harness.runs_table import read_rows
 
+PLAIN_S = 60.0  # between two lines about a job where there is no terminal
 TAIL_BYTES = 4096  # of a launch's output, to find its last line
 
 
@@ -137,9 +137,7 @@ class Sweep:
         times = composed.repeat if isinstance(composed.repeat, int) and composed.repeat > 0 else 1
         done = self._ran_before(composed)
         job.runs = done[:times]
-        self.screen.print(
-            f"[{job.number}/{self.expected}] {' '.join(varied) or 'as given'}", markup=False, soft_wrap=True
-        )
+        self.say(f"[{job.number}/{self.expected}] {' '.join(varied) or 'as given'}")
         for run in job.runs:
             self.say(f"    {_line(run)}")
         while len(job.runs) < times:
@@ -162,7 +160,8 @@ class Sweep:
                     outcome = launcher.launch(composed, overrides, follower)
             except OmegaConfBaseException as error:
                 return Run("", "invalid", str(explain(error)), None, None, REFUSED)
-            except UserError:
+            except UserError:  # no job can write its results any more
+                self.show()
                 raise
             except Exception as error:  # a defect of ours costs this job, not the sweep
                 return Run("", "failed", one_line(f"{type(error).__name__}: {error}"), None, None, 1)
@@ -204,14 +203,10 @@ class Sweep:
         self.screen.print()
         self.say(f"{len(self.jobs) - len(failed)} of {self.expected} jobs ok")
         if interrupted:
-            self.screen.print(
-                "interrupted; the same command with sweep.resume=true does the rest", markup=False, soft_wrap=True
-            )
+            self.say("interrupted; the same command with sweep.resume=true does the rest")
             return INTERRUPTED
         if failed:
-            self.screen.print(
-                "the same command with sweep.resume=true runs only those that are not", markup=False, soft_wrap=True
-            )
+            self.say("the same command with sweep.resume=true runs only those that are not")
         else:
             where = Path(self.results_dir) / "runs.csv"
             self.say(f"compare: python -m harness.compare {where}")
@@ -294,10 +289,13 @@ def spread(rates: Sequence[float]) -> str:
 
 
 class _Follower:
-    """Shows on a terminal how long a launch has been going on, and the last line that it printed."""
+    """Shows how long a launch has been going on, and the last line that it printed.
+
+    On a terminal in one line that changes, elsewhere in a new one from time to time.
+    """
 
     def __init__(self, screen: Console, which: str, started: float) -> None:
-        self.which, self.started, self.drawn = which, started, 0.0
+        self.screen, self.which, self.started, self.drawn = screen, which, started, started
         self.live = Live(console=screen, auto_refresh=False, transient=True) if screen.is_terminal else None
 
     def __enter__(self) -> _Follower:
@@ -311,12 +309,15 @@ class _Follower:
 
     def __call__(self, log: Path) -> None:
         now = time.monotonic()
-        if self.live is None or now - self.drawn < REFRESH_S:
+        if now - self.drawn < (PLAIN_S if self.live is None else REFRESH_S):
             return
         self.drawn = now
-        parts: list[Any] = ["   ", self.which, duration(now - self.started), _last_line(log)]
+        parts = ["   ", self.which, duration(now - self.started), _last_line(log)]
         line = Text(" ".join(part for part in parts if part), no_wrap=True, overflow="ellipsis")
-        self.live.update(line, refresh=True)
+        if self.live is None:
+            self.screen.print(line)
+        else:
+            self.live.update(line, refresh=True)
 
 
 def _last_line(path: Path) -> str:

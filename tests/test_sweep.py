@@ -190,6 +190,10 @@ def test_ctrl_c_ends_the_current_job_and_leaves_the_sweep_resumable(tmp_path: Pa
         (["-m", "engine.tokenbudget=64,128"], "error: engine.tokenbudget: no such key; did you mean "),
         (["-m", "engine=fastgen,fastgem"], "error: engine: no option named 'fastgem'; choose one of baseline, "),
         (["-m", "engine.token_budget=64,many"], "error: engine.token_budget: 'many' is no whole number; "),
+        (
+            ["-m", "hydra/sweeper=ax"],
+            "error: hydra/sweeper: no option named 'ax'; choose one of basic, optuna, or install",
+        ),
         (["-m", "parallel=[single,dp2]"], "error: parallel: no option, or several; "),
         (["-m", "engine.token_budget=range(64,"], "error: command line: "),
         (["-m", "experiment=tune", "engine=baseline"], "error: engine: baseline has no token_budget to tune; "),
