@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import shlex
 from dataclasses import replace
@@ -22,7 +23,7 @@ EXPERIMENTS = Path(__file__).resolve().parent.parent / "conf" / "experiment"
 MORE = 4  # times as many requests confirm the best as searched for them
 ENGINES = ("fastgen", "mii")  # which token_budget and max_sequences mean something to
 # Of the search alone: what it finds is not to be run on few requests.
-SEARCH_KEYS = ("experiment", "dataset.num_samples", "results_dir", "repeat", "timeout_s")
+SEARCH_KEYS = ("dataset.num_samples", "results_dir", "repeat", "timeout_s")
 
 
 def search_space(composed: DictConfig, trial: Trial) -> None:
@@ -101,7 +102,7 @@ def conclude(sweep: Sweep, composed: DictConfig) -> int:
         report += "" if len(winner.runs) > 1 else "; one run each: repeat=3 shows how much they vary"
     assert sweep.compose is not None
     chosen = sweep.compose(winner.overrides)
-    found_values = {key: OmegaConf.select(chosen, key) for key in choices(searched[0].varied)}
+    found_values = {key: files.plain(OmegaConf.select(chosen, key)) for key in choices(searched[0].varied)}
     _announce(sweep, composed, winner, found_values, f"{winner.rate:,.1f} total tokens/s {report}")
     return 0
 
@@ -113,7 +114,7 @@ def _confirm(sweep: Sweep, searched: list[SweepJob], finalists: int, requests: i
     common = [word for word in searched[0].overrides if word not in searched[0].varied]
     common = [word for word in common if not word.startswith("dataset.num_samples=")]
     final = Sweep()
-    final.expected = len(best) + 1
+    final.expected, final.full_error = len(best) + 1, sweep.full_error
     for varied in [*(job.varied for job in best), []]:
         line = [*common, f"dataset.num_samples={requests}", *varied]
         assert sweep.compose is not None
@@ -132,28 +133,47 @@ def _confirming(composed: DictConfig) -> int:
 
 def _announce(sweep: Sweep, composed: DictConfig, winner: SweepJob, found: dict[str, Any], figures: str) -> None:
     """Prints the winning command line, and writes the values ``found`` as an experiment if it has a name."""
-    others = []
-    for word in winner.overrides:
-        key = word.partition("=")[0].lstrip("+")
-        if key not in found and key not in SEARCH_KEYS and not key.startswith(("sweep.", "hydra")):
-            others.append(word)
+    others = _without_search(winner.overrides, found, synthetic=composed.dataset.name == "synthetic")
     command = ["python", "harness/main.py", *others]
-    line = shlex.join([*command, *(f"{key}={value}" for key, value in found.items())])
+    values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}
+    line = shlex.join([*command, *(f"{key}={value}" for key, value in values.items())])
     sweep.say(f"\nwinner: {figures}\n    {line}")
     if composed.sweep.save_as is None:
         return
     path = EXPERIMENTS / f"{composed.sweep.save_as}.yaml"
     device = environment.device_name(environment.accelerator())
+    overlay = OmegaConf.create()
+    for key, value in found.items():
+        OmegaConf.update(overlay, key, value)
     lines = [
         "# @package _global_",
-        f"# Found by experiment=tune on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, for {composed.model.name} and "
+        f"# Found by a search on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, for {composed.model.name} and "
         f"{composed.dataset.name} on {device}:",
         f"# {figures}; run {winner.runs[-1].run_id}",
-        OmegaConf.to_yaml(OmegaConf.from_dotlist([f"{key}={value}" for key, value in found.items()])),
+        OmegaConf.to_yaml(overlay),
     ]
     try:
         files.replace(path, "\n".join(lines).encode())
     except UserError as error:
         raise UserError("sweep.save_as", f"{path} cannot be written", "use the command line above") from error
-    shown = shlex.join([*command, f"experiment={path.stem}"])
+    beside = [word.partition("=")[2].strip("[]") for word in others if word.startswith("experiment=")]
+    names = ",".join([*beside, path.stem])
+    plain_words = [word for word in command if not word.startswith("experiment=")]
+    shown = shlex.join([*plain_words, f"experiment={f'[{names}]' if beside else names}"])
     sweep.say(f"written to {os.path.relpath(path)}:\n    {shown}")
+
+
+def _without_search(overrides: list[str], found: dict[str, Any], synthetic: bool) -> list[str]:
+    """Returns the overrides that a plain run keeps: not what was searched, nor what only the search needs."""
+    dropped = {*found, *SEARCH_KEYS}
+    if synthetic:  # which has no other number of requests
+        dropped.discard("dataset.num_samples")
+    kept = []
+    for word in overrides:
+        key, _, value = word.partition("=")
+        if key == "experiment":
+            names = [name for name in value.strip("[]").split(",") if name != "tune"]
+            kept += [f"experiment=[{','.join(names)}]"] if names else []
+        elif key.lstrip("+") not in dropped and not key.startswith(("sweep.", "hydra")):
+            kept.append(word)
+    return kept

@@ -21,7 +21,7 @@ from test_main import RANDOM, TINY
 from harness.runs_table import read_rows
 from harness.sweep import Run as SweepRun
 from harness.sweep import SweepJob, choices, finished_runs, spread
-from harness.tune import parallel_splits
+from harness.tune import _without_search, parallel_splits
 
 Harness = Callable[..., Run]
 SMALL = [*TINY, *RANDOM, "dataset.num_samples=3", "dataset.input_len=70", "dataset.output_len=3"]
@@ -284,6 +284,15 @@ def test_a_job_is_worth_nothing_when_one_of_its_runs_failed() -> None:
     job.runs.append(SweepRun("x", "oom", "no memory", None, None, 1))
     assert (job.ok, job.rate, job.rates) == (False, 0.0, [10.0, 30.0, 11.0])
     assert SweepJob(2, [], []).rate == 0.0
+
+
+def test_the_winner_s_command_keeps_what_the_search_was_about() -> None:
+    words = ["engine.token_budget=64", "experiment=[asc24_70b_8gpu,tune]", "model.path=/m", "dataset.num_samples=9"]
+    words += ["sweep.confirm=1", "hydra.verbose=true", "timeout_s=5", "+model.architecture.x=1"]
+    kept = ["experiment=[asc24_70b_8gpu]", "model.path=/m", "+model.architecture.x=1"]
+    assert _without_search(words, {"engine.token_budget": 64}, synthetic=False) == kept
+    assert "dataset.num_samples=9" in _without_search(words, {}, synthetic=True)
+    assert _without_search(["experiment=tune"], {}, synthetic=False) == []
 
 
 def test_choices_are_values_by_key() -> None:
