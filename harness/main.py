@@ -73,7 +73,7 @@ def main() -> int:
             signal.signal(signal.SIGINT, lambda signum, frame: os._exit(INTERRUPTED))
         with full_error("1"):  # Hydra's own short form is several lines and exit status 1
             hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")(job)()
-        return _sweep_over() if sweeps else max(outcomes, default=0)
+        return _sweep_over() if sweeps and SWEEP.jobs else max(outcomes, default=0)  # hydra/launcher=basic has none
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return _sweep_over(interrupted=True)
@@ -144,7 +144,7 @@ def _sweep_over(interrupted: bool = False) -> int:
     from harness.sweep import SWEEP
 
     if not SWEEP.jobs:
-        return INTERRUPTED if interrupted else 0
+        return INTERRUPTED
     composed = SWEEP.composed
     if not interrupted and composed is not None and (composed.sweep.confirm or composed.sweep.save_as):
         from harness import tune
