@@ -135,7 +135,8 @@ def test_a_job_that_cannot_run_is_a_row_and_the_others_are_repeated(harness: Har
     assert len({row["run_id"] for row in repeated}) == 3
     assert len({row["config_hash"] for row in repeated}) == 1
     assert len(finished_runs(str(run.results))) == 1
-    rates = [float(row["total_tokens_per_s"]) for row in repeated]
+    records = [json.loads((run.results / row["run_id"] / "record.json").read_text()) for row in repeated]
+    rates = [record["total_tokens_per_s"] for record in records]  # the row's are rounded
     assert f"{statistics.median(rates):,.1f}  {min(rates):,.1f} to {max(rates):,.1f} (" in run.stdout
 
 
@@ -243,7 +244,8 @@ def test_tune_confirms_the_best_beside_the_defaults_and_writes_it_down(harness: 
         assert sum(row["status"] == "ok" for row in searched) == 1
         assert {row["status"] for row in searched} == {"ok", "invalid"}
         assert [(row["status"], row["token_budget"]) for row in confirmed] == [("ok", "64"), ("ok", "512")]
-        rates = {int(row["token_budget"]): float(row["total_tokens_per_s"]) for row in confirmed}
+        records = [json.loads((run.results / row["run_id"] / "record.json").read_text()) for row in confirmed]
+        rates = {record["token_budget"]: record["total_tokens_per_s"] for record in records}
         best = max(rates, key=lambda budget: rates[budget])
         found: dict[str, Any] = yaml.safe_load(path.read_text())
         assert found == {"engine": {"token_budget": best}}
