@@ -84,6 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return report(error)
     except BrokenPipeError:  # the reader has seen enough, as in "| head"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains once more
+        return report(UserError("standard output", f"cannot be written: {error.strerror}", "free space"))
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0

@@ -228,14 +228,25 @@ def check(config: Config, accelerator: str) -> None:
     _check_numbers(config)
     _check_engine(config, accelerator)
     _check_parallel(config)
+    check_sweep(config.sweep)
     if config.resume is not None:
         raise UserError("resume", f"{quoted(config.resume)}: resuming a run is not built yet", "start a new run")
     if config.verify:
         raise UserError("verify", f"{config.verify}: checking against HF is not built yet", "use verify=0")
-    if config.sweep.save_as is not None and re.fullmatch(r"[A-Za-z0-9_-]{1,100}", config.sweep.save_as) is None:
-        raise UserError("sweep.save_as", quoted(config.sweep.save_as), "give a name of letters, digits, _ and -")
     if not config.results_dir.strip():
         raise UserError("results_dir", quoted(config.results_dir), "name a directory")
+
+
+def check_sweep(sweep: SweepConfig) -> None:
+    """Raises UserError for a search that could not end well."""
+    if not 0 <= sweep.confirm <= 1000:
+        raise UserError("sweep.confirm", str(sweep.confirm), "give a whole number from 0 to 1000")
+    if sweep.confirm_samples is not None and sweep.confirm_samples < 1:
+        raise UserError(
+            "sweep.confirm_samples", str(sweep.confirm_samples), "give a whole number of at least 1, or null"
+        )
+    if sweep.save_as is not None and re.fullmatch(r"[A-Za-z0-9_-]{1,100}", sweep.save_as) is None:
+        raise UserError("sweep.save_as", quoted(sweep.save_as), "give a name of letters, digits, _ and -")
 
 
 def _check_numbers(config: Config) -> None:
@@ -253,14 +264,11 @@ def _check_numbers(config: Config) -> None:
         "dataset.output_len": config.dataset.output_len,
         "generation.max_output_len": config.generation.max_output_len,
         "model.max_context": config.model.max_context,
-        "sweep.confirm_samples": config.sweep.confirm_samples,
         "repeat": config.repeat,
     }
     for name, value in at_least_one.items():
         if value is not None and not 1 <= value <= 2**31:
             raise UserError(name, str(value), f"give a whole number from 1 to {2**31}")
-    if not 0 <= config.sweep.confirm <= 1000:
-        raise UserError("sweep.confirm", str(config.sweep.confirm), "give a whole number from 0 to 1000")
     hardware = config.hardware
     peaks = {f"hardware.peak_flops.{dtype}": peak for dtype, peak in hardware.peak_flops.items()}
     peaks["hardware.memory_bytes"] = hardware.memory_bytes

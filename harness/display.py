@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import deque
@@ -20,9 +21,18 @@ PLAIN_S = 5.0
 PACE_S = 20.0  # how far back the pace is taken from
 
 
+class _Console(Console):
+    """A console whose reader may leave, as ``head`` does: what is measured goes on, unseen."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich, which would end the program."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def console() -> Console:
     """Returns the terminal; a log file gets plain lines of a width that holds the summary."""
-    return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 110)
+    return _Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 110)
 
 
 class Display:

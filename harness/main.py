@@ -94,9 +94,8 @@ def _run(composed: DictConfig, rank: ranks.Rank | None) -> int:
     # A rank that our own launcher started has one of several runs to do already.
     if rank is None or launcher.RUN_ID_VARIABLE not in os.environ:
         if composed.sweep.confirm or composed.sweep.save_as is not None:
-            found = f"{composed.sweep.save_as}: a search, as experiment=tune is, has several jobs"
-            raise UserError("sweep.save_as", found, "add -m: python harness/main.py -m ...")
-        if composed.repeat > 1 and _can_run(composed):
+            raise UserError("experiment", "a search has several jobs", "add -m: python harness/main.py -m ...")
+        if (composed.repeat > 1 or composed.sweep.resume) and _can_run(composed):
             from harness.sweep import SWEEP
 
             if not _drives(rank, f"repeat={composed.repeat}"):

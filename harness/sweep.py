@@ -7,6 +7,7 @@ process groups start fresh, and one that crashes or hangs is a row with its stat
 from __future__ import annotations
 
 import os
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -208,7 +209,7 @@ class Sweep:
         if failed:
             self.say("the same command with sweep.resume=true runs only those that are not")
         else:
-            where = Path(self.results_dir) / "runs.csv"
+            where = shlex.quote(str(Path(self.results_dir) / "runs.csv"))
             self.say(f"compare: python -m harness.compare {where}")
         return max((run.exit_status for job in self.jobs for run in job.runs), default=0)
 

@@ -19,11 +19,21 @@ from harness.sweep import Sweep, SweepJob, choices, without_hydra
 if TYPE_CHECKING:
     from optuna.trial import Trial
 
+MARK = "# Found by a search on "  # in the first lines of what is written there
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "conf" / "experiment"
 MORE = 4  # times as many requests confirm the best as searched for them
 ENGINES = ("fastgen", "mii")  # which token_budget and max_sequences mean something to
 # Of the search alone: what it finds is not to be run on few requests.
-SEARCH_KEYS = ("dataset.num_samples", "results_dir", "repeat", "timeout_s")
+SEARCH_KEYS = ("dataset.num_samples", "repeat", "timeout_s")
+
+
+def check(composed: DictConfig) -> None:
+    """Refuses, before the first trial, a search whose winner could not be confirmed or written down."""
+    config.check_sweep(sweep := config.to_config(composed).sweep)
+    path = EXPERIMENTS / f"{sweep.save_as}.yaml"
+    if sweep.save_as is not None and path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        found = f"{sweep.save_as} is an experiment that no search has written"
+        raise UserError("sweep.save_as", found, "give another name, or null")
 
 
 def search_space(composed: DictConfig, trial: Trial) -> None:
@@ -147,7 +157,7 @@ def _announce(sweep: Sweep, composed: DictConfig, winner: SweepJob, found: dict[
         OmegaConf.update(overlay, key, value)
     lines = [
         "# @package _global_",
-        f"# Found by a search on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, for {composed.model.name} and "
+        f"{MARK}{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, for {composed.model.name} and "
         f"{composed.dataset.name} on {device}:",
         f"# {figures}; run {winner.runs[-1].run_id}",
         OmegaConf.to_yaml(overlay),

@@ -147,6 +147,16 @@ def test_deepspeed_with_m_drives_the_sweep_from_its_first_rank(harness: Harness)
     assert run.stdout.count("2 of 2 jobs ok") == 1
 
 
+def test_a_sweep_whose_reader_leaves_goes_on(tmp_path: Path) -> None:
+    arguments = command("-m", *SMALL, "dataset.seed=1,2", f"results_dir={tmp_path / 'results'}")
+    process = subprocess.Popen(arguments, cwd=ROOT, env=variables(), stdout=-1, stderr=-1, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline() == "[1/2] dataset.seed=1\n"
+    process.stdout.close()
+    assert (process.wait(timeout=120), process.stderr.read()) == (0, "")
+    assert [row["status"] for row in read_rows(tmp_path / "results" / "runs.csv")] == ["ok", "ok"]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_launch_over_several_hosts_says_how_to_sweep_instead(tmp_path: Path, rank: int) -> None:
     where = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "CROSS_RANK": str(rank)}
@@ -198,7 +208,11 @@ def test_ctrl_c_ends_the_current_job_and_leaves_the_sweep_resumable(tmp_path: Pa
         (["-m", "parallel=[single,dp2]"], "error: parallel: no option, or several; "),
         (["-m", "engine.token_budget=range(64,"], "error: command line: "),
         (["-m", "experiment=tune", "engine=baseline"], "error: engine: baseline has no token_budget to tune; "),
-        (["experiment=tune"], "error: sweep.save_as: tuned_smollm2_135m_sample: a search, as experiment=tune is, "),
+        (["-m", "experiment=tune", "hydra.sweeper.n_trials=0"], "error: hydra.sweeper.n_trials: 0; give a whole "),
+        (["-m", "experiment=tune", "sweep.save_as=../x"], "error: sweep.save_as: '../x'; give a name of letters, "),
+        (["-m", "experiment=tune", "sweep.save_as=quickstart"], "error: sweep.save_as: quickstart is an experiment "),
+        (["-m", "experiment=tune", "sweep.confirm=-1"], "error: sweep.confirm: -1; give a whole number "),
+        (["experiment=tune"], "error: experiment: a search has several jobs; add -m: "),
     ],
 )
 def test_a_sweep_that_makes_no_sense_is_one_line(tmp_path: Path, words: list[str], line: str) -> None:
@@ -224,7 +238,7 @@ def test_a_sweep_whose_results_cannot_be_written_is_one_line(tmp_path: Path) -> 
         text=True,
         timeout=60,
     )
-    assert_refused(done, f"error: {tmp_path / 'file' / 'results'}")
+    assert_refused(done, f"error: results_dir: '{tmp_path / 'file' / 'results'}' cannot be written: Not a directory; ")
 
 
 def test_tune_confirms_the_best_beside_the_defaults_and_writes_it_down(harness: Harness) -> None:

@@ -207,7 +207,9 @@ def group(runs: Sequence[Run]) -> list[Group]:
     alone = pandas.Series([run.run_id for run in runs]).where(table["config_hash"] == "", "")
     numbers = pandas.DataFrame([{name: run.numbers.get(name) if run.ok else None for name in FIGURES} for run in runs])
     numbers = numbers.astype(float)
-    numbers["group"] = _with_early_ends(table, alone, [run.ok for run in runs])
+    numbers["group"] = _with_early_ends(
+        table, alone, [run.ok for run in runs], [run.cells.get("status") == "invalid" for run in runs]
+    )
     by_group = numbers.groupby("group", sort=False)
     medians = by_group.median()
     medians["low"], medians["high"] = by_group["total_tokens_per_s"].min(), by_group["total_tokens_per_s"].max()
@@ -220,10 +222,10 @@ def group(runs: Sequence[Run]) -> list[Group]:
     return found
 
 
-def _with_early_ends(table: pandas.DataFrame, alone: pandas.Series, ok: list[bool]) -> list[int]:
+def _with_early_ends(table: pandas.DataFrame, alone: pandas.Series, ok: list[bool], refused: list[bool]) -> list[int]:
     """Returns the group number of each row.
 
-    A run that failed before it knew its dataset or device has empty cells: it belongs to the group of the same
+    A run that began and failed before it knew its dataset or device has empty cells: it belongs to the group of the same
     config that it contradicts in no cell, if there is just one.
     """
     numbers = table.assign(alone=alone).groupby([*IDENTITY, "alone"], sort=False).ngroup().tolist()
@@ -233,7 +235,7 @@ def _with_early_ends(table: pandas.DataFrame, alone: pandas.Series, ok: list[boo
         if is_ok and cells[0]:
             complete.setdefault(cells[0], {})[number] = cells
     for index, cells in enumerate(rows):
-        if ok[index] or not cells[0]:
+        if ok[index] or refused[index] or not cells[0]:
             continue
         matches = [
             number

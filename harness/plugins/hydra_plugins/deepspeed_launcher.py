@@ -20,7 +20,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
 from harness.config import check_choices
-from harness.files import cannot_write
+from harness.errors import UserError, quoted
 
 if TYPE_CHECKING:
     from hydra.types import HydraContext, TaskFunction
@@ -40,12 +40,20 @@ class DeepSpeedLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keeps what is needed to compose jobs; Hydra calls it once."""
+        if config.sweep.confirm or config.sweep.save_as is not None:
+            from harness import sweep, tune
+
+            tune.check(sweep.without_hydra(config))
+        trials = config.hydra.sweeper.get("n_trials")
+        if trials is not None and trials < 1:
+            raise UserError("hydra.sweeper.n_trials", str(trials), "give a whole number of at least 1")
         if "optuna" in sys.modules:  # its sweeper is there; its own log would tear the display
             logging.getLogger("optuna").setLevel(logging.WARNING)
         try:
             Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)  # not every sweeper makes it
         except OSError as error:
-            raise cannot_write(config.hydra.sweep.dir, error) from error
+            found = f"{quoted(str(config.results_dir), 300)} cannot be written: {error.strerror}"
+            raise UserError("results_dir", found, "set another directory") from error
         self.context = hydra_context
         self.config = config
 
