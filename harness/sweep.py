@@ -30,6 +30,7 @@ from harness.explain import explain
 from harness.results import read_record
 from harness.runs_table import read_rows
 
+FILE_WIDTH = 160
 PLAIN_S = 60.0  # between two lines about a job where there is no terminal
 TAIL_BYTES = 4096  # of a launch's output, to find its last line
 
@@ -191,7 +192,8 @@ class Sweep:
     def show(self) -> None:
         """Prints the table of all jobs, best first, and the errors of those that are not ok."""
         self.screen.print()
-        self.screen.print(_table(self.jobs))
+        # A file has the room; only a narrow terminal breaks cells.
+        self.screen.print(_table(self.jobs), width=None if self.screen.is_terminal else FILE_WIDTH)
         for job in self.jobs:
             for run in job.runs:
                 if run.status != "ok":

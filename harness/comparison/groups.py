@@ -225,8 +225,8 @@ def group(runs: Sequence[Run]) -> list[Group]:
 def _with_early_ends(table: pandas.DataFrame, alone: pandas.Series, ok: list[bool], refused: list[bool]) -> list[int]:
     """Returns the group number of each row.
 
-    A run that began and failed before it knew its dataset or device has empty cells: it belongs to the group of the same
-    config that it contradicts in no cell, if there is just one.
+    A run that began and failed before it knew its dataset or device has empty cells: it belongs to the group of the
+    same config that it contradicts in no cell, if there is just one.
     """
     numbers = table.assign(alone=alone).groupby([*IDENTITY, "alone"], sort=False).ngroup().tolist()
     rows = table.to_numpy().tolist()
