@@ -113,6 +113,8 @@ class Sweep:
         self.expected = 0
         self.full_error: str | None = None
         self.screen: Console = console()
+        if not self.screen.is_terminal:
+            self.screen.width = FILE_WIDTH  # where there is room, no cell of the table need be broken
         self.results_dir = ""
         self._done: dict[str, list[Run]] | None = None
 
@@ -192,8 +194,7 @@ class Sweep:
     def show(self) -> None:
         """Prints the table of all jobs, best first, and the errors of those that are not ok."""
         self.screen.print()
-        # A file has the room; only a narrow terminal breaks cells.
-        self.screen.print(_table(self.jobs), width=None if self.screen.is_terminal else FILE_WIDTH)
+        self.screen.print(_table(self.jobs))
         for job in self.jobs:
             for run in job.runs:
                 if run.status != "ok":
