@@ -28,6 +28,7 @@ COLUMNS: tuple[str, ...] = (
     "latency_p50_s", "latency_p99_s", "tp", "dp", "device", "device_name", "token_budget",
     "max_sequences", "steps", "preemptions", "kv_peak_utilisation", "peak_memory_bytes",
     "model_flops_utilisation", "energy_j", "config_hash", "git_commit",
+    "parity_checked", "parity_exact_share", "parity_explained_share",
 )
 # fmt: on
 LOCK_TIMEOUT_S = 60.0

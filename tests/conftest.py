@@ -158,6 +158,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds ``--full``."""
+    parser.addoption("--full", action="store_true", help="all repetitions of the tests marked endurance (hours)")
+
+
+@pytest.fixture
+def scale(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """Returns a function that picks how often to repeat: ``scale(few, all)``, all of them with ``--full``."""
+    full = request.config.getoption("--full")
+    return lambda few, every: every if full else few
+
+
 @pytest.fixture
 def harness(tmp_path: Path) -> Callable[..., Run]:
     """Returns a function that runs the harness from the repository's root with results of its own."""
