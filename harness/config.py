@@ -166,6 +166,7 @@ class Config:
     timeout_s: float | None = None
 
 
+PLACES = ("model.path", "model.tokenizer", "dataset.path")  # hosts may keep the same files in different places
 GROUPS = ("engine", "model", "dataset", "generation", "parallel", "hardware")
 ENGINES = ("baseline", "ds_inference", "fastgen", "mii", "simulate")
 NOT_BUILT = ("simulate",)
@@ -229,8 +230,6 @@ def check(config: Config, accelerator: str) -> None:
     _check_engine(config, accelerator)
     _check_parallel(config)
     check_sweep(config.sweep)
-    if config.resume is not None:
-        raise UserError("resume", f"{quoted(config.resume)}: resuming a run is not built yet", "start a new run")
     if config.verify:
         raise UserError("verify", f"{config.verify}: checking against HF is not built yet", "use verify=0")
     if not config.results_dir.strip():

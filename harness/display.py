@@ -42,14 +42,15 @@ class Display:
 
     Args:
         estimates: for each request, by index, about how many prompt and output tokens it has; for the time left.
+        before: further requests, which are done already.
     """
 
-    def __init__(self, screen: Console, estimates: dict[int, int]) -> None:
+    def __init__(self, screen: Console, estimates: dict[int, int], before: int = 0) -> None:
         self.screen = screen
         self.estimates = estimates
-        self.requests = len(estimates)
+        self.requests = len(estimates) + before
         self.expected_tokens = sum(estimates.values())
-        self.finished = 0
+        self.finished = before
         self.elsewhere_tokens = 0  # finished on other ranks
         self.recent: deque[tuple[float, int]] = deque()
         self.started = self.drawn = time.perf_counter()
@@ -175,9 +176,10 @@ def _lines(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, str]]
                 f"first token p50 {_seconds(row['ttft_p50_s'])}, p99 {_seconds(row['ttft_p99_s'])}; "
                 f"finished p50 {_seconds(row['latency_p50_s'])}, p99 {_seconds(row['latency_p99_s'])}",
             ),
-            ("Time", _where_time_went(row, record.get("time", {}))),
         ]
-        if passes := _passes(row, record.get("engine_statistics", {})):
+        if times := _where_time_went(row, record.get("time", {})):
+            lines.append(("Time", times))
+        if "segments" not in record and (passes := _passes(row, record.get("engine_statistics", {}))):
             lines.append(("Passes", passes))
     if row["load_s"] is not None:
         memory = f", peak memory {row['peak_memory_bytes'] / 2**30:.2f} GiB" if row["peak_memory_bytes"] else ""

@@ -98,6 +98,23 @@ def replace(path: Path, data: bytes) -> None:
         raise cannot_write(path, error) from error
 
 
+def cut_torn_line(path: Path) -> None:
+    """Takes away what a process that died while it wrote left after the last whole line; raises OSError."""
+    if not path.is_file():
+        return
+    with open(path, "r+b") as file:
+        size = end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(end - 65536, 0)
+            file.seek(start)
+            if (found := file.read(end - start).rfind(b"\n")) >= 0:
+                end = start + found + 1
+                break
+            end = start
+        if end < size:
+            file.truncate(end)
+
+
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yields (line number from 1, line) of a regular file; nothing when there is no such file."""
     if path.is_file():

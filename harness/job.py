@@ -44,6 +44,15 @@ class Job:
     max_context: int | None
     job_hash: str
 
+    @property
+    def work(self) -> dict[str, Any]:
+        """What the record says of the work itself: whatever resumes a run must have it in common."""
+        return {
+            "model": checkpoint.model_name(self.config.model, self.source),
+            "dtype": self.dtype,
+            "dataset_sha256": self.workload.sha256,
+        }
+
 
 def resolved(composed: DictConfig) -> dict[str, Any]:
     """Returns the composed config as plain data, for ``config.yaml`` and the record."""

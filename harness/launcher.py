@@ -77,20 +77,23 @@ def launch(composed: DictConfig, overrides: list[str], watcher: Callable[[Path],
         UserError: the results cannot be written; anything else that is wrong is an outcome, and a row.
     """
     resolved = jobs.resolved(composed)
-    run_id = new_run_id(str(resolved["engine"].get("name")))
-    recorder = RunRecorder.create(str(resolved["results_dir"]), run_id, resolved, sys.argv)
-    try:
-        job = jobs.prepare(composed)
-        check_devices(job.config.parallel.tp, job.config.parallel.dp, job.accelerator)
-    except UserError as error:
-        recorder.finish("invalid", str(error))
-        return Outcome(REFUSED, recorder.record, error)
-    except KeyboardInterrupt:
-        recorder.finish("interrupted", "interrupted")
-        return Outcome(INTERRUPTED, recorder.record, "interrupted")
-    except BaseException as error:
-        recorder.finish("failed", f"{type(error).__name__}: {error}")
-        raise
+    if composed.resume is not None:
+        run_id = str(composed.resume)
+        recorder, job = _taken_up(composed, resolved)
+    else:
+        run_id = new_run_id(str(resolved["engine"].get("name")))
+        recorder = RunRecorder.create(str(resolved["results_dir"]), run_id, resolved, sys.argv)
+        try:
+            job = _checked(composed)
+        except UserError as error:
+            recorder.finish("invalid", str(error))
+            return Outcome(REFUSED, recorder.record, error)
+        except KeyboardInterrupt:
+            recorder.finish("interrupted", "interrupted")
+            return Outcome(INTERRUPTED, recorder.record, "interrupted")
+        except BaseException as error:
+            recorder.finish("failed", f"{type(error).__name__}: {error}")
+            raise
     config = job.config
     log = recorder.directory / LAUNCH_LOG
     with nullcontext() if watcher is None else open(log, "wb") as output:
@@ -112,6 +115,24 @@ def launch(composed: DictConfig, overrides: list[str], watcher: Callable[[Path],
     else:
         exit_status = REFUSED if ending.returncode == REFUSED else 1
     return Outcome(exit_status, record, untold)
+
+
+def _checked(composed: DictConfig) -> jobs.Job:
+    job = jobs.prepare(composed)
+    check_devices(job.config.parallel.tp, job.config.parallel.dp, job.accelerator)
+    return job
+
+
+def _taken_up(composed: DictConfig, resolved: dict[str, Any]) -> tuple[RunRecorder, jobs.Job]:
+    """Begins a new segment of the run that is to be gone on with; one that is refused stays as it was."""
+    job = _checked(composed)
+    recorder = RunRecorder.resume(str(resolved["results_dir"]), str(composed.resume), resolved, sys.argv)
+    try:
+        recorder.check_work(**job.work)
+        recorder.note()
+    finally:
+        recorder.release()  # rank 0 is the one to have it
+    return recorder, job
 
 
 def check_devices(tp: int, dp: int, accelerator: str) -> None:

@@ -91,6 +91,10 @@ def _run(composed: DictConfig, rank: ranks.Rank | None) -> int:
     hydra_config = HydraConfig.get()
     config.check_choices(hydra_config.runtime.choices)
     overrides = list(hydra_config.overrides.task)
+    if composed.resume is not None:
+        from harness import resume
+
+        composed = resume.compose(composed, overrides, rank)
     # A rank that our own launcher started has one of several runs to do already.
     if rank is None or launcher.RUN_ID_VARIABLE not in os.environ:
         if composed.sweep.confirm or composed.sweep.save_as is not None:

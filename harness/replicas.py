@@ -70,14 +70,11 @@ class Replicas:
             dist_backend="nccl" if self.accelerator == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
         )
         self._hosts = dist.new_group(backend="gloo", timeout=PATIENCE)
-        port: list[int] = [0]
         if self.rank.first:
             self._store = TCPStore(os.environ["MASTER_ADDR"], 0, is_master=True, wait_for_workers=False)
-            port = [self._store.port]
-        dist.broadcast_object_list(port, src=0, group=self._hosts)
+        self._port = self.shared(self._store.port if self._store is not None else 0)
         if not self.rank.first:
-            self._store = TCPStore(os.environ["MASTER_ADDR"], port[0], is_master=False)
-        self._port = port[0]
+            self._store = TCPStore(os.environ["MASTER_ADDR"], self._port, is_master=False)
         if self.tp > 1:
             self.tensor = self._join_model()
 
@@ -94,6 +91,14 @@ class Replicas:
                 mine = TensorParallel(self.rank.rank - leader, self.tp, leader, group, messages)
         assert mine is not None  # check_world() has seen to it that the groups cover all ranks
         return mine
+
+    def shared(self, value: Any) -> Any:
+        """Returns rank 0's ``value`` on every rank; all of them call it."""
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._hosts)
+        return box[0]
 
     def barrier(self) -> None:
         """Returns when every rank has called it."""

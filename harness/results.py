@@ -1,38 +1,42 @@
 """The directory of a run: ``record.json``, ``config.yaml``, ``completions.jsonl`` and ``passes.csv``.
 
 Every file can be read after a crash at any moment: records are replaced atomically, and a completion is one
-write of one line, so that at most the last line is torn. The table of all runs is in ``runs_table``.
+write of one line, so that at most the last line is torn. The table of all runs is in ``runs_table``, how a run
+is gone on with in ``segments``.
 """
 
 from __future__ import annotations
 
 import datetime
+import errno
 import hashlib
 import json
-import math
 import os
 import re
 import secrets
 import socket
 import time
-from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import filelock
+
+from harness import segments
+from harness.completions import Tally, mend_last_line, read_completions
 from harness.errors import UserError, quoted
-from harness.files import cannot_write, json_bytes, numbered_lines, open_append, plain, replace, write_all, yaml_bytes
+from harness.files import cannot_write, cut_torn_line, json_bytes, open_append, plain, replace, write_all, yaml_bytes
 from harness.runs_table import COLUMNS, append_row, cell_text, read_table
-
-if TYPE_CHECKING:
-    from harness.workload import Completion
+from harness.workload import Completion
 
 STATUSES = ("ok", "failed", "oom", "timeout", "interrupted", "invalid")
 RUNNING = "running"
 # Keys that change where and how often a job runs, not what it computes.
 UNHASHED_KEYS = ("results_dir", "resume", "sweep", "repeat", "timeout_s", "verify")
 PASSES_FLUSH_S = 1.0
+LOCK = "run.lock"  # held by the one process that writes the run
+LOCK_TIMEOUT_S = 20.0  # for a run that has been ended and is still writing down how
+CLOSE_TIMEOUT_S = 2.0
 LAUNCH_LOG = "launch.log"  # what a launch printed, where a sweep has the terminal
 
 
@@ -79,17 +83,6 @@ def config_hash(config: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
-def percentile(values: Sequence[float], q: float) -> float | None:
-    """Returns the ``q``-th percentile (0..100) of ``values``, linearly interpolated; None for no values."""
-    if not values:
-        return None
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * q / 100
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-
 def read_record(results_dir: str | Path, run_id: str) -> dict[str, Any] | None:
     """Returns the content of a run's ``record.json``; None when there is none, or it is not one."""
     path = run_directory(results_dir, run_id) / "record.json"
@@ -98,92 +91,6 @@ def read_record(results_dir: str | Path, run_id: str) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) and "status" in record else None
-
-
-# --- completions.jsonl ---
-
-
-def _completion(line: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(value, dict) or not isinstance(value.get("finish_reason"), str):
-        return None
-    counts = (value.get("prompt_tokens"), value.get("output_tokens"))
-    return value if all(isinstance(count, int) for count in counts) else None
-
-
-def read_completions(path: str | Path) -> list[dict[str, Any]]:
-    """Returns the completions of a ``completions.jsonl``, in order of finishing, without a torn last line.
-
-    Raises:
-        UserError: the file cannot be read, or a line that is not the last is no completion.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(str(path), "there is no such file", "a run writes it when its first request finishes")
-    found = []
-    try:
-        for number, line in numbered_lines(path):
-            completion = _completion(line)
-            if completion is not None:
-                found.append(completion)
-            elif line.endswith(b"\n"):
-                raise UserError(f"{path}, line {number}", "is not a completion", "the file was edited or damaged")
-    except OSError as error:
-        raise UserError(str(path), f"cannot be read: {error.strerror}", "check this path") from error
-    return found
-
-
-class _Tally:
-    """Counts over completions, and their times in seconds from the start of the clock; no text, no ids."""
-
-    def __init__(self) -> None:
-        self.completed = self.rejected = self.prompt_tokens = self.output_tokens = 0
-        self.first_token_s, self.finished_s = array("d"), array("d")
-
-    def add(self, completion: dict[str, Any]) -> None:
-        """Counts one completion; a rejected request was never fed to the model and adds no tokens."""
-        if completion["finish_reason"] == "rejected":
-            self.rejected += 1
-            return
-        self.completed += 1
-        self.prompt_tokens += completion["prompt_tokens"]
-        self.output_tokens += completion["output_tokens"]
-        for name, values in (("first_token_s", self.first_token_s), ("finished_s", self.finished_s)):
-            if completion.get(name) is not None:
-                values.append(completion[name])
-
-    @classmethod
-    def of_file(cls, path: Path) -> _Tally:
-        """Counts what is on disk; lines that are no completions are passed over."""
-        tally = cls()
-        for _, line in numbered_lines(path):
-            completion = _completion(line)
-            if completion is not None:
-                tally.add(completion)
-        return tally
-
-    def figures(self, elapsed_s: float | None) -> dict[str, Any]:
-        """Returns the counts and, once the clock has been stopped, rates and percentiles."""
-        total_tokens = self.prompt_tokens + self.output_tokens
-        figures: dict[str, Any] = {
-            "completed": self.completed,
-            "rejected": self.rejected,
-            "prompt_tokens": self.prompt_tokens,
-            "output_tokens": self.output_tokens,
-            "total_tokens": total_tokens,
-        }
-        # Of a run that was cut short only the early finishers are known: their percentiles would flatter it.
-        if elapsed_s is not None and elapsed_s > 0:
-            figures["requests_per_s"] = self.completed / elapsed_s
-            figures["total_tokens_per_s"] = total_tokens / elapsed_s
-            figures["output_tokens_per_s"] = self.output_tokens / elapsed_s
-            for name, values in (("ttft", self.first_token_s), ("latency", self.finished_s)):
-                figures[f"{name}_p50_s"] = percentile(values, 50)
-                figures[f"{name}_p99_s"] = percentile(values, 99)
-        return figures
 
 
 # --- one run ---
@@ -210,25 +117,30 @@ def _from_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _close(results_dir: Path, record: dict[str, Any], tally: _Tally, status: str, error: str | None) -> dict[str, Any]:
+def _close(results_dir: Path, record: dict[str, Any], tally: Tally, status: str, error: str | None) -> dict[str, Any]:
     """Completes ``record``, writes it and its row; returns the row."""
     if status not in STATUSES:
         raise ValueError(f"status {status!r} is not one of {STATUSES}")
-    elapsed_s = record.get("elapsed_s")
-    record |= {"status": status, "error": error, "finished_at": _utc_now()}
+    record |= {"status": status, "error": error, "finished_at": utc_now()}
+    resumed = "segments" in record
+    if resumed:
+        segments.end(record, results_dir / record["run_id"], tally.completed + tally.rejected)
+        record |= segments.combined(record)
+        record["notes"] = [*(record.get("notes") or []), segments.note(record)]
     record |= dict.fromkeys(name for name in COLUMNS if name not in record)
-    record |= tally.figures(elapsed_s)
+    record |= tally.figures(record["elapsed_s"])
     if record["git_commit"] is None:
         git = (record.get("environment") or {}).get("git") or {}
         record["git_commit"] = git.get("commit")
     row = {name: record[name] for name in COLUMNS}
     # In this order a failure in between leaves the run open to close_unfinished(), which adds no second row.
-    append_row(results_dir, row)
+    append_row(results_dir, row, replaces=resumed)
     replace(results_dir / record["run_id"] / "record.json", json_bytes(record, indent=2))
     return row
 
 
-def _utc_now() -> str:
+def utc_now() -> str:
+    """Returns the time as it stands in records."""
     return f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
@@ -245,10 +157,13 @@ class RunRecorder:
         self.directory = results_dir / self.run_id
         self._record = record
         self._completions_path = self.directory / "completions.jsonl"
-        self._tally = _Tally.of_file(self._completions_path)
+        self._begun = True
+        self._lock = filelock.FileLock(self.directory / LOCK, timeout=LOCK_TIMEOUT_S)
+        self._tally = Tally.of_file(self._completions_path)
         self._completions: int | None = None
         self._passes: int | None = None
         self._pending_passes: list[str] = []
+        self._steps_before = 0
         self._passes_flushed = time.monotonic()
         self._row: dict[str, Any] | None = None
 
@@ -285,7 +200,7 @@ class RunRecorder:
             raise UserError("run id", f"{run_id} is closed ({earlier['status']})", remedy)
         record = {
             "run_id": run_id,
-            "started_at": _utc_now(),
+            "started_at": utc_now(),
             "status": RUNNING,
             **_from_config(config),
             "command_line": list(command_line),
@@ -297,8 +212,109 @@ class RunRecorder:
         }
         replace(directory / "config.yaml", yaml_bytes(config))
         recorder = cls(root, record)
+        recorder._steps_before = int(max(segments.last_rows(directory / "passes.csv", ("step",)), default=0))
         recorder.note()
         return recorder
+
+    @classmethod
+    def resume(
+        cls, results_dir: str | Path, run_id: str, config: dict[str, Any], command_line: list[str]
+    ) -> RunRecorder:
+        """Takes over a run that did not finish, to go on with it; the caller has its lock from here on.
+
+        Nothing is written before the first :meth:`note`, so that a run which is refused after all stays as it was.
+
+        Raises:
+            UserError: there is no such run, it is complete, its files are damaged, or another process has it.
+        """
+        root, directory = Path(results_dir), run_directory(results_dir, run_id)
+        if read_record(root, run_id) is None:
+            if not directory.is_dir():
+                remedy = "take a run id from the first column of runs.csv, or set results_dir"
+                raise UserError("resume", f"no run {run_id} in {quoted(str(results_dir), 300)}", remedy)
+            raise UserError("resume", f"the record.json of {run_id} is missing or damaged", "start a new run")
+        read_table(root / "runs.csv")
+        recorder = cls(root, {"run_id": run_id})
+        recorder.hold()
+        try:
+            earlier = read_record(root, run_id) or {}  # what another process wrote while we waited
+            if earlier.get("status") == "ok":
+                raise UserError("resume", f"{run_id} is complete", "start a new run")
+            try:
+                mend_last_line(recorder._completions_path)
+            except OSError as error:
+                raise cannot_write(recorder._completions_path, error) from error
+            recorder._steps_before = int(max(segments.last_rows(directory / "passes.csv", ("step",)), default=0))
+            recorder._tally = Tally.of_file(recorder._completions_path)
+            done = recorder.done()
+            recorder._record = segments.begin(
+                earlier,
+                directory,
+                len(done),
+                {
+                    **_from_config(plain(config)),
+                    "config": plain(config),
+                    "config_hash": config_hash(config),
+                    "pid": os.getpid(),
+                    "hostname": socket.gethostname(),
+                },
+                list(command_line),
+            )
+            recorder._begun = False
+        except BaseException:
+            recorder.release()
+            raise
+        return recorder
+
+    def hold(self) -> None:
+        """Makes this process the only one that writes this run, until it ends or calls :meth:`release`.
+
+        Raises:
+            UserError: another process has the run, and does not end within :data:`LOCK_TIMEOUT_S`.
+        """
+        try:
+            self._lock.acquire()
+        except filelock.Timeout as error:
+            pid = (read_record(self.results_dir, self.run_id) or {}).get("pid")
+            found = f"{self.run_id} is still being run" + (f" (process {pid})" if pid else "")
+            raise UserError("resume", found, "wait for it, or end it first") from error
+        except (OSError, NotImplementedError) as error:
+            if not isinstance(error, NotImplementedError) and error.errno not in (errno.ENOSYS, errno.ENOLCK):
+                raise cannot_write(self.directory / LOCK, error) from error
+            # A file system without locks: nobody can be kept out.
+
+    def release(self) -> None:
+        """Lets another process write this run."""
+        self._lock.release()
+
+    def done(self) -> list[Completion]:
+        """Returns the completions on disk, each request's once.
+
+        Raises:
+            UserError: the file is damaged, or has a request twice.
+        """
+        if not self._completions_path.is_file():
+            return []
+        found = read_completions(self._completions_path)
+        by_index = {entry.get("index"): entry for entry in found}
+        if len(by_index) != len(found) or not all(type(index) is int for index in by_index):
+            raise UserError(str(self._completions_path), "has a request twice", "the file was edited or damaged")
+        try:
+            return [Completion(**entry) for entry in found]
+        except TypeError as error:
+            raise UserError(str(self._completions_path), f"is not ours: {error}", "start a new run") from error
+
+    def check_work(self, **facts: Any) -> None:
+        """Raises UserError if what is to be run now is other work than the run's earlier segments were."""
+        for name, value in self._record.get("work", {}).items():
+            if name in facts and facts[name] != value:
+                found = f"{name} is {quoted(facts[name])}, and was {quoted(value)} when the run began"
+                raise UserError("resume", found, "restore what it was, or start a new run")
+
+    @property
+    def clock_s(self) -> float:
+        """Where the run's clock begins: 0, or where that of the earlier segments was when they ended."""
+        return float(self._record.get("segment", {}).get("clock_from_s", 0.0))
 
     @property
     def record(self) -> dict[str, Any]:
@@ -312,6 +328,9 @@ class RunRecorder:
             UserError: the record cannot be written.
         """
         self._record |= plain(figures)
+        if not self._begun:
+            replace(self.directory / "config.yaml", yaml_bytes(self._record["config"]))
+            self._begun = True
         replace(self.directory / "record.json", json_bytes(self._record, indent=2))
 
     def add(self, completion: Completion) -> None:
@@ -326,7 +345,7 @@ class RunRecorder:
             del entry["error"]
         try:
             if self._completions is None:
-                _mend_last_line(self._completions_path)
+                mend_last_line(self._completions_path)
                 self._completions = open_append(self._completions_path)
             write_all(self._completions, json_bytes(entry) + b"\n")
         except OSError as error:
@@ -339,6 +358,7 @@ class RunRecorder:
         Raises:
             UserError: the file cannot be written.
         """
+        record.step += self._steps_before
         self._pending_passes.append(",".join(cell_text(name, getattr(record, name)) for name in PASS_COLUMNS))
         if time.monotonic() - self._passes_flushed >= PASSES_FLUSH_S:
             self._flush_passes()
@@ -351,6 +371,7 @@ class RunRecorder:
             return
         try:
             if self._passes is None:
+                cut_torn_line(path)
                 self._passes = open_append(path)
                 if os.fstat(self._passes).st_size == 0:
                     lines.insert(0, ",".join(PASS_COLUMNS))
@@ -363,7 +384,8 @@ class RunRecorder:
 
         Counts are of the completions on disk. Rates and percentiles need ``elapsed_s``. Percentiles are in
         seconds from the start of the clock, since all requests are there at its start; rejected ones have
-        none. What is unknown stays None. Does nothing when the run is closed already.
+        none. What is unknown stays None. Does nothing when the run is closed already, or was to be gone on with and has
+        not begun again.
 
         Args:
             status: one of :data:`STATUSES`.
@@ -378,6 +400,8 @@ class RunRecorder:
         """
         if self._row is not None:
             return self._row
+        if not self._begun:
+            return {name: self._record.get(name) for name in COLUMNS}
         on_disk = read_record(self.results_dir, self.run_id)
         if on_disk is not None and on_disk["status"] != RUNNING:
             self._row = {name: on_disk.get(name) for name in COLUMNS}
@@ -395,20 +419,6 @@ class RunRecorder:
         return self._row
 
 
-def _mend_last_line(path: Path) -> None:
-    """Ends the last line of a file taken over from a process that died while it wrote, or cuts it off."""
-    last, size = b"", 0
-    for _, last in numbered_lines(path):
-        size += len(last)
-    if last and not last.endswith(b"\n"):
-        with open(path, "r+b") as file:
-            if _completion(last) is None:
-                file.truncate(size - len(last))
-            else:
-                file.seek(0, os.SEEK_END)
-                file.write(b"\n")
-
-
 def close_unfinished(results_dir: str | Path, run_id: str, status: str, error: str | None) -> dict[str, Any] | None:
     """Closes a run whose ranks died without a word: for the process that launched them.
 
@@ -420,8 +430,21 @@ def close_unfinished(results_dir: str | Path, run_id: str, status: str, error: s
     Raises:
         UserError: a file cannot be written.
     """
+    root = Path(results_dir)
     record = read_record(results_dir, run_id)
     if record is None or record["status"] != RUNNING:
         return None
-    root = Path(results_dir)
-    return _close(root, record, _Tally.of_file(root / run_id / "completions.jsonl"), status, error)
+    lock = filelock.FileLock(root / run_id / LOCK)
+    try:
+        lock.acquire(timeout=CLOSE_TIMEOUT_S)
+    except filelock.Timeout:
+        return None  # somebody else goes on with it
+    except (OSError, NotImplementedError):  # a full disk, or a file system without locks
+        pass
+    try:
+        record = read_record(results_dir, run_id)
+        if record is None or record["status"] != RUNNING:
+            return None
+        return _close(root, record, Tally.of_file(root / run_id / "completions.jsonl"), status, error)
+    finally:
+        lock.release()

@@ -90,11 +90,14 @@ def read_table(path: Path) -> tuple[list[str], list[list[str]], str]:
     return rows[0], rows[1:], mend
 
 
-def append_row(results_dir: str | Path, row: dict[str, Any]) -> None:
+def append_row(results_dir: str | Path, row: dict[str, Any], replaces: bool = False) -> None:
     """Appends one row to ``<results_dir>/runs.csv`` under a lock, so that concurrent runs lose nothing.
 
     A table with an older header is rewritten with the columns it lacks; foreign columns stay at the end. A
     run has one row: a second one with its ``run_id`` is not appended.
+
+    Args:
+        replaces: the run was resumed, and takes the place of its row from before unless that is ok.
 
     Raises:
         UserError: the table cannot be locked, read or written.
@@ -105,9 +108,10 @@ def append_row(results_dir: str | Path, row: dict[str, Any]) -> None:
         with filelock.FileLock(root / "runs.csv.lock", timeout=LOCK_TIMEOUT_S):
             header, rows, mend = read_table(path)
             old = [dict(zip(header, cells, strict=False)) for cells in rows]
-            if row["run_id"] in (cells.get("run_id") for cells in old):
+            there = [cells for cells in old if cells.get("run_id") == row["run_id"]]
+            if there and (not replaces or any(cells.get("status") == "ok" for cells in there)):
                 return
-            if tuple(header[: len(COLUMNS)]) == COLUMNS:
+            if tuple(header[: len(COLUMNS)]) == COLUMNS and not there:
                 line = _csv_text([[cell_text(name, row.get(name)) for name in header]])
                 table = open_append(path)
                 try:
@@ -117,7 +121,7 @@ def append_row(results_dir: str | Path, row: dict[str, Any]) -> None:
                     os.close(table)
                 return
             columns = [*COLUMNS, *(name for name in header if name not in COLUMNS)]
-            kept = [[cells.get(name, "") for name in columns] for cells in old]
+            kept = [[cells.get(name, "") for name in columns] for cells in old if cells not in there]
             text = _csv_text([columns, *kept, [cell_text(name, row.get(name)) for name in columns]])
             replace(path, text.encode("utf-8", errors="surrogateescape"))
     except filelock.Timeout as error:

@@ -25,7 +25,7 @@ from rich.text import Text
 from harness import job as jobs
 from harness import launcher
 from harness.display import REFRESH_S, console, duration
-from harness.errors import INTERRUPTED, REFUSED, UserError, full_error, one_line
+from harness.errors import INTERRUPTED, REFUSED, UserError, full_error, one_line, quoted
 from harness.explain import explain
 from harness.results import read_record
 from harness.runs_table import read_rows
@@ -130,8 +130,11 @@ class Sweep:
 
         Raises:
             KeyboardInterrupt: the user ended a run; the job is in :attr:`jobs` with what it has.
-            UserError: the results cannot be written.
+            UserError: the results cannot be written, or the jobs are to resume a run.
         """
+        if composed.resume is not None:
+            found = f"{quoted(composed.resume)} is one run, not the jobs of a sweep"
+            raise UserError("resume", found, "leave out -m and the keys with several values")
         self.results_dir = str(composed.results_dir)
         if varied is None:
             varied = [word for word in overrides if word.partition("=")[0] not in self.fixed]

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from harness import checkpoint, environment, ranks, signals
+from harness import environment, ranks, signals
 from harness import job as jobs
+from harness.config import PLACES
 from harness.errors import INTERRUPTED, REFUSED, UserError, one_line, report
 from harness.job import Job
 from harness.launcher import RUN_ID_VARIABLE
@@ -25,12 +26,12 @@ from harness.results import UNHASHED_KEYS, RunRecorder, new_run_id
 from harness.workload import Completion, Request
 
 if TYPE_CHECKING:
+    from harness.engines.base import Clock
     from harness.replicas import Replicas
 
 log = logging.getLogger("harness")
 
 LAST_WORDS_S = 1.0  # for a rank that ends to say why, after its connections have broken
-PLACES = ("model.path", "model.tokenizer", "dataset.path")  # hosts may keep the same files in different places
 
 
 def run(composed: DictConfig, rank: Rank) -> int:
@@ -43,9 +44,8 @@ def run(composed: DictConfig, rank: Rank) -> int:
     resolved = jobs.resolved(composed)
     recorder: RunRecorder | None = None
     if rank.first:
-        run_id = os.environ.get(RUN_ID_VARIABLE) or new_run_id(str(resolved["engine"].get("name")))
         try:
-            recorder = RunRecorder.create(str(resolved["results_dir"]), run_id, resolved, sys.argv)
+            recorder = _recorder(resolved)
         except UserError as error:
             return report(error)
         _log_to(f"{recorder.directory}/run.log")
@@ -67,7 +67,7 @@ def run(composed: DictConfig, rank: Rank) -> int:
     def hung(signum: int) -> None:
         status, error_line, exit_status = ending(signum)
         if recorder is not None:
-            recorder.finish(status, error_line)
+            recorder.finish(status, error_line, clock_s=work.clock_s if work is not None else None)
         print(f"error: {error_line}", file=sys.stderr, flush=True)
         rendezvous.fail(error_line, exit_status)
         os._exit(exit_status)
@@ -96,6 +96,7 @@ def run(composed: DictConfig, rank: Rank) -> int:
         if cause is None:
             log.exception("the run failed")
         status, error_line, exit_status = _classify(error) if cause is None else _elsewhere(cause, running)
+    clock_s = work.clock_s if work is not None else None
     if work is not None and work.replicas is not None:
         work.replicas.stop()
     if recorder is None:
@@ -105,12 +106,23 @@ def run(composed: DictConfig, rank: Rank) -> int:
     log.error("%s: %s", status, error_line)
     kept = f" (what was finished is in {recorder.directory})" if running else ""
     try:
-        recorder.finish(status, error_line, peak_memory_bytes=environment.peak_memory_bytes("cpu"))
+        recorder.finish(status, error_line, peak_memory_bytes=environment.peak_memory_bytes("cpu"), clock_s=clock_s)
     except UserError as error:
         kept = f"; and the record cannot be written: {error}"
     print(f"error: {error_line}{kept}", file=sys.stderr)
     _tell(rendezvous, error_line, exit_status)
     return exit_status
+
+
+def _recorder(resolved: dict[str, Any]) -> RunRecorder:
+    """Returns what writes the run: a new one, the one that the launcher made, or the one to go on with."""
+    results_dir, launched = str(resolved["results_dir"]), os.environ.get(RUN_ID_VARIABLE)
+    if launched is None and resolved["resume"] is not None:
+        return RunRecorder.resume(results_dir, str(resolved["resume"]), resolved, sys.argv)
+    run_id = launched or new_run_id(str(resolved["engine"].get("name")))
+    recorder = RunRecorder.create(results_dir, run_id, resolved, sys.argv)
+    recorder.hold()
+    return recorder
 
 
 def _tell(rendezvous: Rendezvous, error_line: str, exit_status: int) -> None:
@@ -162,6 +174,13 @@ class _Run:
         self.done: set[int] = set()
         self.rejected = 0
         self.rejection: str | None = None
+        self.clock: Clock | None = None
+        self.elapsed_s: float | None = None
+
+    @property
+    def clock_s(self) -> float | None:
+        """The run's clock, stopped or not; None where it has not been started."""
+        return self.elapsed_s if self.elapsed_s is not None or self.clock is None else self.clock()
 
     def prepare(self) -> None:
         """Loads and warms the engine; all of it outside the clock."""
@@ -179,15 +198,15 @@ class _Run:
         self.device = device
         if config.model.dtype.value == "auto" and job.dtype == "float32":
             self.notes.append("this machine does not compute bfloat16: model.dtype=auto took float32")
-        model = checkpoint.model_name(config.model, job.source)
+        model = job.work["model"]
         if model != config.model.name:
             self.notes.append(f"the checkpoint is not the one that model={config.model.name} describes; its own counts")
+        if self.recorder is not None:
+            self.recorder.check_work(**job.work)
         self._note(
-            model=model,
-            dtype=job.dtype,
+            **job.work,
             job_hash=job.job_hash,
             requests=len(job.workload.requests),
-            dataset_sha256=job.workload.sha256,
             device=job.accelerator,
             device_name=environment.device_name(job.accelerator),
             environment=environment.snapshot(job.accelerator),
@@ -237,13 +256,16 @@ class _Run:
         from harness.engines.base import Clock
 
         requests = self.engine.arrange(self.workload.requests)
+        if self.rank.first:
+            self.claims = PromptLengths({request.index: request.claimed_prompt_len for request in requests})
+            self.flops = ModelFlops(self.job)
+        already_s = self._take_up()
+        requests = [request for request in requests if request.index not in self.done]
         if not self.rank.first:
-            self._follow(requests)
+            self._follow(requests, already_s)
             return
-        self.claims = PromptLengths({request.index: request.claimed_prompt_len for request in requests})
-        self.flops = ModelFlops(self.job)
         estimates = {r.index: (r.claimed_prompt_len or len(r.prompt) // 3) + (r.output_len or 0) for r in requests}
-        with Display(self.screen, estimates) as self.display:
+        with Display(self.screen, estimates, len(self.done)) as self.display:
             if self.recorder is not None:
                 self.engine.on_pass = self.recorder.add_pass
             self.engine.on_progress = self.display.update
@@ -252,33 +274,53 @@ class _Run:
                 self.replicas.receive(self._deliver)
                 mine = self.replicas.take(requests)
                 self.replicas.barrier()
-            clock = Clock()
+            self.clock = clock = Clock(already_s)
             for completion in self.engine.generate(mine, clock):
                 self._deliver(completion, elsewhere=False)
             self.elapsed_s = clock()
             self.others = list(self.replicas.wait().values()) if self.replicas is not None else []
 
+    def _take_up(self) -> float:
+        """Books what earlier segments of a resumed run have done, and returns the seconds that they took."""
+        completions, already_s = [], 0.0
+        if self.recorder is not None:
+            completions, already_s = self.recorder.done(), self.recorder.clock_s
+        known = {request.index for request in self.workload.requests}
+        for completion in completions:
+            if completion.index not in known:
+                raise UserError("resume", f"request {completion.index} is not in the dataset", "start a new run")
+            self._book(completion)
+        if self.replicas is not None:
+            indices, already_s = self.replicas.shared((sorted(self.done), already_s))
+            self.done.update(indices)
+        if self.done:
+            self._say(f"resuming after {already_s:,.1f} s: {len(self.done)} requests are done")
+        return already_s
+
     def _deliver(self, completion: Completion, elsewhere: bool = True) -> None:
-        """Books a completion; another rank's come through a thread."""
+        """Writes and books a completion; another rank's come through a thread."""
         with self.booking:
             assert self.recorder is not None
             self.recorder.add(completion)
-            self.claims.add(completion)
-            self.flops.add(completion)
-            self.done.add(completion.index)
-            if completion.finish_reason == "rejected":
-                self.rejected += 1
-                self.rejection = completion.error
+            self._book(completion)
             self.display.request_done(completion, elsewhere)
 
-    def _follow(self, requests: list[Request]) -> None:
+    def _book(self, completion: Completion) -> None:
+        self.claims.add(completion)
+        self.flops.add(completion)
+        self.done.add(completion.index)
+        if completion.finish_reason == "rejected":
+            self.rejected += 1
+            self.rejection = completion.error
+
+    def _follow(self, requests: list[Request], already_s: float) -> None:
         """Runs this rank's share and sends all of it to rank 0, or computes along with its model's leader."""
         from harness.engines.base import Clock
 
         assert self.replicas is not None
         leads = self.engine.settings.leads
         self.replicas.barrier()
-        clock = Clock()
+        clock = Clock(already_s)
         if leads:
             for completion in self.engine.generate(self.replicas.take(requests), clock):
                 self.replicas.send(completion)
@@ -302,6 +344,7 @@ class _Run:
         if not self.rank.first:
             return 0
         assert self.recorder is not None
+        assert self.elapsed_s is not None and self.clock is not None
         # From the first rank's start, which the barrier made everyone's, to the last one's end.
         elapsed_s = max([self.elapsed_s, *(other["elapsed_s"] for other in self.others)])
         peak_memory = [environment.peak_memory_bytes(self.device), *(o["peak_memory_bytes"] for o in self.others)]
@@ -314,7 +357,7 @@ class _Run:
             )
         )
         times = {key: statistics.pop(key) for key in ("prefill_s", "decode_s", "tokenize_s", "detokenize_s")}
-        times["host_s"] = elapsed_s - sum(times.values())
+        times["host_s"] = elapsed_s - self.recorder.clock_s - sum(times.values())
         missing = len(self.workload.requests) - len(self.done)
         if self.claims.differing:
             self.notes.append(self.claims.note())
@@ -340,14 +383,8 @@ class _Run:
             prompt_len_check=self.claims.record(),
             notes=self.notes,
         )
-        record = {
-            "time": times,
-            "engine_statistics": statistics,
-            "notes": self.notes,
-            "directory": self.recorder.directory,
-            "results_dir": self.recorder.results_dir,
-        }
-        summary(self.screen, row, record)
+        places = {"directory": self.recorder.directory, "results_dir": self.recorder.results_dir}
+        summary(self.screen, row, self.recorder.record | places)
         log.info("%s: %s total tokens/s", row["status"], row["total_tokens_per_s"])
         if error is not None:
             print(f"error: {error}", file=sys.stderr)

@@ -16,7 +16,7 @@ import pytest
 
 from harness.engines.fastgen.native import checks as native_checks
 from harness.environment import cpu_flags
-from harness.results import read_completions
+from harness.completions import read_completions
 from harness.runs_table import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent

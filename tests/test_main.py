@@ -16,7 +16,7 @@ import pytest
 import yaml
 from conftest import ROOT, Run, assert_refused, command, deepspeed, kernels_on_cpu, needs_native, variables
 
-from harness.results import read_completions
+from harness.completions import read_completions
 from harness.runs_table import COLUMNS, read_rows
 
 Harness = Callable[..., Run]

@@ -21,7 +21,7 @@ from test_main import RANDOM, TINY, check_against_ids
 
 from harness.launcher import MAIN, command, free_port
 from harness.ranks import decoded, encoded
-from harness.results import read_completions
+from harness.completions import read_completions
 from harness.runs_table import read_rows
 
 HOSTS = ("127.0.0.1", "127.0.0.2")

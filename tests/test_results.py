@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from harness import results
+from harness.completions import percentile, read_completions
 from harness.config import DType, Weights
 from harness.errors import UserError
 from harness.results import PassRecord, RunRecorder, close_unfinished
@@ -131,7 +132,7 @@ def test_round_trip(tmp_path: Path) -> None:
         "finished_s",
     ]
     assert json.loads(lines[1])["error"] == "prompt is longer than the context"
-    read = results.read_completions(recorder.directory / "completions.jsonl")
+    read = read_completions(recorder.directory / "completions.jsonl")
     assert [Completion(**entry) for entry in read] == completions
 
 
@@ -163,7 +164,7 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
     ids = [numpy.int64(5), numpy.int64(6)]
     recorder.add(replace(DONE, token_ids=ids, output_tokens=numpy.int32(2)))  # type: ignore[arg-type]
     row = recorder.finish("ok", elapsed_s=numpy.float32(2.0), shape=numpy.array([1, 2]), loss=float("nan"))
-    assert results.read_completions(recorder.directory / "completions.jsonl")[0]["token_ids"] == [5, 6]
+    assert read_completions(recorder.directory / "completions.jsonl")[0]["token_ids"] == [5, 6]
     assert row["output_tokens_per_s"] == 1.0
     assert read_rows(tmp_path / "runs.csv")[0]["output_tokens"] == "2"
     assert (record_of(recorder)["shape"], record_of(recorder)["loss"]) == ([1, 2], None)
@@ -267,12 +268,12 @@ def test_config_yaml_keeps_texts_that_look_like_something_else(tmp_path: Path) -
 
 
 def test_percentile_of_known_values() -> None:
-    assert results.percentile([], 50) is None
-    assert results.percentile([7.0], 99) == 7.0
-    assert results.percentile([4.0, 1.0, 3.0, 2.0], 50) == 2.5
-    assert results.percentile([4.0, 1.0, 3.0, 2.0], 0) == 1.0
-    assert results.percentile([4.0, 1.0, 3.0, 2.0], 100) == 4.0
-    assert results.percentile(list(range(1, 101)), 99) == pytest.approx(99.01)
+    assert percentile([], 50) is None
+    assert percentile([7.0], 99) == 7.0
+    assert percentile([4.0, 1.0, 3.0, 2.0], 50) == 2.5
+    assert percentile([4.0, 1.0, 3.0, 2.0], 0) == 1.0
+    assert percentile([4.0, 1.0, 3.0, 2.0], 100) == 4.0
+    assert percentile(list(range(1, 101)), 99) == pytest.approx(99.01)
 
 
 @settings(deadline=None)
@@ -281,7 +282,7 @@ def test_percentile_of_known_values() -> None:
     st.sampled_from([0.0, 1.0, 25.0, 50.0, 90.0, 99.0, 100.0]),
 )
 def test_percentile_equals_numpy(values: list[float], q: float) -> None:
-    assert results.percentile(values, q) == pytest.approx(numpy.percentile(values, q), rel=1e-9, abs=1e-9)
+    assert percentile(values, q) == pytest.approx(numpy.percentile(values, q), rel=1e-9, abs=1e-9)
 
 
 # --- directories and disks that refuse ---
@@ -361,7 +362,7 @@ print(recorder.finish("failed", "full")["completed"])
     index = int(refused.split()[0])
     assert 10 < index < 100
     assert int(completed) == index + 1
-    read = results.read_completions(tmp_path / "r1" / "completions.jsonl")
+    read = read_completions(tmp_path / "r1" / "completions.jsonl")
     assert [entry["index"] for entry in read] == list(range(index + 1))
 
 
@@ -410,7 +411,7 @@ sys.stdin.read()
     assert (record["status"], record["error"]) == ("failed", "rank 0 was killed (signal 9)")
     assert record["launched"] == "by the parent"
     assert record["command_line"] == ["harness/main.py", "engine=fastgen"]
-    assert len(results.read_completions(parent.directory / "completions.jsonl")) == 8
+    assert len(read_completions(parent.directory / "completions.jsonl")) == 8
     assert close_unfinished(tmp_path, parent.run_id, "failed", "again") is None
     assert [row["error"] for row in read_rows(tmp_path / "runs.csv")] == ["rank 0 was killed (signal 9)"]
 
@@ -453,11 +454,11 @@ def test_a_torn_line_is_not_joined_to_the_next(tmp_path: Path, tail: bytes | Non
     path = first.directory / "completions.jsonl"
     line = path.read_bytes()
     path.write_bytes(line + (line.rstrip(b"\n") if tail is None else tail))
-    assert len(results.read_completions(path)) == kept
+    assert len(read_completions(path)) == kept
     second = start(tmp_path)
     second.add(replace(DONE, index=9))
     assert path.read_bytes().endswith(b"\n")
-    assert [entry["index"] for entry in results.read_completions(path)] == [0] * kept + [9]
+    assert [entry["index"] for entry in read_completions(path)] == [0] * kept + [9]
     assert second.finish("ok", elapsed_s=1.0)["completed"] == kept + 1
 
 
@@ -467,9 +468,9 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
     path = recorder.directory / "completions.jsonl"
     path.write_bytes(b"{broken\n" + path.read_bytes())
     with pytest.raises(UserError, match=r"completions\.jsonl, line 1: is not a completion"):
-        results.read_completions(path)
+        read_completions(path)
     with pytest.raises(UserError, match="no such file"):
-        results.read_completions(tmp_path / "nothing.jsonl")
+        read_completions(tmp_path / "nothing.jsonl")
 
 
 def test_a_closed_run_is_not_taken_over(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from conftest import ROOT, Run, command, launched, variables
 from test_main import RANDOM, TINY
 
 from harness.config import AUTO_TP_FAMILIES
-from harness.results import read_completions, read_record
+from harness.completions import read_completions
+from harness.results import read_record
 
 HEAD = """
 import json, os, sys

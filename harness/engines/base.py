@@ -199,10 +199,14 @@ class Engine(ABC):
 
 
 class Clock:
-    """Seconds since the run started, on this host's monotonic clock."""
+    """Seconds since the run started, on this host's monotonic clock.
 
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
+    Args:
+        already: seconds that earlier segments of a resumed run took.
+    """
+
+    def __init__(self, already: float = 0.0) -> None:
+        self.started = time.perf_counter() - already
 
     def __call__(self) -> float:
         return time.perf_counter() - self.started

@@ -1,0 +1,179 @@
+"""A run that was gone on with: the segments between its starts and ends, on one clock that stands still in between.
+
+The clock of a segment begins where that of the one before it ended, so that the times in ``completions.jsonl`` and
+``passes.csv``, and ``elapsed_s``, are of the sum of all segments. Where a segment ended without a word (kill -9, no
+power), its end is the last sign of life in the run's files and :data:`SIGN_S` more: not less than it really took.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from harness.files import numbered_lines
+
+SIGN_S = 1.0  # the longest time that a running run leaves no sign, as far as its engine's passes are shorter
+TAIL_BYTES = 1 << 16
+SUMS = ("steps", "preemptions", "energy_j")
+PEAKS = ("kv_peak_utilisation", "peak_memory_bytes")
+HASHES = ("config_hash", "job_hash")
+# What a segment keeps of the record that it had to itself.
+KEPT = (
+    *("status", "error", *SUMS, *PEAKS, *HASHES, "tp", "dp", "load_s", "warmup_s", "time", "engine_statistics"),
+    *("config", "environment", "hostname", "device_name", "kernels", "notes"),
+)
+# What all segments must have in common, once it is known.
+WORK = ("model", "weights", "dtype", "dataset_sha256")
+# What the run keeps from its first segment on.
+LASTING = ("run_id", "started_at", "command_line")
+
+
+def begin(
+    earlier: dict[str, Any], directory: Path, completed: int, figures: dict[str, Any], command_line: list[str]
+) -> dict[str, Any]:
+    """Returns the record of a run that is gone on with.
+
+    Args:
+        earlier: the record as it was left; ``running`` when nobody could say how the run ended.
+        directory: the run's.
+        completed: requests that are done, rejected ones among them.
+        figures: what the new segment starts with.
+        command_line: of the new segment; the record keeps the first one.
+    """
+    from harness.results import utc_now
+
+    earlier = dict(earlier)
+    if "segment" in earlier or not earlier.get("segments"):
+        if earlier["status"] == "running":
+            earlier |= {"status": "failed", "error": "ended without a word"}
+        end(earlier, directory, completed)
+    past = earlier["segments"]
+    return {
+        **{name: earlier[name] for name in LASTING if name in earlier},
+        "status": "running",
+        **figures,
+        "segments": past,
+        "segment": {
+            "started_at": utc_now(),
+            "command_line": command_line,
+            "clock_from_s": past[-1]["clock_to_s"],
+            "completed_before": completed,
+            "changed": _changed(past[-1].get("config", {}), figures["config"]),
+        },
+        "work": {name: earlier[name] for name in WORK if earlier.get(name) is not None} | earlier.get("work", {}),
+    }
+
+
+def end(record: dict[str, Any], directory: Path, completed: int) -> None:
+    """Moves what is known of the current segment to the record's ``segments``.
+
+    Args:
+        record: with its ``status`` and ``error``; a stopped clock is its ``elapsed_s`` or ``clock_s``.
+        completed: requests that are done, those of earlier segments among them.
+    """
+    first = {"started_at": record.get("started_at"), "command_line": record.get("command_line")}
+    segment: dict[str, Any] = record.pop("segment", None) or first | {"clock_from_s": 0.0, "completed_before": 0}
+    since = segment["clock_from_s"]
+    until = record.get("elapsed_s")
+    if until is None:
+        until = record.get("clock_s")
+    estimated = until is None
+    if until is None:
+        seen = last_sign_of_life(directory)
+        until = since if seen is None or seen <= since else seen + SIGN_S
+    before = segment["completed_before"]
+    record.setdefault("segments", []).append(
+        segment
+        | {
+            "ended_at": record.get("finished_at"),
+            "clock_to_s": until,
+            "elapsed_s": until - since,
+            "elapsed_is_estimated": estimated,
+            "completed": completed - before,
+            **{name: record[name] for name in KEPT if record.get(name) is not None},
+        }
+    )
+
+
+def combined(record: dict[str, Any]) -> dict[str, Any]:
+    """Returns the figures of all segments together; what one of them lacks is unknown of the whole."""
+    segments = record["segments"]
+    figures: dict[str, Any] = {}
+    for name in SUMS:
+        values = [segment.get(name) for segment in segments]
+        figures[name] = None if None in values else sum(values)
+    for name in PEAKS:
+        figures[name] = max((segment[name] for segment in segments if segment.get(name) is not None), default=None)
+    for name in HASHES:
+        hashes = sorted({str(segment.get(name)) for segment in segments})
+        figures[name] = hashes[0] if len(hashes) == 1 else hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:12]
+    times = [segment.get("time") for segment in segments]
+    whole: dict[str, float] = {}
+    if None not in times:
+        for time in times:
+            whole |= {name: whole.get(name, 0.0) + seconds for name, seconds in time.items()}
+    figures["time"] = whole
+    return figures
+
+
+def note(record: dict[str, Any]) -> str:
+    """Returns in a sentence what a reader of the headline has to know."""
+    past = record["segments"]
+    parts = [f"{'about ' if each['elapsed_is_estimated'] else ''}{each['elapsed_s']:,.1f} s" for each in past]
+    changes = [f"{key}={now} (was {before})" for each in past for key, (before, now) in each.get("changed", {}).items()]
+    text = f"resumed; the clock is the sum of {len(past)} segments, {' + '.join(parts)}"
+    return text + (f"; with {', '.join(changes)}" if changes else "")
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
+    """Returns, by key, the settings that are not what they were, with both values."""
+    from harness.results import UNHASHED_KEYS
+
+    flat = [
+        {
+            f"{group}.{key}": value
+            for group, keys in config.items()
+            if group not in UNHASHED_KEYS and isinstance(keys, dict)
+            for key, value in keys.items()
+        }
+        for config in (before, now)
+    ]
+    return {
+        key: [flat[0].get(key), flat[1].get(key)]
+        for key in sorted({*flat[0], *flat[1]})
+        if flat[0].get(key) != flat[1].get(key)
+    }
+
+
+def last_sign_of_life(directory: Path) -> float | None:
+    """Returns the latest second of the run's clock that its files tell of; None when it had not started."""
+    signs = [0.0]
+    for _, line in numbered_lines(directory / "completions.jsonl"):
+        try:
+            signs.append(float(json.loads(line)["finished_s"]))
+        except (ValueError, KeyError, TypeError):
+            continue
+    for name, columns in (("passes.csv", ("started_s", "seconds")), ("telemetry.csv", ("time_s",))):
+        signs += last_rows(directory / name, columns)
+    return max(signs) or None
+
+
+def last_rows(path: Path, columns: tuple[str, ...]) -> list[float]:
+    """Returns the sum of ``columns`` in each of a table's last lines, torn ones left out."""
+    if not path.is_file():
+        return []
+    with open(path, "rb") as file:
+        header = next(csv.reader([file.readline().decode(errors="replace")]), [])
+        file.seek(max(file.seek(0, 2) - TAIL_BYTES, 0))
+        lines = file.read().decode(errors="replace").split("\n")[1:-1]
+    found = []
+    for cells in csv.reader(lines):
+        row = dict(zip(header, cells, strict=False))
+        try:
+            found.append(sum(float(row[column]) for column in columns))
+        except (KeyError, ValueError):
+            continue
+    return found
