@@ -54,6 +54,37 @@ class PassRecord:
 PASS_COLUMNS = tuple(field.name for field in fields(PassRecord))
 
 
+def pass_figures(path: Path) -> dict[str, Any] | None:
+    """Returns how many forward passes a ``passes.csv`` has, how long they took and how full they were.
+
+    Read at a run's end, since nothing is to be counted within the clock. None where there are no passes; lines
+    that are none (a torn last one) are passed over.
+    """
+    seconds, tokens = array("d"), array("d")
+    places = PASS_COLUMNS.index("seconds"), PASS_COLUMNS.index("tokens")
+    try:
+        for _, line in numbered_lines(path):
+            cells = line.split(b",")
+            try:
+                if line.endswith(b"\n") and len(cells) == len(PASS_COLUMNS):
+                    took, held = float(cells[places[0]]), float(cells[places[1]])
+                    seconds.append(took)
+                    tokens.append(held)
+            except ValueError:  # the header
+                continue
+    except OSError:
+        return None
+    if not seconds:
+        return None
+    return {
+        "count": len(seconds),
+        "seconds_p50": percentile(seconds, 50),
+        "seconds_p99": percentile(seconds, 99),
+        "seconds_max": max(seconds),
+        "tokens_p50": percentile(tokens, 50),
+    }
+
+
 def new_run_id(engine: str) -> str:
     """Returns ``YYYYMMDD-HHMMSS-<engine>-<4 hex>`` (UTC), safe as the name of a directory."""
     now = datetime.datetime.now(datetime.UTC)
@@ -218,6 +249,7 @@ def _close(results_dir: Path, record: dict[str, Any], tally: _Tally, status: str
     record |= {"status": status, "error": error, "finished_at": _utc_now()}
     record |= dict.fromkeys(name for name in COLUMNS if name not in record)
     record |= tally.figures(elapsed_s)
+    record["passes"] = pass_figures(results_dir / record["run_id"] / "passes.csv")
     if record["git_commit"] is None:
         git = (record.get("environment") or {}).get("git") or {}
         record["git_commit"] = git.get("commit")
