@@ -195,7 +195,8 @@ def advice(config: Mapping[str, Any], facts: Mapping[str, Any], device: bool) ->
     if phase == "load":
         if dtype == "float32":
             changes.append(("model.dtype", "bfloat16", dtype))
-        if device and engine.get("name") != "baseline":
+        heads = (model.get("architecture") or {}).get("num_key_value_heads")  # of the named model; a path may differ
+        if device and engine.get("name") != "baseline" and not (isinstance(heads, int) and 2 * tp > heads):
             changes.append(("parallel.tp", 2 * tp, tp))
             if dp > 1:
                 changes.append(("parallel.dp", dp // 2, dp))
