@@ -244,14 +244,13 @@ def run_out_of_memory(group: Path, results: Path, victim: int, *overrides: str, 
     ("launcher", "overrides", "who"),
     [
         ((sys.executable,), [], "a rank"),
-        (None, [], "rank 0"),
         (None, ["parallel.dp=2"], "rank 1 on "),
     ],
 )
 def test_the_kernel_s_kill_for_want_of_memory_is_oom(
     memory_group: Path, tmp_path: Path, launcher: tuple[str, ...] | None, overrides: list[str], who: str
 ) -> None:
-    launcher = launcher or deepspeed(2 if overrides else 1, "--log_level", "critical")
+    launcher = launcher or deepspeed(2, "--log_level", "critical")
     run = run_out_of_memory(memory_group, tmp_path, len(overrides), *overrides, launcher=launcher)
     row = run.row
     assert row["status"] == "oom", run.stderr
@@ -313,6 +312,8 @@ if sys.argv[3] == "finish":
     recorder.finish("ok", elapsed_s=1.0)
 elif sys.argv[3] == "taken over":
     recorder.note(pid=1)
+elif sys.argv[3] == "grow":
+    kept = [bytearray(b"x" * 2**20) for _ in range(1000)]
 elif sys.argv[3] == "fork":
     if os.fork() == 0:
         time.sleep(60)
@@ -352,6 +353,18 @@ def test_the_undertaker_closes_what_is_its_own(tmp_path: Path, what: str, signum
     assert row["status"] == record["status"] == ("failed" if error else "ok")
     assert row["error"].startswith(error)
     assert said == (f"error: {row['error']} ({faults.way_on(tmp_path / 'a-run', 'a-run')})\n" if error else "")
+
+
+def test_the_undertaker_knows_want_of_memory(memory_group: Path, tmp_path: Path) -> None:
+    limit(memory_group, 200 * 2**20)
+    inside = ["bash", "-c", 'echo $$ >"$0" && exec "$@"', str(memory_group / "cgroup.procs")]
+    words = [*inside, sys.executable, "-c", RANK_0, str(ROOT), str(tmp_path), "grow", "0"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)  # the undertaker's end is stderr's
+    assert done.returncode == -signal.SIGKILL
+    (row,) = read_rows(tmp_path / "runs.csv")
+    assert row["status"] == "oom"
+    assert row["error"].startswith("out of memory of the host: the kernel ended rank 0 (SIGKILL); ")
+    assert done.stderr.startswith(f"error: {row['error']} (")
 
 
 def test_the_undertaker_says_what_it_can_of_a_process_that_is_gone(tmp_path: Path) -> None:
