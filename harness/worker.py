@@ -83,9 +83,11 @@ def run(composed: DictConfig, rank: Rank) -> int:
 
     def hung(signum: int) -> None:
         fault = ending(signum)
+        line = f"rank {rank.rank}: {fault.error}"
         if recorder is not None:
             recorder.finish(fault.status, fault.error, **({} if work is None else work.measured()))
-        print(f"error: {fault.error}", file=sys.stderr, flush=True)
+            line = fault.error + (f" ({faults.way_on(recorder.directory, recorder.run_id)})" if running else "")
+        print(f"error: {line}", file=sys.stderr, flush=True)
         rendezvous.fail(fault.error, fault.exit_status, fault.status)
         os._exit(fault.exit_status)
 

@@ -15,14 +15,15 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import ROOT, Run, command, deepspeed, variables
+from conftest import BIN, ROOT, Run, command, deepspeed, variables
 from hydra import compose, initialize_config_dir
 from test_main import RANDOM, TINY, ended, ranks_of, start
+from test_multi_node import NAMESPACES, NETWORK
 
 from harness import config, faults
 from harness.errors import UserError
 from harness.faults import OomKills
-from harness.launcher import free_port
+from harness.launcher import MAIN, free_port
 from harness.ranks import Rank
 from harness.rendezvous import Rendezvous
 from harness.results import RunRecorder, read_record
@@ -400,3 +401,85 @@ def test_a_rank_s_own_words_carry_how_the_run_ended(monkeypatch: pytest.MonkeyPa
     assert (first.failure.status, first.failure.exit_status, first.failure.died) == ("oom", 2, None)
     for end in (first, second):
         end.leave()
+
+
+END = """
+import os, sys, threading
+root, place, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
+os.chdir(place)  # another host begins in a directory of its own
+sys.path.insert(0, root)
+os.environ |= {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29777"}
+from harness import rendezvous
+from harness.ranks import Rank
+
+rendezvous.LOST_S = 3
+gone = threading.Event()
+end = rendezvous.Rendezvous(Rank(number, 2, 0, 1, host=number), failed=gone.set)
+end.open()
+end.meet({})
+open(f"met {number}", "w").close()
+gone.wait(60)
+print(end.failure, flush=True)
+"""
+# Host b loses its network once the ranks have met.
+UNPLUGGED = """
+"$@" 0 >heard.0 & a=$!
+on_b "$@" 1 >heard.1 & c=$!
+until [ -e "met 0" ] && [ -e "met 1" ]; do sleep 0.1; done
+on_b ip link set v1 down
+wait $a $c
+"""
+
+
+def networked(directory: Path) -> None:
+    """Skips the test where no two hosts can be imitated."""
+    probe = subprocess.run([*NAMESPACES, NETWORK], cwd=directory, capture_output=True, text=True)
+    if probe.returncode:
+        pytest.skip(f"no network namespaces here: {probe.stderr.strip()}")
+
+
+def test_a_host_without_a_word_is_lost(tmp_path: Path) -> None:
+    networked(tmp_path)
+    words = [sys.executable, "-c", END, str(ROOT), str(tmp_path)]
+    done = subprocess.run(
+        [*NAMESPACES, NETWORK + UNPLUGGED, "bash", *words], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    heard = [(tmp_path / f"heard.{number}").read_text() for number in range(2)]
+    assert heard[0].startswith("lost rank 1 on nodeb: no answer for 3 s ("), done.stderr
+    assert heard[1].startswith("lost rank 0 on 10.77.0.1: no answer for 3 s (")
+    assert all(line.endswith("); its host or the network is down\n") for line in heard)
+
+
+@pytest.mark.endurance
+def test_a_run_that_loses_a_host_ends(tmp_path: Path, scale: Callable[[int, int], int]) -> None:
+    if not scale(0, 1):
+        pytest.skip("half a minute of silence: with --full")
+    networked(tmp_path)
+    (tmp_path / "hostfile").write_text("nodea slots=1\nnodeb slots=1\n")
+    flags = ["--hostfile", tmp_path / "hostfile", "--no_ssh", "--master_addr", "nodea", "--log_level", "critical"]
+    job = [*TINY, *RANDOM, "dataset.num_samples=100000", "dataset.input_len=16", "dataset.output_len=16"]
+    script = """
+"$@" --node_rank 0 $JOB & a=$!
+on_b "$@" --node_rank 1 $JOB & c=$!
+until [ -s $PWD/results/*/completions.jsonl ]; do sleep 0.2; done
+on_b ip link set v1 down
+started=$SECONDS
+wait $a; echo "status $?, $((SECONDS - started)) s"
+wait $c
+"""
+    script = NETWORK.replace("set -euo", "set -uo") + script
+    done = subprocess.run(
+        [*NAMESPACES, script, "bash", str(BIN / "deepspeed"), *map(str, flags)],
+        cwd=tmp_path,
+        env=variables(JOB=" ".join([str(MAIN), *job, "parallel.dp=2", f"results_dir={tmp_path / 'results'}"])),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    run = Run(done.returncode, done.stdout, done.stderr, tmp_path / "results")
+    assert run.row["status"] == "failed", done.stderr
+    assert run.row["error"].startswith("lost rank 1 on nodeb: no answer for 30 s (")
+    assert f"error: {run.row['error']} (what was finished is in {run.results}/" in done.stderr
+    assert "error: rank 1: lost rank 0 on nodea: no answer for 30 s (" in done.stderr
+    assert int(run.row["completed"]) == len(run.completions) > 0
+    print(done.stdout)
