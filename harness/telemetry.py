@@ -133,6 +133,7 @@ class Sampler:
         self._wake, self._over = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
         self._samples = 0
+        self._complete = False  # whether the last sample was taken when it was asked for
         self._times: list[float] = []  # of the first and the last sample within the clock
         self._cpu_at: list[float] = []  # this thread's own CPU time at those
         self._cpu_last: tuple[float, float] | None = None
@@ -172,6 +173,7 @@ class Sampler:
                 last = self._over.is_set()
                 self._sample()
                 if last:
+                    self._complete = True
                     return
                 due += self._interval_s
                 if due < time.monotonic():  # the machine slept, or the run takes every core
@@ -292,6 +294,7 @@ class Sampler:
         """
         if self._thread.is_alive():
             self._note(f"the last sample did not come within {STOP_S:g} s")
+        if not self._complete:
             clock_s = None
         sampled_s = self._times[1] - self._times[0] if len(self._times) == 2 else 0.0
         # Samples are taken just after the clock's ends; a run that was resumed began with a later clock.
