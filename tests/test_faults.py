@@ -73,6 +73,9 @@ def test_a_cause_is_found_behind_another_exception() -> None:
     with pytest.raises(ValueError) as raised:
         fail()
     assert "at the bottom" in faults.classify(raised.value, {}, {}).error
+    refusal = UserError("model.path", "cannot be read")
+    refusal.__cause__ = raised.value  # as checkpoint.as_user_error() makes it
+    assert faults.classify(refusal, {}, {}).status == "oom"
 
 
 def test_other_failures_and_our_own_words_are_no_want_of_memory() -> None:
