@@ -181,6 +181,15 @@ def _lines(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, str]]
             lines.append(("Time", times))
         if "segments" not in record and (passes := _passes(row, record.get("engine_statistics", {}))):
             lines.append(("Passes", passes))
+        if row["energy_j"]:
+            source = record.get("telemetry", {}).get("energy_source")
+            lines.append(
+                (
+                    "Energy",
+                    f"{row['energy_j']:,.0f} J, {row['total_tokens'] / row['energy_j']:,.2f} total tokens/J"
+                    + (f" ({source})" if source else ""),
+                )
+            )
     if row["load_s"] is not None:
         memory = f", peak memory {row['peak_memory_bytes'] / 2**30:.2f} GiB" if row["peak_memory_bytes"] else ""
         warm = f", warm-up {row['warmup_s']:.1f} s" if row["warmup_s"] is not None else ""

@@ -60,7 +60,7 @@ def accelerator() -> str:
     wish = os.environ.get("DS_ACCELERATOR", "").strip().lower()
     if wish in ("cpu", "cuda"):
         return wish
-    return "cuda" if torch_cuda_version() is not None and _cuda_driver() is not None else "cpu"
+    return "cuda" if torch_cuda_version() is not None and cuda_driver() is not None else "cpu"
 
 
 def torch_cuda_version() -> str | None:
@@ -92,7 +92,7 @@ def _cuda_version_in(version_file: Path) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _cuda_driver() -> ctypes.CDLL | None:
+def cuda_driver() -> ctypes.CDLL | None:
     """Returns the initialised CUDA driver library when it shows at least one device (no context is made)."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -106,7 +106,7 @@ def _cuda_driver() -> ctypes.CDLL | None:
 
 def cuda_devices() -> int:
     """Returns how many devices the CUDA driver shows this process, which ``CUDA_VISIBLE_DEVICES`` narrows."""
-    driver, count = _cuda_driver(), ctypes.c_int(0)
+    driver, count = cuda_driver(), ctypes.c_int(0)
     if driver is not None:
         driver.cuDeviceGetCount(ctypes.byref(count))
     return count.value
@@ -226,7 +226,7 @@ def peak_memory_bytes(device: str) -> int:
 def device_name(device: str) -> str:
     """Returns the GPU's name for ``"cuda"``, the CPU's model name otherwise; empty when it cannot be told."""
     if device == "cuda":
-        driver = _cuda_driver()
+        driver = cuda_driver()
         handle, name = ctypes.c_int(0), ctypes.create_string_buffer(256)
         if driver is None or driver.cuDeviceGet(ctypes.byref(handle), 0) != 0:
             return ""

@@ -18,7 +18,7 @@ from typing import IO, Any
 import psutil
 from omegaconf import DictConfig
 
-from harness import environment
+from harness import environment, faults
 from harness import job as jobs
 from harness.errors import INTERRUPTED, REFUSED, UserError, report
 from harness.results import LAUNCH_LOG, RunRecorder, close_unfinished, new_run_id, read_record
@@ -113,7 +113,7 @@ def launch(composed: DictConfig, overrides: list[str], watcher: Callable[[Path],
     elif status == "interrupted":
         exit_status = INTERRUPTED
     else:
-        exit_status = REFUSED if ending.returncode == REFUSED else 1
+        exit_status = REFUSED if ending.returncode == REFUSED or status == "oom" else 1
     return Outcome(exit_status, record, untold)
 
 
@@ -184,35 +184,41 @@ def free_port() -> int:
 class _Ending:
     """How the launch ended, as far as its outside shows."""
 
-    def __init__(self, returncode: int, timed_out: bool, interrupted: bool, timeout_s: float | None) -> None:
+    def __init__(
+        self, returncode: int, timed_out: bool, interrupted: bool, timeout_s: float | None, kills: faults.OomKills
+    ) -> None:
         self.returncode = returncode
         self.timed_out = timed_out
         self.interrupted = interrupted
         self.timeout_s = timeout_s
+        self.kills = kills
 
     def close(self, results_dir: str, run_id: str) -> str | None:
         """Closes the record if rank 0 could not; returns why, for the user, who has not been told."""
-        if self.timed_out:
-            status, error = "timeout", f"not finished after timeout_s={self.timeout_s:g}"
+        if self.timed_out and self.timeout_s is not None:
+            fault = faults.timed_out(self.timeout_s)
         elif self.interrupted:
-            status, error = "interrupted", "interrupted before the ranks could begin"
+            fault = faults.Fault("interrupted", "interrupted before the ranks could begin", INTERRUPTED)
         elif self.returncode == 0:
-            status, error = "failed", "the launch ended without a result"
+            fault = faults.Fault("failed", "the launch ended without a result", 1)
         else:
-            status, error = "failed", describe(self.returncode)
-        if close_unfinished(results_dir, run_id, status, error) is None:
+            fault = describe(self.returncode, self.kills, read_record(results_dir, run_id) or {})
+        if close_unfinished(results_dir, run_id, fault.status, fault.error) is None:
             return None
-        return f"{error} (what was finished is in {results_dir}/{run_id})"
+        return f"{fault.error} ({faults.way_on(f'{results_dir}/{run_id}', run_id)})"
 
 
-def describe(returncode: int) -> str:
-    """Returns what a launch's exit status says: the launcher passes on a signal N as ``-N`` or ``256 - N``."""
+def describe(returncode: int, kills: faults.OomKills, record: dict[str, Any]) -> faults.Fault:
+    """Returns what a launch's exit status says: the launcher passes on a signal N as ``-N`` or ``256 - N``.
+
+    Args:
+        kills: made before the launch.
+        record: the run's, as far as it got.
+    """
     number = -returncode if returncode < 0 else 256 - returncode
     if 0 < number < 65:
-        name = signal.Signals(number).name if number in set(signal.Signals) else str(number)
-        hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
-        return f"a rank was ended by signal {name}{hint}"
-    return f"a rank ended with status {returncode} before it could write its record"
+        return faults.killed("a rank", number, kills, record.get("config") or {}, record)
+    return faults.Fault("failed", f"a rank ended with status {returncode} before it could write its record", 1)
 
 
 def _watch(
@@ -224,6 +230,7 @@ def _watch(
 ) -> _Ending:
     """Runs the launch to its end, or ends it; its ranks get SIGINT first, so that they write their record."""
     stop_asked: list[int] = []
+    kills = faults.OomKills()
 
     def ask(signum: int, frame: FrameType | None) -> None:
         stop_asked.append(signum)
@@ -250,7 +257,7 @@ def _watch(
                     tick()
         if process.poll() is None:
             _end(process, DEAF_S if timed_out else GRACE_S)
-    return _Ending(process.returncode, timed_out, bool(stop_asked), timeout_s)
+    return _Ending(process.returncode, timed_out, bool(stop_asked), timeout_s, kills)
 
 
 def _end(process: subprocess.Popen[bytes], grace_s: float) -> None:

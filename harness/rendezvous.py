@@ -8,6 +8,7 @@ a rank that refuses its config is heard, and leaves, within a second.
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import json
 import os
@@ -22,12 +23,15 @@ import psutil
 
 from harness.errors import INTERRUPTED, UserError, quoted
 from harness.ranks import GUIDE, Rank
+from harness.results import STATUSES
 
 MEET_S = 1800.0  # for all ranks to come: a host may have to fetch or convert the model first
 NOTICE_S = 10.0  # until it is said who is waited for
 TELL_S = 20.0  # for a rank that cannot go on to reach those that are not there yet
 HELLO_S = 5.0  # for one connection
 POLL_S = 0.2
+LOST_S = 30  # of silence, until a host counts as lost
+LOST_ERRORS = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
 LINE_BYTES = 2**20  # of one message; more is no rank of ours
 
 
@@ -36,11 +40,24 @@ class RankFailed(Exception):
 
     Attributes:
         exit_status: what that rank ended with.
+        status: how it says the run ended, as in ``runs.csv``; None where it does not.
+        died: the rank and its host, of one that ended without a word; None for any other.
+        host: the number of that one's host, None where it is not known.
     """
 
-    def __init__(self, message: str, exit_status: int = 1) -> None:
+    def __init__(
+        self,
+        message: str,
+        exit_status: int = 1,
+        status: str | None = None,
+        died: str | None = None,
+        host: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.exit_status = exit_status
+        self.status = status
+        self.died = died
+        self.host = host
 
 
 class _Line:
@@ -48,13 +65,21 @@ class _Line:
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
-        # A host that loses power closes nothing: after a minute of silence the kernel asks for it.
+        # A host that loses power or its network closes nothing: the kernel asks whether it is still there.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        options = {
+            "TCP_KEEPIDLE": max(1, LOST_S // 3),
+            "TCP_KEEPINTVL": max(1, LOST_S // 6),
+            "TCP_KEEPCNT": 4,
+            "TCP_USER_TIMEOUT": 1000 * LOST_S,  # the same for what was sent and is not acknowledged
+        }
+        for option, value in options.items():
             if hasattr(socket, option):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         self.name = ""  # of the rank at the other end
         self.host: int | None = None
+        self.host_name = ""
+        self.lost: OSError | None = None  # why the connection broke, if no process closed it
         self._rest = b""
 
     @property
@@ -74,7 +99,8 @@ class _Line:
         while b"\n" not in self._rest:
             try:
                 part = self.socket.recv(65536)
-            except OSError:
+            except OSError as error:
+                self.lost = error if error.errno in LOST_ERRORS else None
                 return None
             if not part or len(self._rest) > LINE_BYTES:
                 return None
@@ -188,6 +214,7 @@ class Rendezvous:
             connection.close()
             return None
         line.host = hello.get("host")
+        line.host_name = str(hello.get("name"))
         line.name = self._named(number, str(hello.get("name")))
         self._lines[number] = line
         return hello
@@ -195,7 +222,7 @@ class Rendezvous:
     def _check(self, hello: dict[str, Any], facts: Mapping[str, Any]) -> None:
         name = self._lines[hello["rank"]].name
         if "failure" in hello:
-            self.failure = RankFailed(f"{name}: {hello['failure']}", int(hello.get("exit_status", 1)))
+            self.failure = _told(hello, f"{name}: {hello['failure']}")
             raise self.failure
         theirs = hello.get("facts", {})
         for key in sorted({*facts, *theirs}):
@@ -214,7 +241,7 @@ class Rendezvous:
         if answer is None:
             answer = {"failure": f"{line.name} ended before all ranks were there"}
         if "met" not in answer:
-            self.failure = RankFailed(str(answer.get("failure")), int(answer.get("exit_status", 1)))
+            self.failure = _told(answer, str(answer.get("failure")))
             raise self.failure
         return answer["met"] if self.rank.host == 0 else line.address
 
@@ -245,7 +272,8 @@ class Rendezvous:
             time.sleep(POLL_S)
         connection.settimeout(None)
         line = self._lines[0] = _Line(connection)
-        line.name = self._named(0, place()[0])
+        line.host_name = place()[0] if self.rank.several_hosts else socket.gethostname()
+        line.name = self._named(0, line.host_name)
         return line
 
     def _listen(self, number: int, line: _Line) -> None:
@@ -253,13 +281,16 @@ class Rendezvous:
         message = line.receive()
         if self._over or (message is not None and "failure" not in message):
             return
-        if message is None:
-            failure = RankFailed(f"another rank died: {line.name}")
+        who = f"rank {number} on {line.host_name}"
+        if line.lost is not None:
+            reason = os.strerror(line.lost.errno or 0).lower()
+            failure = RankFailed(f"lost {who}: no answer for {LOST_S} s ({reason}); its host or the network is down")
+        elif message is None:
+            host = line.host if self.rank.first else (self.rank.host if not self.rank.several_hosts else None)
+            failure = RankFailed(f"another rank died: {who}", died=who, host=host)
         else:
             text = str(message["failure"])
-            failure = RankFailed(
-                f"{line.name}: {text}" if self.rank.first else text, int(message.get("exit_status", 1))
-            )
+            failure = _told(message, f"{line.name}: {text}" if self.rank.first else text)
         with self._lock:
             if self.failure is not None:
                 return
@@ -272,11 +303,15 @@ class Rendezvous:
         self._heard.wait(0 if self.rank.world == 1 else within_s)
         return self.failure
 
-    def fail(self, message: str, exit_status: int) -> None:
-        """Tells the other ranks that this one cannot go on; waits a while for those that are still on their way."""
+    def fail(self, message: str, exit_status: int, status: str | None = None) -> None:
+        """Tells the other ranks that this one cannot go on; waits a while for those that are still on their way.
+
+        Args:
+            status: how the run ended, as in ``runs.csv``.
+        """
         self._over = True
         patience_s = TELL_S if self.rank.world > 1 and exit_status != INTERRUPTED else 0.0
-        told: dict[str, Any] = {"failure": message, "exit_status": exit_status}
+        told: dict[str, Any] = {"failure": message, "exit_status": exit_status, "status": status}
         if self.rank.first:
             if self.failure is None:
                 told["failure"] = f"{self._named(0, socket.gethostname())}: {message}"
@@ -309,6 +344,12 @@ class Rendezvous:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
+
+
+def _told(message: dict[str, Any], text: str) -> RankFailed:
+    """Returns what another rank has told of its end, in our words ``text``."""
+    status = message.get("status")
+    return RankFailed(text, int(message.get("exit_status", 1)), status=status if status in STATUSES else None)
 
 
 def place() -> tuple[str, int]:

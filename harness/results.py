@@ -16,6 +16,7 @@ import re
 import secrets
 import socket
 import time
+from array import array
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,19 @@ from typing import Any
 import filelock
 
 from harness import segments
-from harness.completions import Tally, mend_last_line, read_completions
+from harness.completions import Tally, mend_last_line, percentile, read_completions
 from harness.errors import UserError, quoted
-from harness.files import cannot_write, cut_torn_line, json_bytes, open_append, plain, replace, write_all, yaml_bytes
+from harness.files import (
+    cannot_write,
+    cut_torn_line,
+    json_bytes,
+    numbered_lines,
+    open_append,
+    plain,
+    replace,
+    write_all,
+    yaml_bytes,
+)
 from harness.runs_table import COLUMNS, append_row, cell_text, read_table
 from harness.workload import Completion
 
@@ -56,6 +67,37 @@ class PassRecord:
 
 
 PASS_COLUMNS = tuple(field.name for field in fields(PassRecord))
+
+
+def pass_figures(path: Path) -> dict[str, Any] | None:
+    """Returns how many forward passes a ``passes.csv`` has, how long they took and how full they were.
+
+    Read at a run's end, since nothing is to be counted within the clock. None where there are no passes; lines
+    that are none (a torn last one) are passed over.
+    """
+    seconds, tokens = array("d"), array("d")
+    places = PASS_COLUMNS.index("seconds"), PASS_COLUMNS.index("tokens")
+    try:
+        for _, line in numbered_lines(path):
+            cells = line.split(b",")
+            try:
+                if line.endswith(b"\n") and len(cells) == len(PASS_COLUMNS):
+                    took, held = float(cells[places[0]]), float(cells[places[1]])
+                    seconds.append(took)
+                    tokens.append(held)
+            except ValueError:  # the header
+                continue
+    except OSError:
+        return None
+    if not seconds:
+        return None
+    return {
+        "count": len(seconds),
+        "seconds_p50": percentile(seconds, 50),
+        "seconds_p99": percentile(seconds, 99),
+        "seconds_max": max(seconds),
+        "tokens_p50": percentile(tokens, 50),
+    }
 
 
 def new_run_id(engine: str) -> str:
@@ -129,6 +171,7 @@ def _close(results_dir: Path, record: dict[str, Any], tally: Tally, status: str,
         record["notes"] = [*(record.get("notes") or []), segments.note(record)]
     record |= dict.fromkeys(name for name in COLUMNS if name not in record)
     record |= tally.figures(record["elapsed_s"])
+    record["passes"] = pass_figures(results_dir / record["run_id"] / "passes.csv")
     if record["git_commit"] is None:
         git = (record.get("environment") or {}).get("git") or {}
         record["git_commit"] = git.get("commit")

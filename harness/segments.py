@@ -22,8 +22,21 @@ PEAKS = ("kv_peak_utilisation", "peak_memory_bytes")
 HASHES = ("config_hash", "job_hash")
 # What a segment keeps of the record that it had to itself.
 KEPT = (
-    *("status", "error", *SUMS, *PEAKS, *HASHES, "tp", "dp", "load_s", "warmup_s", "time", "engine_statistics"),
-    *("config", "environment", "hostname", "device_name", "kernels", "notes"),
+    *(
+        "status",
+        "error",
+        *SUMS,
+        *PEAKS,
+        *HASHES,
+        "tp",
+        "dp",
+        "load_s",
+        "warmup_s",
+        "time",
+        "engine_statistics",
+        "telemetry",
+    ),
+    *("config", "environment", "hostname", "device_name", "kernels", "notes", "engine_statistics", "telemetry"),
 )
 # What all segments must have in common, once it is known.
 WORK = ("model", "weights", "dtype", "dataset_sha256")

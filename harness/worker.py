@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from harness import environment, ranks, signals
+from harness import environment, faults, ranks, signals, undertaker
 from harness import job as jobs
 from harness.config import PLACES
-from harness.errors import INTERRUPTED, REFUSED, UserError, one_line, report
+from harness.errors import INTERRUPTED, REFUSED, UserError, report
+from harness.faults import Fault
 from harness.job import Job
-from harness.launcher import RUN_ID_VARIABLE
+from harness.launcher import PARENT_VARIABLE, RUN_ID_VARIABLE
 from harness.ranks import Rank
 from harness.rendezvous import RankFailed, Rendezvous
 from harness.results import UNHASHED_KEYS, RunRecorder, new_run_id
@@ -28,6 +29,7 @@ from harness.workload import Completion, Request
 if TYPE_CHECKING:
     from harness.engines.base import Clock
     from harness.replicas import Replicas
+    from harness.telemetry import Sampler
 
 log = logging.getLogger("harness")
 
@@ -43,34 +45,51 @@ def run(composed: DictConfig, rank: Rank) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings about lost peers would bury our own line
     resolved = jobs.resolved(composed)
     recorder: RunRecorder | None = None
+    kills = faults.OomKills()
     if rank.first:
         try:
             recorder = _recorder(resolved)
         except UserError as error:
             return report(error)
+        if PARENT_VARIABLE not in os.environ:
+            undertaker.watch(recorder.results_dir, recorder.run_id)
         _log_to(f"{recorder.directory}/run.log")
     running = False
     work: _Run | None = None
     # A thread cannot raise in this one; a signal can.
     rendezvous = Rendezvous(rank, failed=lambda: os.kill(os.getpid(), signal.SIGTERM))
-    status, error_line, exit_status = "failed", "", 1
 
-    def ending(signum: int) -> tuple[str, str, int]:
+    def facts() -> dict[str, Any]:
+        return {"phase": "load"} if work is None else work.facts
+
+    def elsewhere(failure: RankFailed) -> Fault:
+        if failure.status is not None:
+            return Fault(failure.status, str(failure), failure.exit_status)
+        if failure.died is not None and failure.host == rank.host and kills:
+            return faults.killed(failure.died, 0, kills, resolved, facts())
+        status = {REFUSED: "failed" if running else "invalid", INTERRUPTED: "interrupted"}
+        return Fault(status.get(failure.exit_status, "failed"), str(failure), failure.exit_status)
+
+    def ending(signum: int) -> Fault:
         if signum == signal.SIGALRM:
-            return "timeout", f"not finished after timeout_s={resolved['timeout_s']}", 1
+            return faults.timed_out(resolved["timeout_s"])
         if rank.world > 1 and signum == signal.SIGTERM:
             # So the launcher ends the others when a rank has died; a user's Ctrl-C comes as SIGINT.
-            unknown = RankFailed("another rank died, or the launcher was ended")
-            return _elsewhere(rendezvous.heard(LAST_WORDS_S) or unknown, running)
-        return "interrupted", "interrupted", INTERRUPTED
+            text = "another rank died, or the launcher was ended"
+            return elsewhere(
+                rendezvous.heard(LAST_WORDS_S) or RankFailed(text, died="another rank of this host", host=rank.host)
+            )
+        return Fault("interrupted", "interrupted", INTERRUPTED)
 
     def hung(signum: int) -> None:
-        status, error_line, exit_status = ending(signum)
+        fault = ending(signum)
+        line = f"rank {rank.rank}: {fault.error}"
         if recorder is not None:
-            recorder.finish(status, error_line, clock_s=work.clock_s if work is not None else None)
-        print(f"error: {error_line}", file=sys.stderr, flush=True)
-        rendezvous.fail(error_line, exit_status)
-        os._exit(exit_status)
+            recorder.finish(fault.status, fault.error, **({} if work is None else work.measured()))
+            line = fault.error + (f" ({faults.way_on(recorder.directory, recorder.run_id)})" if running else "")
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        rendezvous.fail(fault.error, fault.exit_status, fault.status)
+        os._exit(fault.exit_status)
 
     try:
         with signals.handled(resolved.get("timeout_s"), hung):
@@ -85,33 +104,36 @@ def run(composed: DictConfig, rank: Rank) -> int:
             work.go()
             return work.finish()
     except UserError as error:
-        status, error_line, exit_status = "failed" if running else "invalid", str(error), REFUSED
+        fault = Fault("failed" if running else "invalid", str(error), REFUSED)
+        if work is not None and faults.out_of_memory(error):
+            fault = faults.classify(error, resolved, facts())
     except RankFailed as failure:
-        status, error_line, exit_status = _elsewhere(failure, running)
+        fault = elsewhere(failure)
     except signals.Ended as end:
-        status, error_line, exit_status = ending(end.signum)
+        fault = ending(end.signum)
     except Exception as error:
         # A rank that ends breaks its connections: why it ended says more than that they broke.
         cause = rendezvous.heard(LAST_WORDS_S)
         if cause is None:
             log.exception("the run failed")
-        status, error_line, exit_status = _classify(error) if cause is None else _elsewhere(cause, running)
-    clock_s = work.clock_s if work is not None else None
+        fault = faults.classify(error, resolved, facts()) if cause is None else elsewhere(cause)
     if work is not None and work.replicas is not None:
         work.replicas.stop()
+    measured = {} if work is None else work.measured()
     if recorder is None:
-        print(f"error: rank {rank.rank}: {error_line}", file=sys.stderr)
-        _tell(rendezvous, error_line, exit_status)
-        return exit_status
-    log.error("%s: %s", status, error_line)
-    kept = f" (what was finished is in {recorder.directory})" if running else ""
+        print(f"error: rank {rank.rank}: {fault.error}", file=sys.stderr)
+        _tell(rendezvous, fault)
+        return fault.exit_status
+    log.error("%s: %s", fault.status, fault.error)
+    kept = f" ({faults.way_on(recorder.directory, recorder.run_id)})" if running else ""
     try:
-        recorder.finish(status, error_line, peak_memory_bytes=environment.peak_memory_bytes("cpu"), clock_s=clock_s)
+        peak = environment.peak_memory_bytes("cpu")
+        recorder.finish(fault.status, fault.error, peak_memory_bytes=peak, **measured)
     except UserError as error:
         kept = f"; and the record cannot be written: {error}"
-    print(f"error: {error_line}{kept}", file=sys.stderr)
-    _tell(rendezvous, error_line, exit_status)
-    return exit_status
+    print(f"error: {fault.error}{kept}", file=sys.stderr)
+    _tell(rendezvous, fault)
+    return fault.exit_status
 
 
 def _recorder(resolved: dict[str, Any]) -> RunRecorder:
@@ -125,11 +147,11 @@ def _recorder(resolved: dict[str, Any]) -> RunRecorder:
     return recorder
 
 
-def _tell(rendezvous: Rendezvous, error_line: str, exit_status: int) -> None:
+def _tell(rendezvous: Rendezvous, fault: Fault) -> None:
     """Tells the other ranks; meanwhile a signal ends this one, since there is nothing left to write down."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    rendezvous.fail(error_line, exit_status)
+    rendezvous.fail(fault.error, fault.exit_status, fault.status)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -149,12 +171,6 @@ def same_everywhere(job: Job, resolved: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def _elsewhere(failure: RankFailed, running: bool) -> tuple[str, str, int]:
-    """Returns status, line and exit status of a run that another rank's failure ended."""
-    status = {REFUSED: "failed" if running else "invalid", INTERRUPTED: "interrupted"}
-    return status.get(failure.exit_status, "failed"), str(failure), failure.exit_status
-
-
 class _Run:
     """The state of one rank between its phases."""
 
@@ -169,6 +185,8 @@ class _Run:
         self.screen = console()
         self.notes: list[str] = []
         self.replicas: Replicas | None = None
+        self.telemetry: Sampler | None = None
+        self.facts: dict[str, Any] = {"phase": "load", "dtype": job.dtype}  # for advice when memory runs out
         self.others: list[dict[str, Any]] = []
         self.booking = threading.Lock()
         self.done: set[int] = set()
@@ -186,9 +204,13 @@ class _Run:
         """Loads and warms the engine; all of it outside the clock."""
         from harness import engines, workload
         from harness.engines.base import EngineSettings
+        from harness.telemetry import of_rank
 
         job, config = self.job, self.job.config
         self._use_cores()
+        # The baseline spreads a large model over all the GPUs there are.
+        directory = self.recorder.directory if self.recorder is not None else None
+        self.telemetry = of_rank(self.rank, job.accelerator, config.engine.name == "baseline", directory)
         if self.rank.world > 1:
             from harness.replicas import Replicas
 
@@ -210,6 +232,7 @@ class _Run:
             device=job.accelerator,
             device_name=environment.device_name(job.accelerator),
             environment=environment.snapshot(job.accelerator),
+            phase="load",
         )
         self.engine = engines.create(
             EngineSettings(
@@ -227,8 +250,13 @@ class _Run:
         )
         self._say(f"loading {model} ({job.dtype}) for {config.engine.name} on {device}")
         started = time.perf_counter()
-        self.engine.load()
+        try:
+            self.engine.load()
+        finally:
+            self.facts["phase"] = self.engine.phase
         self.load_s = time.perf_counter() - started
+        self.facts["phase"] = "run"
+        self._note(load_s=self.load_s, phase="run")
         self.workload = workload.resolve(
             job.workload,
             config.generation,
@@ -243,7 +271,6 @@ class _Run:
             requests=len(self.workload.requests),
             kernels=self.engine.kernels,
             **self.engine.limits,
-            load_s=self.load_s,
             warmup_s=self.warmup_s,
             left_out=self.workload.left_out or None,
         )
@@ -275,10 +302,14 @@ class _Run:
                 mine = self.replicas.take(requests)
                 self.replicas.barrier()
             self.clock = clock = Clock(already_s)
+            if self.telemetry is not None:
+                self.telemetry.clock_started(clock)
             for completion in self.engine.generate(mine, clock):
                 self._deliver(completion, elsewhere=False)
             self.elapsed_s = clock()
             self.others = list(self.replicas.wait().values()) if self.replicas is not None else []
+            if self.telemetry is not None:
+                self.telemetry.stop()
 
     def _take_up(self) -> float:
         """Books what earlier segments of a resumed run have done, and returns the seconds that they took."""
@@ -321,23 +352,29 @@ class _Run:
         leads = self.engine.settings.leads
         self.replicas.barrier()
         clock = Clock(already_s)
+        if self.telemetry is not None:
+            self.telemetry.clock_started(clock)
         if leads:
             for completion in self.engine.generate(self.replicas.take(requests), clock):
                 self.replicas.send(completion)
         else:
             self.engine.follow()
-        self.replicas.finish(
-            {
-                "elapsed_s": clock(),
-                "statistics": dataclasses.asdict(self.engine.statistics) if leads else None,
-                "peak_memory_bytes": environment.peak_memory_bytes(self.device),
-            }
-        )
+        elapsed_s = clock()
+        figures: dict[str, Any] = {
+            "elapsed_s": elapsed_s,
+            "statistics": dataclasses.asdict(self.engine.statistics) if leads else None,
+            "peak_memory_bytes": environment.peak_memory_bytes(self.device),
+        }
+        if self.telemetry is not None:
+            self.telemetry.stop()
+            figures["telemetry"] = self.telemetry.summary(elapsed_s)
+        self.replicas.finish(figures)
 
     def finish(self) -> int:
         """Writes record and row and prints the summary; returns the exit status."""
         from harness.display import summary
         from harness.engines.base import EngineStatistics, combined
+        from harness.telemetry import combined as combine_hosts
 
         if self.replicas is not None:
             self.replicas.leave()
@@ -363,6 +400,9 @@ class _Run:
             self.notes.append(self.claims.note())
         if self.job.config.generation.max_output_len is not None:
             self.notes.append(f"generation.max_output_len={self.job.config.generation.max_output_len} caps output_len")
+        hosts = [None if self.telemetry is None else self.telemetry.summary(elapsed_s)]
+        hosts += [other["telemetry"] for other in self.others if "telemetry" in other]
+        measured = combine_hosts(hosts, self.job.accelerator)
         status, error = "ok", None
         if missing:
             status, error = "failed", f"{missing} of {len(self.workload.requests)} requests did not come back"
@@ -382,6 +422,8 @@ class _Run:
             engine_statistics=statistics,
             prompt_len_check=self.claims.record(),
             notes=self.notes,
+            energy_j=measured["energy_j"],
+            telemetry=measured,
         )
         places = {"directory": self.recorder.directory, "results_dir": self.recorder.results_dir}
         summary(self.screen, row, self.recorder.record | places)
@@ -389,6 +431,16 @@ class _Run:
         if error is not None:
             print(f"error: {error}", file=sys.stderr)
         return {"ok": 0, "invalid": REFUSED}.get(status, 1)
+
+    def measured(self) -> dict[str, Any]:
+        """Returns what a run that ends early has for its record, and ends the sampling."""
+        from harness.telemetry import combined
+
+        figures: dict[str, Any] = {"clock_s": self.clock_s}
+        if self.telemetry is not None:
+            self.telemetry.stop()
+            figures["telemetry"] = combined([self.telemetry.summary()], self.job.accelerator)
+        return figures
 
     def _use_cores(self) -> None:
         """Gives each rank of this host cores of its own, and a thread a core unless the user chose a number."""
@@ -408,15 +460,6 @@ class _Run:
         log.info(line)
         if self.rank.first:
             self.screen.print(line, markup=False)
-
-
-def _classify(error: Exception) -> tuple[str, str, int]:
-    """Returns status, line and exit status for an exception that is not the user's to read in full."""
-    text = one_line(f"{type(error).__name__}: {error}", 300)
-    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
-        hint = "lower engine.kv_memory, engine.token_budget, engine.max_sequences (ds_inference: engine.batch_tokens)"
-        return "oom", f"out of memory ({text}); {hint}", 2
-    return "failed", f"{text}; the traceback is in run.log", 1
 
 
 def _log_to(path: str) -> None:

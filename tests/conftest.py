@@ -14,9 +14,9 @@ from typing import Any
 import hypothesis
 import pytest
 
+from harness.completions import read_completions
 from harness.engines.fastgen.native import checks as native_checks
 from harness.environment import cpu_flags
-from harness.completions import read_completions
 from harness.runs_table import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent

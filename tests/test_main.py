@@ -85,7 +85,6 @@ def test_deepspeed_and_python_do_the_same_job(harness: Harness, tmp_path: Path, 
         "max_sequences": "64",
         "preemptions": "0",
         "model_flops_utilisation": "",
-        "energy_j": "",
     }
     assert {name: row[name] for name in expected} == expected
     for name in ("dataset_sha256", "load_s", "warmup_s", "ttft_p50_s", "latency_p99_s", "steps", "config_hash"):
@@ -97,6 +96,8 @@ def test_deepspeed_and_python_do_the_same_job(harness: Harness, tmp_path: Path, 
         "config.yaml",
         "completions.jsonl",
         "passes.csv",
+        "telemetry.csv",
+        "run.lock",
         "run.log",
     }
     assert yaml.safe_load((run.directory / "config.yaml").read_text())["dataset"]["num_samples"] == 4

@@ -19,9 +19,9 @@ import yaml
 from conftest import BIN, ROOT, Run, assert_refused, variables
 from test_main import RANDOM, TINY, check_against_ids
 
+from harness.completions import read_completions
 from harness.launcher import MAIN, command, free_port
 from harness.ranks import decoded, encoded
-from harness.completions import read_completions
 from harness.runs_table import read_rows
 
 HOSTS = ("127.0.0.1", "127.0.0.2")
@@ -110,6 +110,7 @@ def test_two_hosts_share_one_run(start: Callable[..., Hosts], tmp_path: Path) ->
     first, second = start(*TINY, "parallel.dp=2", "dataset=asc24", override, "engine.max_sequences=4").end()
     assert second.status == 0, second.stderr
     check_shared(first, 20)
+    assert [host["samples"] >= 2 for host in first.record["telemetry"]["hosts"]] == [True, True]
     assert override in first.record["command_line"]
     assert {n: line["prompt_tokens"] for n, line in first.completions.items()} == {n: 2 * n + 3 for n in range(20)}
     assert not (tmp_path / "elsewhere").exists()

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from harness.errors import UserError
+from harness.faults import OomKills
 from harness.launcher import MAIN, check_devices, command, describe, free_port
 from harness.ranks import Rank, bind_cores, check_world, decoded, encoded, rank_of, without_local_rank
 
@@ -110,10 +111,12 @@ def test_free_ports_differ_from_the_default() -> None:
 
 @pytest.mark.parametrize(
     ("returncode", "words"),
-    [(-9, "SIGKILL"), (247, "SIGKILL, as the system does when memory runs out"), (245, "SIGSEGV"), (3, "status 3")],
+    [(-9, "signal SIGKILL"), (247, "signal SIGKILL"), (245, "signal SIGSEGV: native code crashed"), (3, "status 3")],
 )
 def test_how_a_launch_ended_is_said_in_words(returncode: int, words: str) -> None:
-    assert words in describe(returncode)
+    fault = describe(returncode, OomKills(), {})
+    assert (fault.status, fault.exit_status) == ("failed", 1)
+    assert words in fault.error
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs an affinity to set")

@@ -15,8 +15,8 @@ import pytest
 from conftest import ROOT, Run, command, launched, variables
 from test_main import RANDOM, TINY
 
-from harness.config import AUTO_TP_FAMILIES
 from harness.completions import read_completions
+from harness.config import AUTO_TP_FAMILIES
 from harness.results import read_record
 
 HEAD = """

@@ -36,6 +36,7 @@ FIGURE_COLUMNS = {
     "elapsed_s": ("elapsed\n(s)", 1.0, 1),
     "peak_memory_bytes": ("peak memory\n(GiB)", 1 / 2**30, 2),
     "model_flops_utilisation": ("FLOP\nutilisation (%)", 100.0, 1),
+    "energy_j": ("energy\n(J)", 1.0, 0),
     "preemptions": ("preemptions", 1.0, 0),
     "kv_peak_utilisation": ("KV cache\npeak (%)", 100.0, 1),
     "parity_checked": ("outputs\nchecked", 1.0, 0),

@@ -46,6 +46,7 @@ FIGURES = (
     "elapsed_s",
     "peak_memory_bytes",
     "model_flops_utilisation",
+    "energy_j",
     "preemptions",
     "kv_peak_utilisation",
     "parity_checked",

@@ -29,6 +29,7 @@ OPTIONAL = {
     "model_flops_utilisation": ("FLOP\nutil.", 1.0, ".1%"),
     "latency_p99_s": ("latency\np99 s", 1.0, ",.2f"),
     "kv_peak_utilisation": ("KV\npeak", 1.0, ".1%"),
+    "energy_j": ("energy\nJ", 1.0, ",.0f"),
     "preemptions": ("pre-\nempted", 1.0, ",.0f"),
 }
 PADDING = 2

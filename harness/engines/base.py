@@ -110,6 +110,7 @@ class Engine(ABC):
         self.settings = settings
         self.tokenizer: Any = None
         self.statistics = EngineStatistics()
+        self.phase = "load"  # "cache" while load() makes the KV cache: what to lower if memory runs out
         self.notes: list[str] = []  # what the record should say about choices made while loading
         self.on_pass: Callable[[PassRecord], None] = lambda record: None
         self.on_progress: Callable[[Progress], None] = lambda progress: None

@@ -54,6 +54,7 @@ class FastGenEngine(Engine):
         settings = self.settings.engine
         self.tokenizer = checkpoint.load_tokenizer(self.settings.source)
         self._load_runner()
+        self.phase = "cache"
         context = self.settings.max_context
         per_sequence = -(-context // self.runner.block_size) if context else 1 << 20
         self.total_blocks = self.runner.allocate(settings.max_sequences * per_sequence)

@@ -1,0 +1,88 @@
+"""Closes the record of a run whose rank 0 was killed, where no launcher of ours is there to do it.
+
+Under a bare ``deepspeed`` nobody but rank 0 knows of the record. So rank 0 starts this as a program, which detaches
+itself, waits for rank 0's end at the other end of a pipe, and leaves without a word if the record is closed then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ZOMBIE_S = 2.0  # for a process whose files are closed to be dead
+
+
+def watch(results_dir: str | Path, run_id: str) -> None:
+    """Starts the program for this process's run; does without where no process can be started."""
+    import subprocess
+
+    reader, writer = os.pipe()  # the writing end is closed by this process's end, however it comes
+
+    def forked() -> None:
+        with contextlib.suppress(OSError):
+            os.close(writer)
+
+    os.register_at_fork(after_in_child=forked)
+    words = [sys.executable, __file__, str(results_dir), run_id, str(os.getpid())]
+    with contextlib.suppress(OSError):
+        subprocess.Popen(words, stdin=reader, stdout=subprocess.DEVNULL).wait()  # it has detached itself by then
+    os.close(reader)
+
+
+def close(results_dir: str, run_id: str, pid: int) -> None:
+    """Waits for the end of the other end of standard input, then closes the record if ``pid`` has left it open."""
+    from harness.faults import OomKills, killed, way_on
+
+    kills = OomKills()
+    while os.read(0, 4096):
+        pass
+    number = _signal_of(pid)
+
+    import socket
+
+    from harness.errors import UserError
+    from harness.results import RUNNING, close_unfinished, read_record, run_directory
+
+    # A run that is resumed takes the directory over, under a lock: the place to try that lock is here.
+    record = read_record(results_dir, run_id)
+    if record is None or record["status"] != RUNNING:
+        return
+    if (record.get("pid"), record.get("hostname")) != (pid, socket.gethostname()):
+        return
+    fault = killed("rank 0", number, kills, record.get("config") or {}, record)
+    line = f"{fault.error} ({way_on(run_directory(results_dir, run_id), run_id)})"
+    try:
+        if close_unfinished(results_dir, run_id, fault.status, fault.error) is None:
+            return
+    except UserError as error:
+        line = f"{fault.error}; and the record cannot be written: {error}"
+    with contextlib.suppress(OSError):  # the reader may have left
+        print(f"error: {line}", file=sys.stderr, flush=True)
+
+
+def _signal_of(pid: int) -> int:
+    """Returns the signal that has ended a process, as its zombie shows it; 0 where that cannot be told any more."""
+    deadline = time.monotonic() + ZOMBIE_S
+    while time.monotonic() < deadline:
+        try:
+            text = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:
+            return 0
+        values = text.rpartition(")")[2].split()  # the name before may hold anything; then fields 3 to 52 of proc(5)
+        if values[0] in "ZX":
+            return int(values[49]) & 0x7F if len(values) > 49 else 0
+        time.sleep(0.01)
+    return 0
+
+
+if __name__ == "__main__":
+    # Away from rank 0's family, which a launcher ends as a whole, and from the terminal's signals.
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    sys.path[0] = str(ROOT)  # our modules would shadow installed packages
+    close(sys.argv[1], sys.argv[2], int(sys.argv[3]))
