@@ -17,7 +17,7 @@ class UserError(Exception):
     """Something the user can put right: printed as one line, exit status 2, never a traceback.
 
     Args:
-        field: the config key, file or record concerned, e.g. ``dataset.path`` or ``record 17, output_len``.
+        field: the config key, file or record concerned, e.g. ``parallel.tp`` or ``dataset.path, record 17``.
         found: what was found there, with the value.
         remedy: what to do about it.
     """

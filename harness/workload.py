@@ -254,11 +254,16 @@ class _File:
     name: str  # the dataset= option
     path: str
 
+    @property
+    def field(self) -> str:
+        """The key that chose the file."""
+        return "dataset=sample" if self.name == "sample" else "dataset.path"
+
     def error(self, found: str, remedy: str = "") -> UserError:
         found = f"{found}: {quoted(self.path, 300)}"
         if self.name == "sample":
-            return UserError("dataset=sample", found, "restore harness/data/sample.jsonl from the repository")
-        return UserError("dataset.path", found, remedy or f"give the path of {_wanted(self.name)}")
+            return UserError(self.field, found, "restore harness/data/sample.jsonl from the repository")
+        return UserError(self.field, found, remedy or f"give the path of {_wanted(self.name)}")
 
     def read(self) -> tuple[bytes, str]:
         """Returns the uncompressed bytes, and the SHA-256 of the stored ones."""
@@ -339,7 +344,7 @@ class _Record:
     file: _File
 
     def error(self, field: str, found: str, remedy: str = "") -> UserError:
-        where = f"record {self.index} (counting from 0)" + (f", {field}" if field else "")
+        where = f"{self.file.field}, record {self.index} (counting from 0)" + (f", {field}" if field else "")
         return UserError(where, found, remedy or f"correct it in {quoted(self.file.path, 300)}")
 
     def misshapen(self) -> UserError:
