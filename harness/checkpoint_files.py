@@ -52,7 +52,7 @@ def find(path: str, trust_remote_code: bool, need_weights: bool, allow_pickle: b
     """Returns the source that ``model.path`` names; ``need_weights`` is off for dummy weights.
 
     Raises:
-        UserError: nothing is there, a file is broken or missing, or only pickled weights exist and they are not allowed.
+        UserError: nothing is there, a file is broken or missing, or there are only pickled weights, not allowed.
     """
     try:
         place = Path(path).expanduser()

@@ -238,6 +238,9 @@ def check(config: Config, accelerator: str) -> None:
         raise UserError("resume", f"{quoted(config.resume)}: resuming a run is not built yet", "start a new run")
     if config.verify:
         raise UserError("verify", f"{config.verify}: checking against HF is not built yet", "use verify=0")
+    for name, text in (("model.name", config.model.name), ("hardware.name", config.hardware.name)):
+        if not 0 < len(text.strip()) <= 200 or not text.isprintable():
+            raise UserError(name, quoted(text), "give a name of 1 to 200 printable characters")
     if not config.results_dir.strip():
         raise UserError("results_dir", quoted(config.results_dir), "name a directory")
 

@@ -49,7 +49,9 @@ def explain(error: BaseException) -> UserError:
         return UserError(match[1], "is there already", f"leave out the +: {match[1]}=...")
     first = text.strip().split("\n")[0]
     if (word := getattr(error, "override", None)) is not None:
-        parts = [line for line in str(error).splitlines() if not line.startswith(("Error parsing override", "See http"))]
+        parts = [
+            line for line in str(error).splitlines() if not line.startswith(("Error parsing override", "See http"))
+        ]
         why = "" if re.search(PARSER_S_WORDS, text) or not parts else f": {one_line(parts[0], 200)}"
         return UserError("command line", f"{quoted(word, 200)} cannot be read{why}", HOW_TO_WRITE)
     if match := re.search(r"Could not find '([^']+)/'", text):

@@ -23,7 +23,9 @@ from harness.explain import explain
 from harness.results import config_hash
 from harness.workload import Workload
 
-RANK_BYTES = 300 * 2**20  # that a process holds for itself once torch and DeepSpeed are imported (measured: 313 to 324 MiB)
+RANK_BYTES = (
+    300 * 2**20
+)  # that a process holds for itself once torch and DeepSpeed are imported (measured: 313 to 324 MiB)
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 

@@ -24,7 +24,8 @@ def dummy_config(source: Source) -> Any:
     config = AutoConfig.for_model(**architecture)
     if source.path is None:  # a checkpoint's config.json may well have notes of other programs in it
         known = {*type(config)().to_dict(), *type(config).attribute_map, "rope_theta", "rope_scaling", "torch_dtype"}
-        if unknown := sorted(architecture.keys() - known):
+        known |= AutoConfig.for_model("llama").to_dict().keys()  # conf/model describes Llamas; another family ignores
+        if unknown := sorted({key for key, value in architecture.items() if value is not None} - known):
             raise UserError(
                 f"model.architecture.{unknown[0]}",
                 f"{quoted(architecture[unknown[0]])}: {config.model_type} models have no such key",

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from harness import checkpoint, environment, ranks, signals
 from harness import job as jobs
-from harness.errors import INTERRUPTED, REFUSED, UserError, one_line, report
+from harness.errors import INTERRUPTED, REFUSED, UserError, complain, one_line, printable, report
 from harness.job import Job
 from harness.launcher import RUN_ID_VARIABLE
 from harness.ranks import Rank
@@ -68,7 +68,7 @@ def run(composed: DictConfig, rank: Rank) -> int:
         status, error_line, exit_status = ending(signum)
         if recorder is not None:
             recorder.finish(status, error_line)
-        print(f"error: {error_line}", file=sys.stderr, flush=True)
+        complain(error_line)
         rendezvous.fail(error_line, exit_status)
         os._exit(exit_status)
 
@@ -99,7 +99,7 @@ def run(composed: DictConfig, rank: Rank) -> int:
     if work is not None and work.replicas is not None:
         work.replicas.stop()
     if recorder is None:
-        print(f"error: rank {rank.rank}: {error_line}", file=sys.stderr)
+        complain(f"rank {rank.rank}: {error_line}")
         _tell(rendezvous, error_line, exit_status)
         return exit_status
     log.error("%s: %s", status, error_line)
@@ -108,7 +108,7 @@ def run(composed: DictConfig, rank: Rank) -> int:
         recorder.finish(status, error_line, peak_memory_bytes=environment.peak_memory_bytes("cpu"))
     except UserError as error:
         kept = f"; and the record cannot be written: {error}"
-    print(f"error: {error_line}{kept}", file=sys.stderr)
+    complain(f"{error_line}{kept}")
     _tell(rendezvous, error_line, exit_status)
     return exit_status
 
@@ -350,7 +350,7 @@ class _Run:
         summary(self.screen, row, record)
         log.info("%s: %s total tokens/s", row["status"], row["total_tokens_per_s"])
         if error is not None:
-            print(f"error: {error}", file=sys.stderr)
+            complain(error)
         return {"ok": 0, "invalid": REFUSED}.get(status, 1)
 
     def _use_cores(self) -> None:
@@ -370,7 +370,7 @@ class _Run:
     def _say(self, line: str) -> None:
         log.info(line)
         if self.rank.first:
-            self.screen.print(line, markup=False)
+            self.screen.print(printable(line), markup=False)
 
 
 def _classify(error: Exception) -> tuple[str, str, int]:
@@ -382,9 +382,16 @@ def _classify(error: Exception) -> tuple[str, str, int]:
     return "failed", f"{text}; the traceback is in run.log", 1
 
 
+class _Formatter(logging.Formatter):
+    """Escapes what a terminal that shows the log would obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
 def _log_to(path: str) -> None:
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     log.setLevel(logging.INFO)
     logging.captureWarnings(True)

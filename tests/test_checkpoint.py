@@ -362,7 +362,7 @@ def test_name_too_long() -> None:
 def test_pickled_weights(tmp_path: Path) -> None:
     save(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    refused(config(path=str(tmp_path)), "pytorch_model.bin", "can run code", "safetensors")
+    refused(config(path=str(tmp_path)), "pytorch_model.bin", "can run code", "safetensors", "model.allow_pickle=true")
 
 
 def test_empty_directory_and_file_of_another_kind(tmp_path: Path) -> None:
@@ -408,6 +408,11 @@ def test_broken_config(tmp_path: Path, text: str, word: str) -> None:
         ("vocab_size", 300.5),
         ("max_position_embeddings", None),
         ("head_dim", 15),
+        ("rms_norm_eps", "x"),
+        ("rms_norm_eps", 0.0),
+        ("rms_norm_eps", float("nan")),
+        ("rope_theta", float("inf")),
+        ("rope_theta", -1.0),
     ],
 )
 def test_impossible_sizes(tmp_path: Path, key: str, value: object) -> None:
@@ -492,7 +497,6 @@ def test_rotary_frequencies_of_older_checkpoints(tmp_path: Path, architecture: d
         ({"model_type": "nonsense"}, "nonsense"),
         ({"hidden_act": "nonsense"}, "nonsense"),
         ({"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1.0}}, "nonsense"),
-        ({"rms_norm_eps": "x"}, "rms_norm_eps"),
         (
             {"auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}, "model_type": "own"},
             "custom code",

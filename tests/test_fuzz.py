@@ -193,9 +193,16 @@ ODD = [
     *map(Raw, ("NaN", "-Infinity", "Infinity", "1e999", "-1e999", "-0", "-1", "0", "1.0", "5.5", "1e3", "1E2", "-")),
     *map(Raw, ("1" * 5000, "-" + "9" * 21, "9" * 18, "1000001", "1000000", "01", "+1", "0x10", "1_000", ".5", "5.")),
     *map(Raw, ("true", "false", "null", "True", "None", "undefined", '"5"', "'single'", "\u0661", "\uff11", "")),
-    *map(Raw, ('"\\ud800"', '"\\udc00\\ud800"', '"\\ud83d\\ude00"', '"\\x41"', '"\\u12"', '"a\nb"', '"\x00"', '"\x1b[2J"')),
-    *map(Raw, ('"\\u0000"', '"\x7f\x85\u2028\u202e"', '""', '" "', '"unterminated', "{}", "[]", "/*c*/1", "1 // c", "{]")),
-    *map(Raw, ("[" * 50_000, "[" * 50_000 + "]" * 50_000, '{"value":' * 50_000 + "1" + "}" * 50_000, "[" * 50 + "]" * 50)),
+    *map(
+        Raw,
+        ('"\\ud800"', '"\\udc00\\ud800"', '"\\ud83d\\ude00"', '"\\x41"', '"\\u12"', '"a\nb"', '"\x00"', '"\x1b[2J"'),
+    ),
+    *map(
+        Raw, ('"\\u0000"', '"\x7f\x85\u2028\u202e"', '""', '" "', '"unterminated', "{}", "[]", "/*c*/1", "1 // c", "{]")
+    ),
+    *map(
+        Raw, ("[" * 50_000, "[" * 50_000 + "]" * 50_000, '{"value":' * 50_000 + "1" + "}" * 50_000, "[" * 50 + "]" * 50)
+    ),
     Raw('"' + "x" * 200_000 + '"'),
     Raw('"\\u0061' + "\u00e9\U0001f600" * 20_000 + '"'),
     *("=cmd|' /C calc'!A0", "../../etc/passwd", "${oc.env:HOME}", "{{7*7}}", "!!python/object:os.system", "<|im_end|>"),
@@ -265,7 +272,11 @@ def damaged(draw: st.DrawFn, data: bytes) -> bytes:
     if deed == "flip" and data:
         return data[:at] + bytes([data[at] ^ 1 << draw(st.integers(0, 7))]) + data[at + 1 :]
     if deed == "insert":
-        return data[:at] + draw(st.sampled_from([b"\x00", b"\xff", b"\xef\xbb\xbf", b"\x1b", b",", b"]", b'"', b"\\"])) + data[at:]
+        return (
+            data[:at]
+            + draw(st.sampled_from([b"\x00", b"\xff", b"\xef\xbb\xbf", b"\x1b", b",", b"]", b'"', b"\\"]))
+            + data[at:]
+        )
     until = at + draw(st.integers(1, 20))
     return data[:at] + data[until:] if deed == "drop" else data[:until] + data[at:]
 
@@ -300,8 +311,12 @@ def datasets(draw: st.DrawFn) -> tuple[str, bytes]:
     comma = draw(st.sampled_from([", "] * 60 + [",", ",,", ",\n", ";", "\u00a0,", " "]))
     lines = name == "sample" if draw(st.integers(0, 9)) else draw(st.booleans())
     text = "\n".join(written(one, comma) for one in tree) if lines else written(tree, comma)
-    before = draw(st.sampled_from([""] * 60 + ["\ufeff", "\ufeff\ufeff", "\x00", " \r\n\t", ")]}'\n", "\u2028", "[", "\x0c"]))
-    after = draw(st.sampled_from([""] * 60 + ["\n", "\x00", "\x1a", "]", " [1]", "\n\n{}", ",", "\u00a0", "//", "\x0b"]))
+    before = draw(
+        st.sampled_from([""] * 60 + ["\ufeff", "\ufeff\ufeff", "\x00", " \r\n\t", ")]}'\n", "\u2028", "[", "\x0c"])
+    )
+    after = draw(
+        st.sampled_from([""] * 60 + ["\n", "\x00", "\x1a", "]", " [1]", "\n\n{}", ",", "\u00a0", "//", "\x0b"])
+    )
     encoding = draw(st.sampled_from(["utf-8"] * 60 + ["utf-16", "utf-16-le", "utf-32", "latin-1", "utf-7", "cp037"]))
     data = (before + text + after).encode(encoding, "surrogatepass" if encoding == "utf-8" else "ignore")
     if draw(st.integers(0, 5)) == 0:
@@ -315,7 +330,10 @@ def datasets(draw: st.DrawFn) -> tuple[str, bytes]:
 
 @pytest.mark.endurance
 def test_every_malformed_dataset_is_one_line(
-    tmp_path: Path, scale: Callable[[int, int], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    scale: Callable[[int, int], int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = tmp_path / "data.json"
     tally: collections.Counter[str] = collections.Counter()
@@ -362,6 +380,9 @@ def test_every_malformed_dataset_is_one_line(
     fuzz()
     refused = sum(count for outcome, count in tally.items() if outcome.endswith("refused"))
     with capsys.disabled():
-        print(f"\n{tally.total():,} datasets in {time.perf_counter() - started:.0f} s, {refused:,} malformed and refused: {dict(tally)}")
+        seconds = time.perf_counter() - started
+        print(f"\n{tally.total():,} datasets in {seconds:.0f} s, {refused:,} malformed and refused: {dict(tally)}")
     assert refused >= scale(1_000, 20_000)
-    assert all(tally[f"{name}, {outcome}"] > tally.total() / 50 for name in NAMES for outcome in ("refused", "accepted"))
+    assert all(
+        tally[f"{name}, {outcome}"] > tally.total() / 50 for name in NAMES for outcome in ("refused", "accepted")
+    )

@@ -53,20 +53,131 @@ KEYS = [
             *("hidden_act", "tie_word_embeddings", "eos_token_id", "intermediate_size", "dtype"),
         )
     ),
-    *("hardware.peak_flops.bfloat16", "hardware.peak_flops", "model.architecture", "engine", "dataset", "sweep", "model"),
+    *(
+        "hardware.peak_flops.bfloat16",
+        "hardware.peak_flops",
+        "model.architecture",
+        "engine",
+        "dataset",
+        "sweep",
+        "model",
+    ),
 ]
 ODD = [
     *("0", "-1", "1", "2", "64", "1e3", "1.5", "-0.0", "nan", "inf", "-inf", "1e400", "1e-400", "1e308", "5e-324"),
     *(str(2**31), str(2**31 + 1), str(2**40), str(2**63), "9" * 30, "9" * 4000, "-" + "9" * 30, "1_000", "0x10", "007"),
-    *("true", "false", "null", "None", "yes", "''", '""', "' '", "'64'", "'nan'", "'1e400'", "'64 '", "???", "abc", "\u0661"),
+    *(
+        "true",
+        "false",
+        "null",
+        "None",
+        "yes",
+        "''",
+        '""',
+        "' '",
+        "'64'",
+        "'nan'",
+        "'1e400'",
+        "'64 '",
+        "???",
+        "abc",
+        "\u0661",
+    ),
     *("[]", "{}", "[1,2]", "{a:1}", "[[[[[[1]]]]]]", "{a:{b:{c:nan}}}", "{model_type:bert}", "{model_type:llama}"),
-    *("${oops}", "${engine.token_budget}", "${oc.env:HOME}", "${oc.env:NOT_THERE}", "${oc.env:NOT_THERE,5}", "${oc.decode:'['}"),
-    *("${hydra:run.dir}", "${model}", "${model.architecture}", "${model.path}", "${now:%Y}", "${nope:1}", "${", "$}", "\\${x}"),
-    *("'a\tb'", "'\x1b[31m'", "'\u202e\u2028'", "'\x00'", "'\ud800'", "\u4f60\u597d", "'=cmd|x'", "'../x'", "/etc/passwd", "-rf"),
-    *("0.5", "2GiB", "1 B", "0B", "999999999GiB", "'-1GiB'", "1PiB", "'.'", "int(5)", "int(x)", "choice(1,2)", "range(1,3)"),
-    *("float16", "bfloat16", "torch", "deepspeed", "native", "dummy", "length", "eos", "random", "hi", "wf6af16", "bert", "a,b"),
-    *("dataset", "longest_first", "llama", "qwen2", "gpt2", "t5", "silu", "relu", "256", "100000", "1000000", "31", "'[CLS]'"),
-    *("[", "]", "{", "}", "'", '"', "[1", "a=b", "=", ",", "a b", ":", "@", "#", "%", "!!python/object:os.system", "\\"),
+    *(
+        "${oops}",
+        "${engine.token_budget}",
+        "${oc.env:HOME}",
+        "${oc.env:NOT_THERE}",
+        "${oc.env:NOT_THERE,5}",
+        "${oc.decode:'['}",
+    ),
+    *(
+        "${hydra:run.dir}",
+        "${model}",
+        "${model.architecture}",
+        "${model.path}",
+        "${now:%Y}",
+        "${nope:1}",
+        "${",
+        "$}",
+        "\\${x}",
+    ),
+    *(
+        "'a\tb'",
+        "'\x1b[31m'",
+        "'\u202e\u2028'",
+        "'\x00'",
+        "'\ud800'",
+        "\u4f60\u597d",
+        "'=cmd|x'",
+        "'../x'",
+        "/etc/passwd",
+        "-rf",
+    ),
+    *(
+        "0.5",
+        "2GiB",
+        "1 B",
+        "0B",
+        "999999999GiB",
+        "'-1GiB'",
+        "1PiB",
+        "'.'",
+        "int(5)",
+        "int(x)",
+        "choice(1,2)",
+        "range(1,3)",
+    ),
+    *(
+        "float16",
+        "bfloat16",
+        "torch",
+        "deepspeed",
+        "native",
+        "dummy",
+        "length",
+        "eos",
+        "random",
+        "hi",
+        "wf6af16",
+        "bert",
+        "a,b",
+    ),
+    *(
+        "dataset",
+        "longest_first",
+        "llama",
+        "qwen2",
+        "gpt2",
+        "t5",
+        "silu",
+        "relu",
+        "256",
+        "100000",
+        "1000000",
+        "31",
+        "'[CLS]'",
+    ),
+    *(
+        "[",
+        "]",
+        "{",
+        "}",
+        "'",
+        '"',
+        "[1",
+        "a=b",
+        "=",
+        ",",
+        "a b",
+        ":",
+        "@",
+        "#",
+        "%",
+        "!!python/object:os.system",
+        "\\",
+    ),
 ]
 VALUE = st.one_of(
     st.sampled_from(ODD),
@@ -77,7 +188,21 @@ VALUE = st.one_of(
     st.text(max_size=8).map(lambda text: "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"),
 )
 LIKELY = st.sampled_from(["1", "2", "4", "8", "64", "100", "0.5", "1e-5", "true", "false", "null", "abc"])
-RESULTS = ["''", "' '", "'\x00'", "'a\x1bb\nc'", "x" * 300, "'\ud800'", "../x", "~/x", "-rf", "'=cmd'", "null", "[a]", "'\u202e'"]
+RESULTS = [
+    "''",
+    "' '",
+    "'\x00'",
+    "'a\x1bb\nc'",
+    "x" * 300,
+    "'\ud800'",
+    "../x",
+    "~/x",
+    "-rf",
+    "'=cmd'",
+    "null",
+    "[a]",
+    "'\u202e'",
+]
 BASES = [
     ["dataset=synthetic", "dataset.num_samples=2", "dataset.input_len=4", "dataset.output_len=3", *TINY],
     ["dataset=synthetic", "dataset.num_samples=2", "dataset.input_len=4", "dataset.output_len=3", *TINY],
@@ -105,7 +230,17 @@ def command_lines(draw: st.DrawFn) -> list[str]:
                 else draw(st.sampled_from([f"{group}={value}", f"{group}@x={option}", f"{group}/{option}={value}"]))
             )
         elif kind < 18:
-            form = ["+{0}={1}", "++{0}={1}", "~{0}", "~{0}={1}", "+{0}.foo={1}", "{0}x={1}", "{0}.0={1}", "{0}", ".{0}={1}"]
+            form = [
+                "+{0}={1}",
+                "++{0}={1}",
+                "~{0}",
+                "~{0}={1}",
+                "+{0}.foo={1}",
+                "{0}x={1}",
+                "{0}.0={1}",
+                "{0}",
+                ".{0}={1}",
+            ]
             words.append(draw(st.sampled_from(form)).format(key, value))
         elif kind == 18:
             words.append(draw(st.text(max_size=12)))
@@ -168,7 +303,7 @@ def assert_sane(config: dict[str, Any]) -> None:
         assert dataset[name] is None or (type(dataset[name]) is int and 1 <= dataset[name] <= 10**6), name
     assert dataset["name"] in ("sample", "asc24", "sharegpt", "synthetic")
     assert 0 <= dataset["seed"] < 2**63
-    assert config["generation"]["max_output_len"] is None or 1 <= config["generation"]["max_output_len"]
+    assert config["generation"]["max_output_len"] is None or config["generation"]["max_output_len"] >= 1
     assert parallel["tp"] >= 1 and parallel["dp"] >= 1
     assert parallel["tp"] * parallel["dp"] <= 64 * (os.cpu_count() or 1)
     assert 1 <= config["repeat"] <= 10_000
@@ -292,7 +427,17 @@ def test_every_malformed_command_line_is_one_line(
 ) -> None:
     """The same through real processes; nothing that could start a run, since a run takes its time."""
     chance = random.Random(7)
-    flags = ["-m", "--cfg", "--resolve", "-x", "--package", "--info", "--config-path=/nowhere", "--config-name=x", "--run"]
+    flags = [
+        "-m",
+        "--cfg",
+        "--resolve",
+        "-x",
+        "--package",
+        "--info",
+        "--config-path=/nowhere",
+        "--config-name=x",
+        "--run",
+    ]
     lines = [[chance.choice(flags)], ["-m", "--cfg", "job"], ["-m", "engine.token_budget=64,"]]
     while len(lines) < scale(6, 100):
         words = [f"{chance.choice(KEYS)}={chance.choice(ODD)}" for _ in range(chance.randrange(1, 3))]

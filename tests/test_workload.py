@@ -589,7 +589,9 @@ def test_record_that_is_no_triple(write: Callable[..., str], record: Any, found:
 )
 def test_bad_prompt(write: Callable[..., str], prompt: str, found: str) -> None:
     path = write(f'[["good", 1, 1], ["good", 1, 1], [{prompt}, 1, 1]]')
-    assert refusal("asc24", path) == f"dataset.path, record 2 (counting from 0), prompt: {found}; correct it in {path!r}"
+    assert (
+        refusal("asc24", path) == f"dataset.path, record 2 (counting from 0), prompt: {found}; correct it in {path!r}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -626,7 +628,9 @@ def test_bad_length(write: Callable[..., str], field: str, literal: str, found: 
 
 def test_the_other_dataset_is_recognised(write: Callable[..., str]) -> None:
     line = refusal("asc24", write([chat("a", "b")]))
-    assert line.startswith("dataset.path, record 0 (counting from 0): an object with the keys ['id', 'conversations'], not [")
+    assert line.startswith(
+        "dataset.path, record 0 (counting from 0): an object with the keys ['id', 'conversations'], not ["
+    )
     assert line.endswith("; use dataset=sharegpt for this file")
     assert refusal("sharegpt", write(TRIPLES)).endswith("; use dataset=asc24 for this file")
 

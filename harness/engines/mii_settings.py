@@ -121,7 +121,9 @@ def local_checkpoint(settings: EngineSettings) -> Source:
         remedy = "give model.path=DIR with config.json and *.safetensors, or use engine=fastgen"
         raise UserError("engine", f"mii reads a checkpoint's safetensors, not {what}", remedy)
     if source.pickled:
-        raise UserError("model.allow_pickle", "true: mii reads safetensors alone", "use engine=fastgen, or convert them")
+        raise UserError(
+            "model.allow_pickle", "true: mii reads safetensors alone", "use engine=fastgen, or convert them"
+        )
     if source.kind == "directory":
         return source
     from huggingface_hub import snapshot_download
@@ -195,7 +197,9 @@ def end_of_sequence(source: Source, settings: EngineSettings) -> frozenset[int]:
         generation = GenerationConfig.from_pretrained(source.path)
     except OSError:
         generation = None  # no generation_config.json
-    model: Any = SimpleNamespace(generation_config=generation, config=AutoConfig.from_pretrained(source.path, trust_remote_code=False))
+    model: Any = SimpleNamespace(
+        generation_config=generation, config=AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+    )
     return stop_ids(model, settings.generation)
 
 
