@@ -71,6 +71,7 @@ def find(path: str, trust_remote_code: bool, need_weights: bool, allow_pickle: b
     if not isinstance(cached, str) and not _hub_reachable():
         raise UserError("model.path", f"{path} is not in the local cache, and its hub cannot be reached", GIVE_PATH)
     architecture = _read_json(Path(cached)) if isinstance(cached, str) else {}
+    _refuse_kernels(architecture, f"model.path, {path}, ", trust_remote_code)
     return Source("hub", path, None, path, architecture, trust_remote_code, allow_pickle)
 
 
@@ -110,6 +111,7 @@ def _directory(directory: Path, trust_remote_code: bool, need_weights: bool, all
         raise UserError("model.path", found, "merge it into its base model, or take that file away")
     architecture = _read_json(config)
     check_architecture(architecture, f"model.path, {config}, ")
+    _refuse_kernels(architecture, f"model.path, {config}, ", trust_remote_code)
     for shard in shards:
         _check_safetensors(shard)
     for pickle in pickles:
@@ -210,10 +212,18 @@ def check_architecture(architecture: dict[str, Any], where: str) -> None:
         if architecture.get(key) is not None and not positive_integer(architecture[key]):
             found = f"is {quoted(architecture[key])}"
             raise UserError(f"{where}{key}", found, "give a positive integer or leave it out")
-    thetas = [("rope_theta", entry.get("rope_theta")) for entry in (architecture, *rotary_settings(architecture))]
-    for key, value in [("rms_norm_eps", architecture.get("rms_norm_eps")), *thetas]:
-        if value is not None and not (_is_number(value) and 0 < value < math.inf):
-            raise UserError(f"{where}{key}", f"is {quoted(value)}", "give a number above 0")
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(architecture.get(key), dict | None):
+            raise UserError(
+                f"{where}{key}", f"is {quoted(architecture[key])}", "give rope_type and rope_theta, or null"
+            )
+    bounds = [("rms_norm_eps", architecture.get("rms_norm_eps"), 1.0)]
+    bounds += [
+        ("rope_theta", each.get("rope_theta"), math.inf) for each in (architecture, *rotary_settings(architecture))
+    ]
+    for key, value, bound in bounds:
+        if value is not None and not (_is_number(value) and 0 < value < bound):
+            raise UserError(f"{where}{key}", f"is {quoted(value)}", f"give a number above 0 and below {bound:g}")
     heads, kv_heads, head_dim = attention_heads(architecture)
     if heads % kv_heads:
         raise UserError(f"{where}num_key_value_heads", f"{kv_heads} does not divide the {heads} heads", "change one")
@@ -222,6 +232,18 @@ def check_architecture(architecture: dict[str, Any], where: str) -> None:
         raise UserError(f"{where}hidden_size", found, "change one")
     if head_dim % 2:
         raise UserError(f"{where}head_dim", f"{head_dim} is odd, and rotary embeddings turn pairs", "make it even")
+
+
+def _refuse_kernels(value: object, where: str, trust_remote_code: bool) -> None:
+    """Raises UserError for a config that names compiled kernels on a hub: transformers would fetch and run them."""
+    if not isinstance(value, dict) or trust_remote_code:
+        return
+    for key, item in value.items():
+        _refuse_kernels(item, where, trust_remote_code)
+        names = item.values() if isinstance(item, dict) else [item]
+        if "_implementation" in key and any(isinstance(name, str) and "/" in name for name in names):
+            remedy = "take it out, or give model.trust_remote_code=true"
+            raise UserError(f"{where}{key}", f"{quoted(item)} names code to be fetched and run", remedy)
 
 
 def attention_heads(architecture: dict[str, Any]) -> tuple[int, int, int]:

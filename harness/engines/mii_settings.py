@@ -170,9 +170,7 @@ def refuse_unsupported(settings: EngineSettings, source: Source) -> None:
 
 def _beyond_mii(source: Source, quantization: str | None) -> Iterator[str]:
     """Yields what DeepSpeed's kernels could compute, but MII's way of loading a model does not."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+    config = _config(source)
     epsilon = getattr(config, "rms_norm_eps", NORM_EPSILON)
     if epsilon != NORM_EPSILON:
         yield f"its rms_norm_eps is {epsilon}, and MII computes with {NORM_EPSILON} whatever the model says"
@@ -189,17 +187,23 @@ def _beyond_mii(source: Source, quantization: str | None) -> Iterator[str]:
         yield f"{quantization} needs the package qtorch, which is not installed"
 
 
+def _config(source: Source) -> Any:
+    """Returns transformers' config of a checkpoint, none of whose code is run; raises UserError if it has to be."""
+    from transformers import AutoConfig
+
+    with checkpoint.as_user_error("model.path", str(source.path)):
+        return AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+
+
 def end_of_sequence(source: Source, settings: EngineSettings) -> frozenset[int]:
     """Returns the checkpoint's end-of-sequence ids as transformers would, none under ``stop: length``."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     try:
         generation = GenerationConfig.from_pretrained(source.path)
     except OSError:
         generation = None  # no generation_config.json
-    model: Any = SimpleNamespace(
-        generation_config=generation, config=AutoConfig.from_pretrained(source.path, trust_remote_code=False)
-    )
+    model: Any = SimpleNamespace(generation_config=generation, config=_config(source))
     return stop_ids(model, settings.generation)
 
 
