@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from harness import environment
 from harness.config import DatasetConfig, GenerationConfig, SyntheticPrompt
 from harness.errors import UserError, quoted
 
@@ -27,6 +28,7 @@ SAMPLE_PATH = Path(__file__).resolve().parent / "data" / "sample.jsonl"
 MAX_LENGTH = 1_000_000  # tokens of one prompt or one output
 MAX_SAMPLES = 1_000_000  # synthetic requests; files are as long as they are
 MAX_RANDOM_TOKENS = 100_000_000  # ids of dataset.prompt=random in total; each takes 8 bytes
+BYTES_A_LIST, BYTES_A_VALUE = 180, 80  # in memory, of a list or object in a file, and of a value in one (measured)
 MAX_FILE_BYTES = 2**31  # stored or uncompressed; the whole file is held in memory
 
 _RECORDS = {
@@ -301,6 +303,10 @@ class _File:
 
     def records(self, data: bytes) -> list[_Record]:
         """Returns the records, their values unchecked, out of uncompressed bytes."""
+        needed = 2 * len(data) + BYTES_A_LIST * (data.count(b"[") + data.count(b"{")) + BYTES_A_VALUE * data.count(b",")
+        if needed > (free := environment.available_memory_bytes()):  # a small gzip file may hold a billion lists
+            found = f"reading it may take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of memory are free"
+            raise self.error(found, "give a part of it, or use a larger machine")
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:

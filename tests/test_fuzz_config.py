@@ -294,8 +294,8 @@ def assert_sane(config: dict[str, Any]) -> None:
         if architecture["model_type"] == "llama":
             assert architecture["hidden_size"] > 0 and architecture["num_hidden_layers"] > 0
             assert architecture["num_attention_heads"] % (architecture.get("num_key_value_heads") or 1) == 0
-            assert 0 < architecture.get("rms_norm_eps", 1e-6) < 1
-            assert (architecture.get("rope_parameters") or {}).get("rope_theta", 1) > 0
+            assert 0 < (architecture["rms_norm_eps"] or 1e-6) < 1
+            assert ((architecture["rope_parameters"] or {}).get("rope_theta") or 1) > 0
             limit = architecture["max_position_embeddings"]
             assert model["max_context"] is None or 1 <= model["max_context"] <= limit
             assert 259 <= architecture["vocab_size"] <= 2**31

@@ -660,6 +660,14 @@ def test_no_usable_conversation(write: Callable[..., str]) -> None:
         resolve(loaded, NO_CAP, count_tokens=lambda texts: [0])
 
 
+def test_a_small_file_that_would_fill_the_memory(write: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(gzip.compress(b"[" + b"[]," * 10_000 + b"[]]"))
+    monkeypatch.setattr(workload.environment, "available_memory_bytes", lambda: 2_600_000)
+    assert refusal("asc24", path).startswith("dataset.path: reading it may take 0.0 GiB, 0.0 GiB of memory are free: ")
+    monkeypatch.setattr(workload.environment, "available_memory_bytes", lambda: 2_700_000)
+    assert refusal("asc24", path).startswith("dataset.path, record 0")
+
+
 # Anything at all
 
 SCALARS = st.one_of(
