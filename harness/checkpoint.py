@@ -26,6 +26,7 @@ from harness.checkpoint_files import (
     find,
     find_tokenizer,
     positive_integer,
+    refuse_kernels,
 )
 from harness.config import ModelConfig, Weights
 from harness.errors import UserError, one_line, quoted
@@ -298,6 +299,9 @@ def _load_pretrained(source: Source, kwargs: dict[str, Any]) -> PreTrainedModel:
     where = os.path.join(str(source.path), source.gguf_file or "")
     gguf = source.gguf_file is not None
     with quiet(downloads=hub, stderr=not gguf), as_user_error("model.path", where.rstrip(os.sep)):
+        if hub:  # whose config nobody has read yet
+            raw, _ = transformers.PretrainedConfig.get_config_dict(source.path)
+            refuse_kernels(raw, f"model.path, {source.path}, ", source.trust_remote_code)
         # Mismatches are let through here because the report below names them better than an exception.
         model, info = auto.from_pretrained(
             source.path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs

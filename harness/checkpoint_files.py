@@ -71,7 +71,7 @@ def find(path: str, trust_remote_code: bool, need_weights: bool, allow_pickle: b
     if not isinstance(cached, str) and not _hub_reachable():
         raise UserError("model.path", f"{path} is not in the local cache, and its hub cannot be reached", GIVE_PATH)
     architecture = _read_json(Path(cached)) if isinstance(cached, str) else {}
-    _refuse_kernels(architecture, f"model.path, {path}, ", trust_remote_code)
+    refuse_kernels(architecture, f"model.path, {path}, ", trust_remote_code)
     return Source("hub", path, None, path, architecture, trust_remote_code, allow_pickle)
 
 
@@ -111,7 +111,7 @@ def _directory(directory: Path, trust_remote_code: bool, need_weights: bool, all
         raise UserError("model.path", found, "merge it into its base model, or take that file away")
     architecture = _read_json(config)
     check_architecture(architecture, f"model.path, {config}, ")
-    _refuse_kernels(architecture, f"model.path, {config}, ", trust_remote_code)
+    refuse_kernels(architecture, f"model.path, {config}, ", trust_remote_code)
     for shard in shards:
         _check_safetensors(shard)
     for pickle in pickles:
@@ -234,12 +234,12 @@ def check_architecture(architecture: dict[str, Any], where: str) -> None:
         raise UserError(f"{where}head_dim", f"{head_dim} is odd, and rotary embeddings turn pairs", "make it even")
 
 
-def _refuse_kernels(value: object, where: str, trust_remote_code: bool) -> None:
+def refuse_kernels(value: object, where: str, trust_remote_code: bool) -> None:
     """Raises UserError for a config that names compiled kernels on a hub: transformers would fetch and run them."""
     if not isinstance(value, dict) or trust_remote_code:
         return
     for key, item in value.items():
-        _refuse_kernels(item, where, trust_remote_code)
+        refuse_kernels(item, where, trust_remote_code)
         names = item.values() if isinstance(item, dict) else [item]
         if "_implementation" in key and any(isinstance(name, str) and "/" in name for name in names):
             remedy = "take it out, or give model.trust_remote_code=true"

@@ -267,6 +267,23 @@ def test_kernels_of_a_hub_are_not_fetched_for_a_config(model: Path, demo_model: 
     )
 
 
+def test_kernels_of_a_hub_are_not_fetched_for_another_s_config(model: Path, tmp_path: Path) -> None:
+    """In a process of its own, since the hub's settings are read when it is imported."""
+    edit(model / "config.json", _attn_implementation="someone/kernels")
+    place = tmp_path / "hub" / "models--org--tiny"
+    (place / "snapshots").mkdir(parents=True)
+    model.rename(place / "snapshots" / "0123")
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("0123")
+    code = (
+        "import torch; from harness.checkpoint import Source, load_model\n"
+        "load_model(Source('hub', 'org/tiny', None, 'org/tiny', {}, False), dtype=torch.float32)"
+    )
+    here = variables(HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=here, capture_output=True, text=True, timeout=120)
+    assert "UserError: model.path, org/tiny, _attn_implementation: 'someone/kernels' names code" in done.stderr
+
+
 # Paths
 
 
