@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from harness.checkpoint_files import (
@@ -25,16 +26,16 @@ from harness.checkpoint_files import (
     find,
     find_tokenizer,
     positive_integer,
+    refuse_kernels,
 )
 from harness.config import ModelConfig, Weights
 from harness.errors import UserError, one_line, quoted
+from harness.model_config import dummy_config, refuse_encoders
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-# A checkpoint's own code and packed weights: where the weights are made up there are neither.
-NOT_FOR_DUMMIES = ("auto_map", "quantization_config")
 SIZES = (
     "hidden_size",
     "num_hidden_layers",
@@ -63,7 +64,7 @@ def locate(model: ModelConfig) -> Source:
     dummy = model.weights is Weights.dummy
     found = Source("dummy", None, None, None, {}, model.trust_remote_code)
     if model.path is not None:
-        found = find(model.path, model.trust_remote_code, need_weights=not dummy)
+        found = find(model.path, model.trust_remote_code, not dummy, model.allow_pickle)
     elif not dummy:
         if not model.demo:
             remedy = "give the directory of a LLaMA-2 checkpoint as model.path=DIR, or model.weights=dummy"
@@ -96,6 +97,7 @@ def locate(model: ModelConfig) -> Source:
         tokenizer,
         architecture,
         model.trust_remote_code,
+        found.pickled and not dummy,
     )
 
 
@@ -282,7 +284,8 @@ def _load_pretrained(source: Source, kwargs: dict[str, Any]) -> PreTrainedModel:
     hub = source.kind == "hub"
     kwargs |= {
         "local_files_only": not hub,
-        "use_safetensors": True,
+        "use_safetensors": None if source.pickled else True,
+        "weights_only": True,  # out of a pickle, tensors alone
         "trust_remote_code": source.trust_remote_code,
     }
     if source.gguf_file is not None:
@@ -296,10 +299,14 @@ def _load_pretrained(source: Source, kwargs: dict[str, Any]) -> PreTrainedModel:
     where = os.path.join(str(source.path), source.gguf_file or "")
     gguf = source.gguf_file is not None
     with quiet(downloads=hub, stderr=not gguf), as_user_error("model.path", where.rstrip(os.sep)):
+        if hub:  # whose config nobody has read yet
+            raw, _ = transformers.PretrainedConfig.get_config_dict(source.path)
+            refuse_kernels(raw, f"model.path, {source.path}, ", source.trust_remote_code)
         # Mismatches are let through here because the report below names them better than an exception.
         model, info = auto.from_pretrained(
             source.path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
+    refuse_encoders(model.config)
     mismatched = [entry[0] for entry in info["mismatched_keys"]]
     # Older LLaMA checkpoints also hold each layer's rotary frequencies, which follow from the config.
     unexpected = [key for key in info["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq")]
@@ -326,11 +333,11 @@ def refuse_other_weights(
 
 def _load_dummy(source: Source, seed: int, kwargs: dict[str, Any]) -> PreTrainedModel:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    architecture = {key: value for key, value in source.architecture.items() if key not in NOT_FOR_DUMMIES}
+    architecture = source.architecture
     with quiet(), as_user_error("model.architecture", quoted(architecture.get("model_type"))):
-        config = AutoConfig.for_model(**architecture)
+        config = dummy_config(source)
         config.initializer_range = 0.02  # small enough for activations to stay finite in half precision
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
@@ -379,7 +386,8 @@ def as_user_error(field: str, where: str) -> Iterator[None]:
 
     caught = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError)
     try:
-        yield
+        with _unpickling(where):
+            yield
     except (*caught, StrictDataclassError, SafetensorError) as error:
         if getattr(error, "errno", None) == errno.ENOMEM:
             raise
@@ -392,3 +400,15 @@ def as_user_error(field: str, where: str) -> Iterator[None]:
         if isinstance(error, LookupError | TypeError | AttributeError):
             first = f"{type(error).__name__}: {first}"
         raise UserError(field, f"{where}: {one_line(first, 300)}", remedy) from error
+
+
+@contextmanager
+def _unpickling(where: str) -> Iterator[None]:
+    """Says what a pickle is that torch, reading tensors alone, refuses: torch advises to run what is in it."""
+    try:
+        yield
+    except (UnpicklingError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        found = f"{where}: its pickled weights are damaged, or hold more than tensors; nothing in them was run"
+        raise UserError("model.allow_pickle", found, "get them from where you trust, as safetensors") from error

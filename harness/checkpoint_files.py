@@ -15,7 +15,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import urlsplit
 
 from harness.errors import UserError, quoted
@@ -29,6 +29,7 @@ ESSENTIAL = (
     "vocab_size",
     "max_position_embeddings",
 )
+PICKLE = "pytorch_model.bin"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 GIVE_PATH = "give the directory of a checkpoint (config.json and *.safetensors) or a GGUF file"
@@ -44,18 +45,19 @@ class Source:
     tokenizer: str | None  # directory, GGUF file or hub id; None is the byte tokenizer
     architecture: dict[str, Any]  # config.json's keys; {} for a hub id that is not in the local cache
     trust_remote_code: bool
+    pickled: bool = False  # the weights are pickles (of a hub id: may be), and model.allow_pickle lets them be read
 
 
-def find(path: str, trust_remote_code: bool, need_weights: bool) -> Source:
+def find(path: str, trust_remote_code: bool, need_weights: bool, allow_pickle: bool = False) -> Source:
     """Returns the source that ``model.path`` names; ``need_weights`` is off for dummy weights.
 
     Raises:
-        UserError: nothing is there, a file is broken or missing, or only pickled weights exist.
+        UserError: nothing is there, a file is broken or missing, or there are only pickled weights, not allowed.
     """
     try:
         place = Path(path).expanduser()
         if path and place.is_dir():
-            return _directory(place.absolute(), trust_remote_code, need_weights)
+            return _directory(place.absolute(), trust_remote_code, need_weights, allow_pickle)
         if place.is_file():
             return _gguf(place.absolute(), trust_remote_code)
     except (OSError, RuntimeError) as error:  # RuntimeError: no such user in ~user
@@ -69,7 +71,8 @@ def find(path: str, trust_remote_code: bool, need_weights: bool) -> Source:
     if not isinstance(cached, str) and not _hub_reachable():
         raise UserError("model.path", f"{path} is not in the local cache, and its hub cannot be reached", GIVE_PATH)
     architecture = _read_json(Path(cached)) if isinstance(cached, str) else {}
-    return Source("hub", path, None, path, architecture, trust_remote_code)
+    refuse_kernels(architecture, f"model.path, {path}, ", trust_remote_code)
+    return Source("hub", path, None, path, architecture, trust_remote_code, allow_pickle)
 
 
 def _hub_reachable() -> bool:
@@ -91,31 +94,55 @@ def _is_hub_id(path: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(?<!\.gguf)", path) is not None
 
 
-def _directory(directory: Path, trust_remote_code: bool, need_weights: bool) -> Source:
+def _directory(directory: Path, trust_remote_code: bool, need_weights: bool, allow_pickle: bool) -> Source:
     config = directory / "config.json"
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    shards: list[Path] = []
-    if need_weights and single.is_file():
-        shards = [single]
-    elif need_weights and index.is_file():
-        names = _read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-            raise UserError("model.path", f"{index} has no weight_map", "copy the file again")
-        shards = [directory / name for name in sorted(set(names.values()))]
-    elif need_weights or not config.is_file():
+    shards = weight_files(directory) if need_weights else []
+    pickles = weight_files(directory, PICKLE) if need_weights and allow_pickle and not shards else []
+    if not shards and not pickles and (need_weights or not config.is_file()):
         ggufs = sorted(directory.glob("*.gguf"))
         if len(ggufs) == 1:
             return _gguf(ggufs[0], trust_remote_code)
         raise _nothing_to_load(directory, ggufs, need_weights)
     if not config.is_file():
         raise UserError("model.path", f"{directory} has no config.json", "copy it from where the weights came from")
+    if (adapter := directory / "adapter_config.json").is_file():
+        # With peft installed, transformers would load the model that this file names; without it, ignore the adapter.
+        found = f"{adapter} makes it an adapter of another model"
+        raise UserError("model.path", found, "merge it into its base model, or take that file away")
     architecture = _read_json(config)
     check_architecture(architecture, f"model.path, {config}, ")
+    refuse_kernels(architecture, f"model.path, {config}, ", trust_remote_code)
     for shard in shards:
         _check_safetensors(shard)
+    for pickle in pickles:
+        _check_there(pickle)
     has_tokenizer = any((directory / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = str(directory) if has_tokenizer else None
-    return Source("directory", str(directory), None, tokenizer, architecture, trust_remote_code)
+    return Source("directory", str(directory), None, tokenizer, architecture, trust_remote_code, bool(pickles))
+
+
+def weight_files(directory: Path, name: str = "model.safetensors") -> list[Path]:
+    """Returns the files that hold a checkpoint's weights, as transformers chooses them; none where there are none.
+
+    Args:
+        name: of a single file; that of several ends with ``.index.json`` and names them.
+
+    Raises:
+        UserError: the index is broken, or names a file outside ``directory``.
+    """
+    single, index = directory / name, directory / f"{name}.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return []
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+        raise UserError("model.path", f"{index} has no weight_map", "copy the file again")
+    for file in names.values():
+        if file != os.path.basename(file) or file in ("", ".", "..") or "\0" in file or "\\" in file:
+            found = f"{index} names {quoted(file)}, which is no file of that directory"
+            raise UserError("model.path", found, "use a checkpoint from a source that you trust")
+    return [directory / file for file in sorted(set(names.values()))]
 
 
 def _nothing_to_load(directory: Path, ggufs: list[Path], need_weights: bool) -> UserError:
@@ -129,7 +156,8 @@ def _nothing_to_load(directory: Path, ggufs: list[Path], need_weights: bool) -> 
         return UserError(
             "model.path",
             f"{directory} holds only pickled weights ({pickles[0]}), which can run code when they are loaded",
-            "convert them to safetensors (transformers' save_pretrained does)",
+            f"convert them to safetensors (transformers' save_pretrained does), or give model.allow_pickle=true "
+            f"to read the tensors alone out of {PICKLE}",
         )
     return UserError("model.path", f"{directory} holds neither model.safetensors nor a GGUF file", GIVE_PATH)
 
@@ -184,6 +212,18 @@ def check_architecture(architecture: dict[str, Any], where: str) -> None:
         if architecture.get(key) is not None and not positive_integer(architecture[key]):
             found = f"is {quoted(architecture[key])}"
             raise UserError(f"{where}{key}", found, "give a positive integer or leave it out")
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(architecture.get(key), dict | None):
+            raise UserError(
+                f"{where}{key}", f"is {quoted(architecture[key])}", "give rope_type and rope_theta, or null"
+            )
+    bounds = [("rms_norm_eps", architecture.get("rms_norm_eps"), 1.0)]
+    bounds += [
+        ("rope_theta", each.get("rope_theta"), math.inf) for each in (architecture, *rotary_settings(architecture))
+    ]
+    for key, value, bound in bounds:
+        if value is not None and not (_is_number(value) and 0 < value < bound):
+            raise UserError(f"{where}{key}", f"is {quoted(value)}", f"give a number above 0 and below {bound:g}")
     heads, kv_heads, head_dim = attention_heads(architecture)
     if heads % kv_heads:
         raise UserError(f"{where}num_key_value_heads", f"{kv_heads} does not divide the {heads} heads", "change one")
@@ -194,6 +234,18 @@ def check_architecture(architecture: dict[str, Any], where: str) -> None:
         raise UserError(f"{where}head_dim", f"{head_dim} is odd, and rotary embeddings turn pairs", "make it even")
 
 
+def refuse_kernels(value: object, where: str, trust_remote_code: bool) -> None:
+    """Raises UserError for a config that names compiled kernels on a hub: transformers would fetch and run them."""
+    if not isinstance(value, dict) or trust_remote_code:
+        return
+    for key, item in value.items():
+        refuse_kernels(item, where, trust_remote_code)
+        names = item.values() if isinstance(item, dict) else [item]
+        if "_implementation" in key and any(isinstance(name, str) and "/" in name for name in names):
+            remedy = "take it out, or give model.trust_remote_code=true"
+            raise UserError(f"{where}{key}", f"{quoted(item)} names code to be fetched and run", remedy)
+
+
 def attention_heads(architecture: dict[str, Any]) -> tuple[int, int, int]:
     """Returns the query heads, the key-value heads and the size of one head."""
     heads = architecture["num_attention_heads"]
@@ -201,6 +253,10 @@ def attention_heads(architecture: dict[str, Any]) -> tuple[int, int, int]:
     if head_dim is None:  # transformers' default, which only qwen3 does not derive
         head_dim = 128 if architecture.get("model_type") == "qwen3" else architecture["hidden_size"] // heads
     return heads, architecture.get("num_key_value_heads") or heads, head_dim
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def positive_integer(value: object) -> int:
@@ -240,10 +296,14 @@ def rotary_types(architecture: dict[str, Any]) -> set[str]:
     return {str(rope_type) for rope_type in found if rope_type is not None}
 
 
-def _check_safetensors(path: Path) -> None:
-    """Reads the header: the tensors must fill the file to its last byte."""
+def _check_there(path: Path) -> None:
     if not path.is_file():
         raise UserError("model.path", f"{path} is missing, though the index names it", "copy the file")
+
+
+def _check_safetensors(path: Path) -> None:
+    """Reads the header: the tensors must fill the file to its last byte."""
+    _check_there(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from harness.comparison.reading import load
-from harness.errors import INTERRUPTED, UserError, report
+from harness.errors import INTERRUPTED, UserError, printable, report
 from harness.files import replace
 
 DEFAULT_TABLE = "results/runs.csv"
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     page = None if options.html is None else _writable(options.html)
-    runs = load(options.tables, lambda line: print(f"warning: {line}", file=sys.stderr))
+    runs = load(options.tables, lambda line: print(f"warning: {printable(line)}", file=sys.stderr))
     # Only now: pandas takes longer to import than a mistyped path takes to find.
     from harness.comparison import groups, text
 
@@ -106,7 +106,7 @@ def _run(options: argparse.Namespace) -> None:
         from harness.comparison.page import html
 
         _write(page, html(compared, options.tables))
-        print(f"wrote {options.html}", file=sys.stderr)
+        print(f"wrote {printable(options.html)}", file=sys.stderr)
     if options.csv:
         sys.stdout.write(text.as_csv(compared))
     elif options.json:

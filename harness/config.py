@@ -94,6 +94,7 @@ class ModelConfig:
     weights: Weights = Weights.pretrained
     dtype: DType = DType.auto
     trust_remote_code: bool = False
+    allow_pickle: bool = False
     max_context: int | None = None
     architecture: dict[str, Any] = field(default_factory=dict)
 
@@ -176,6 +177,9 @@ AUTO_TP_FAMILIES = (
     *("cohere", "gemma", "gpt_neox", "granite", "llama", "mistral"),
     *("olmo", "phi", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
 )
+MAX_SEED = 2**63 - 1
+MAX_REPEAT = 10_000
+TIMEOUTS_S = (1e-3, 1e9)  # what the system's timers take: below a microsecond they mean none
 BYTE_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -229,9 +233,13 @@ def check(config: Config, accelerator: str) -> None:
     _check_numbers(config)
     _check_engine(config, accelerator)
     _check_parallel(config)
+    _check_architecture(config.model.architecture, "model.architecture")
     check_sweep(config.sweep)
     if config.verify:
         raise UserError("verify", f"{config.verify}: checking against HF is not built yet", "use verify=0")
+    for name, text in (("model.name", config.model.name), ("hardware.name", config.hardware.name)):
+        if not 0 < len(text.strip()) <= 200 or not text.isprintable():
+            raise UserError(name, quoted(text), "give a name of 1 to 200 printable characters")
     if not config.results_dir.strip():
         raise UserError("results_dir", quoted(config.results_dir), "name a directory")
 
@@ -268,16 +276,22 @@ def _check_numbers(config: Config) -> None:
     for name, value in at_least_one.items():
         if value is not None and not 1 <= value <= 2**31:
             raise UserError(name, str(value), f"give a whole number from 1 to {2**31}")
+    if config.repeat > MAX_REPEAT:
+        raise UserError("repeat", str(config.repeat), f"give a whole number from 1 to {MAX_REPEAT}")
+    if not 0 <= config.dataset.seed <= MAX_SEED:  # the generator takes a negative one for its positive
+        raise UserError("dataset.seed", str(config.dataset.seed), f"give a whole number from 0 to {MAX_SEED}")
     hardware = config.hardware
     peaks = {f"hardware.peak_flops.{dtype}": peak for dtype, peak in hardware.peak_flops.items()}
     peaks["hardware.memory_bytes"] = hardware.memory_bytes
     peaks["hardware.memory_bandwidth"] = hardware.memory_bandwidth
     peaks["hardware.interconnect_bandwidth"] = hardware.interconnect_bandwidth
+    for dtype in hardware.peak_flops.keys() - set(DType.__members__):
+        raise UserError(f"hardware.peak_flops.{dtype}", "no such type", f"choose one of {', '.join(DType.__members__)}")
     for name, peak in peaks.items():
         if peak is not None and not 0 < peak < math.inf:
             raise UserError(name, str(peak), "give the data sheet's figure, or null where it is not known")
-    if config.timeout_s is not None and not (0 < config.timeout_s < math.inf):
-        raise UserError("timeout_s", str(config.timeout_s), "give seconds above 0, or null for none")
+    if config.timeout_s is not None and not TIMEOUTS_S[0] <= config.timeout_s <= TIMEOUTS_S[1]:
+        raise UserError("timeout_s", str(config.timeout_s), "give seconds from 0.001 to 1e9, or null for none")
     try:
         memory = parse_bytes(engine.kv_memory)
     except ValueError:
@@ -288,6 +302,15 @@ def _check_numbers(config: Config) -> None:
             quoted(engine.kv_memory),
             "give a fraction of the free memory up to 1, a number of bytes, or a size such as 2GiB",
         )
+
+
+def _check_architecture(value: object, where: str) -> None:
+    """Raises UserError for a NaN, which no comparison would notice, however deep."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inner:
+        _check_architecture(item, f"{where}.{key}")
+    if isinstance(value, float) and math.isnan(value):
+        raise UserError(where, "nan", "give a number, or null to leave it out")
 
 
 def _check_engine(config: Config, accelerator: str) -> None:

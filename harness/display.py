@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from harness.engines.base import Progress as EngineProgress
+from harness.errors import printable
 from harness.workload import Completion
 
 REFRESH_S = 0.5
@@ -32,7 +33,7 @@ class _Console(Console):
 
 def console() -> Console:
     """Returns the terminal; a log file gets plain lines of a width that holds the summary."""
-    return _Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 110)
+    return _Console(file=sys.stdout, highlight=False, emoji=False, width=None if sys.stdout.isatty() else 110)
 
 
 class Display:
@@ -136,7 +137,7 @@ def summary(screen: Console, row: dict[str, Any], record: dict[str, Any]) -> Non
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for label, text in _lines(row, record):
-        table.add_row(label, text)
+        table.add_row(label, printable(text))
     screen.print()
     screen.print(table)
 

@@ -17,7 +17,7 @@ class UserError(Exception):
     """Something the user can put right: printed as one line, exit status 2, never a traceback.
 
     Args:
-        field: the config key, file or record concerned, e.g. ``dataset.path`` or ``record 17, output_len``.
+        field: the config key, file or record concerned, e.g. ``parallel.tp`` or ``dataset.path, record 17``.
         found: what was found there, with the value.
         remedy: what to do about it.
     """
@@ -37,14 +37,23 @@ def report(error: BaseException) -> int:
     """
     if os.environ.get(FULL_ERROR, "0") not in ("", "0"):
         traceback.print_exception(error)
-    print(f"error: {error}", file=sys.stderr)
+    complain(str(error))
     return REFUSED
+
+
+def complain(line: str) -> None:
+    """Prints ``line`` as an error on standard error."""
+    print(f"error: {printable(line)}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Returns ``text`` with escapes in place of what a terminal would obey or cannot show; line ends are among it."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def one_line(text: str, limit: int = 600) -> str:
     """Returns ``text`` on one line, control characters escaped, cut at ``limit`` characters."""
-    line = " ".join(text.split())
-    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+    line = printable(" ".join(text.split()))
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 

@@ -8,7 +8,10 @@ import re
 from typing import get_type_hints
 
 from harness.config import Config
-from harness.errors import UserError, one_line
+from harness.errors import UserError, one_line, quoted
+
+HOW_TO_WRITE = "write group=option or group.key=value, special characters in quotes inside the shell's: \"key='a,b'\""
+PARSER_S_WORDS = "mismatched input|no viable alternative|extraneous input|token recognition|NoViableAlt|missing .* at "
 
 
 def explain(error: BaseException) -> UserError:
@@ -45,17 +48,19 @@ def explain(error: BaseException) -> UserError:
     if match := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
         return UserError(match[1], "is there already", f"leave out the +: {match[1]}=...")
     first = text.strip().split("\n")[0]
+    if (word := getattr(error, "override", None)) is not None:
+        parts = [
+            line for line in str(error).splitlines() if not line.startswith(("Error parsing override", "See http"))
+        ]
+        why = "" if re.search(PARSER_S_WORDS, text) or not parts else f": {one_line(parts[0], 200)}"
+        return UserError("command line", f"{quoted(word, 200)} cannot be read{why}", HOW_TO_WRITE)
     if match := re.search(r"Could not find '([^']+)/'", text):
         return UserError(match[1], "no option given", f"choose one: {match[1]}=...; see --help")
     if "nterpolation" in first:
         return UserError("command line", one_line(first, 200), "a ${...} stands for another key; check its name")
     if key := getattr(error, "full_key", None):
         return UserError(key, one_line(first, 200), "see --help for the keys and their values")
-    return UserError(
-        "command line",
-        one_line(first, 200),
-        "write group=option or group.key=value, special characters in quotes inside the shell's: \"key='a,b'\"",
-    )
+    return UserError("command line", one_line(first, 200), HOW_TO_WRITE)
 
 
 def keys() -> list[str]:

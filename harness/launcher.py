@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from harness import environment, faults
 from harness import job as jobs
-from harness.errors import INTERRUPTED, REFUSED, UserError, report
+from harness.errors import INTERRUPTED, REFUSED, UserError, complain, report
 from harness.results import LAUNCH_LOG, RunRecorder, close_unfinished, new_run_id, read_record
 
 MAIN = Path(__file__).resolve().parent / "main.py"
@@ -60,7 +60,7 @@ def run(composed: DictConfig, overrides: list[str]) -> int:
     if isinstance(outcome.error, UserError):
         report(outcome.error)
     elif outcome.error is not None:
-        print(f"error: {outcome.error}", file=sys.stderr)
+        complain(str(outcome.error))
     return outcome.exit_status
 
 

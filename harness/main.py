@@ -25,7 +25,7 @@ from hydra.errors import HydraException  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from harness import config, ranks  # noqa: E402
+from harness import config, flags, ranks  # noqa: E402
 from harness.errors import FULL_ERROR, INTERRUPTED, REFUSED, UserError, full_error, report  # noqa: E402
 from harness.explain import explain  # noqa: E402
 
@@ -60,7 +60,10 @@ def main() -> int:
 
     asked = os.environ.get(FULL_ERROR)
     config.register()
-    sweeps = bool({"-m", "--multirun"} & set(sys.argv))
+    try:
+        sweeps = flags.parse(sys.argv[1:]).multirun
+    except UserError as error:
+        return refuse(error)
     try:
         if sweeps:
             if not _drives(rank, "-m"):

@@ -25,7 +25,7 @@ from rich.text import Text
 from harness import job as jobs
 from harness import launcher
 from harness.display import REFRESH_S, console, duration
-from harness.errors import INTERRUPTED, REFUSED, UserError, full_error, one_line, quoted
+from harness.errors import INTERRUPTED, REFUSED, UserError, full_error, one_line, printable, quoted
 from harness.explain import explain
 from harness.results import read_record
 from harness.runs_table import read_rows
@@ -120,7 +120,7 @@ class Sweep:
 
     def say(self, line: str) -> None:
         """Prints a line as it is; a terminal wraps it, a file keeps it whole."""
-        self.screen.print(line, markup=False, soft_wrap=True)
+        self.screen.print("\n".join(map(printable, line.split("\n"))), markup=False, soft_wrap=True)
 
     def run(self, overrides: list[str], composed: DictConfig, varied: list[str] | None = None) -> SweepJob:
         """Runs one job as often as its config's ``repeat`` says; with ``sweep.resume``, what is not done yet.
@@ -266,7 +266,7 @@ def _table(sweep_jobs: list[SweepJob]) -> Table:
     table.add_column("job", justify="right")
     leaves = [key.rpartition(".")[2] for key in keys]
     for key, leaf in zip(keys, leaves, strict=True):
-        table.add_column(escape(leaf if leaves.count(leaf) == 1 else key), overflow="fold")
+        table.add_column(printable(escape(leaf if leaves.count(leaf) == 1 else key)), overflow="fold")
     table.add_column("status")
     table.add_column("median tok/s" if repeated else "total tok/s", justify="right")
     if repeated:
@@ -277,7 +277,11 @@ def _table(sweep_jobs: list[SweepJob]) -> Table:
         values = choices(job.varied)
         statuses = dict.fromkeys(run.status for run in job.runs)
         rates = job.rates
-        cells = [str(job.number), *(escape(values.get(key, "")) for key in keys), ", ".join(statuses) or "not run"]
+        cells = [
+            str(job.number),
+            *(printable(escape(values.get(key, ""))) for key in keys),
+            ", ".join(statuses) or "not run",
+        ]
         cells.append(f"{statistics.median(rates):,.1f}" if rates else "")
         if repeated:
             cells.append(spread(rates))

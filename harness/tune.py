@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from harness import checkpoint, config, environment, files, workload
-from harness.errors import UserError
+from harness.errors import UserError, printable
 from harness.sweep import Sweep, SweepJob, choices, without_hydra
 
 if TYPE_CHECKING:
@@ -157,8 +157,8 @@ def _announce(sweep: Sweep, composed: DictConfig, winner: SweepJob, found: dict[
         OmegaConf.update(overlay, key, value)
     lines = [
         "# @package _global_",
-        f"{MARK}{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, for {composed.model.name} and "
-        f"{composed.dataset.name} on {device}:",
+        f"{MARK}{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, for {printable(composed.model.name)} and "
+        f"{printable(composed.dataset.name)} on {printable(device)}:",
         f"# {figures}; run {winner.runs[-1].run_id}",
         OmegaConf.to_yaml(overlay),
     ]

@@ -44,7 +44,7 @@ def close(results_dir: str, run_id: str, pid: int) -> None:
 
     import socket
 
-    from harness.errors import UserError
+    from harness.errors import UserError, complain
     from harness.results import RUNNING, close_unfinished, read_record, run_directory
 
     # A run that is resumed takes the directory over, under a lock: the place to try that lock is here.
@@ -61,7 +61,7 @@ def close(results_dir: str, run_id: str, pid: int) -> None:
     except UserError as error:
         line = f"{fault.error}; and the record cannot be written: {error}"
     with contextlib.suppress(OSError):  # the reader may have left
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        complain(line)
 
 
 def _signal_of(pid: int) -> int:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from harness import environment, faults, ranks, signals, undertaker
 from harness import job as jobs
 from harness.config import PLACES
-from harness.errors import INTERRUPTED, REFUSED, UserError, report
+from harness.errors import INTERRUPTED, REFUSED, UserError, complain, printable, report
 from harness.faults import Fault
 from harness.job import Job
 from harness.launcher import PARENT_VARIABLE, RUN_ID_VARIABLE
@@ -87,7 +87,7 @@ def run(composed: DictConfig, rank: Rank) -> int:
         if recorder is not None:
             recorder.finish(fault.status, fault.error, **({} if work is None else work.measured()))
             line = fault.error + (f" ({faults.way_on(recorder.directory, recorder.run_id)})" if running else "")
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        complain(line)
         rendezvous.fail(fault.error, fault.exit_status, fault.status)
         os._exit(fault.exit_status)
 
@@ -121,7 +121,7 @@ def run(composed: DictConfig, rank: Rank) -> int:
         work.replicas.stop()
     measured = {} if work is None else work.measured()
     if recorder is None:
-        print(f"error: rank {rank.rank}: {fault.error}", file=sys.stderr)
+        complain(f"rank {rank.rank}: {fault.error}")
         _tell(rendezvous, fault)
         return fault.exit_status
     log.error("%s: %s", fault.status, fault.error)
@@ -131,7 +131,7 @@ def run(composed: DictConfig, rank: Rank) -> int:
         recorder.finish(fault.status, fault.error, peak_memory_bytes=peak, **measured)
     except UserError as error:
         kept = f"; and the record cannot be written: {error}"
-    print(f"error: {fault.error}{kept}", file=sys.stderr)
+    complain(f"{fault.error}{kept}")
     _tell(rendezvous, fault)
     return fault.exit_status
 
@@ -429,7 +429,7 @@ class _Run:
         summary(self.screen, row, self.recorder.record | places)
         log.info("%s: %s total tokens/s", row["status"], row["total_tokens_per_s"])
         if error is not None:
-            print(f"error: {error}", file=sys.stderr)
+            complain(error)
         return {"ok": 0, "invalid": REFUSED}.get(status, 1)
 
     def measured(self) -> dict[str, Any]:
@@ -459,12 +459,19 @@ class _Run:
     def _say(self, line: str) -> None:
         log.info(line)
         if self.rank.first:
-            self.screen.print(line, markup=False)
+            self.screen.print(printable(line), markup=False)
+
+
+class _Formatter(logging.Formatter):
+    """Escapes what a terminal that shows the log would obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
 
 
 def _log_to(path: str) -> None:
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     log.setLevel(logging.INFO)
     logging.captureWarnings(True)

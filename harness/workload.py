@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from harness import environment
 from harness.config import DatasetConfig, GenerationConfig, SyntheticPrompt
 from harness.errors import UserError, quoted
 
@@ -27,6 +28,7 @@ SAMPLE_PATH = Path(__file__).resolve().parent / "data" / "sample.jsonl"
 MAX_LENGTH = 1_000_000  # tokens of one prompt or one output
 MAX_SAMPLES = 1_000_000  # synthetic requests; files are as long as they are
 MAX_RANDOM_TOKENS = 100_000_000  # ids of dataset.prompt=random in total; each takes 8 bytes
+BYTES_A_LIST, BYTES_A_VALUE = 180, 80  # in memory, of a list or object in a file, and of a value in one (measured)
 MAX_FILE_BYTES = 2**31  # stored or uncompressed; the whole file is held in memory
 
 _RECORDS = {
@@ -254,11 +256,16 @@ class _File:
     name: str  # the dataset= option
     path: str
 
+    @property
+    def field(self) -> str:
+        """The key that chose the file."""
+        return "dataset=sample" if self.name == "sample" else "dataset.path"
+
     def error(self, found: str, remedy: str = "") -> UserError:
         found = f"{found}: {quoted(self.path, 300)}"
         if self.name == "sample":
-            return UserError("dataset=sample", found, "restore harness/data/sample.jsonl from the repository")
-        return UserError("dataset.path", found, remedy or f"give the path of {_wanted(self.name)}")
+            return UserError(self.field, found, "restore harness/data/sample.jsonl from the repository")
+        return UserError(self.field, found, remedy or f"give the path of {_wanted(self.name)}")
 
     def read(self) -> tuple[bytes, str]:
         """Returns the uncompressed bytes, and the SHA-256 of the stored ones."""
@@ -296,6 +303,10 @@ class _File:
 
     def records(self, data: bytes) -> list[_Record]:
         """Returns the records, their values unchecked, out of uncompressed bytes."""
+        needed = 2 * len(data) + BYTES_A_LIST * (data.count(b"[") + data.count(b"{")) + BYTES_A_VALUE * data.count(b",")
+        if needed > (free := environment.available_memory_bytes()):  # a small gzip file may hold a billion lists
+            found = f"reading it may take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of memory are free"
+            raise self.error(found, "give a part of it, or use a larger machine")
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -339,7 +350,7 @@ class _Record:
     file: _File
 
     def error(self, field: str, found: str, remedy: str = "") -> UserError:
-        where = f"record {self.index} (counting from 0)" + (f", {field}" if field else "")
+        where = f"{self.file.field}, record {self.index} (counting from 0)" + (f", {field}" if field else "")
         return UserError(where, found, remedy or f"correct it in {quoted(self.file.path, 300)}")
 
     def misshapen(self) -> UserError:

@@ -362,7 +362,7 @@ def test_name_too_long() -> None:
 def test_pickled_weights(tmp_path: Path) -> None:
     save(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    refused(config(path=str(tmp_path)), "pytorch_model.bin", "can run code", "safetensors")
+    refused(config(path=str(tmp_path)), "pytorch_model.bin", "can run code", "safetensors", "model.allow_pickle=true")
 
 
 def test_empty_directory_and_file_of_another_kind(tmp_path: Path) -> None:
@@ -408,6 +408,11 @@ def test_broken_config(tmp_path: Path, text: str, word: str) -> None:
         ("vocab_size", 300.5),
         ("max_position_embeddings", None),
         ("head_dim", 15),
+        ("rms_norm_eps", "x"),
+        ("rms_norm_eps", 0.0),
+        ("rms_norm_eps", float("nan")),
+        ("rope_theta", float("inf")),
+        ("rope_theta", -1.0),
     ],
 )
 def test_impossible_sizes(tmp_path: Path, key: str, value: object) -> None:
@@ -492,7 +497,6 @@ def test_rotary_frequencies_of_older_checkpoints(tmp_path: Path, architecture: d
         ({"model_type": "nonsense"}, "nonsense"),
         ({"hidden_act": "nonsense"}, "nonsense"),
         ({"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1.0}}, "nonsense"),
-        ({"rms_norm_eps": "x"}, "rms_norm_eps"),
         (
             {"auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}, "model_type": "own"},
             "custom code",
@@ -510,6 +514,40 @@ def test_unknown_attention(tmp_path: Path) -> None:
 
 
 # --- dummy weights --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "line"),
+    [
+        ({"num_kv_heads": 2}, "model.architecture.num_kv_heads: 2: llama models have no such key; correct it, or"),
+        ({"model_type": "qwen2", "foo": "x"}, "model.architecture.foo: 'x': qwen2 models have no such key"),
+        ({"model_type": "bert"}, "model: 'bert' models are encoders, or have one; use a decoder"),
+        ({"model_type": "bart"}, "model: 'bart' models are encoders, or have one"),
+        ({"model_type": "xlm", "emb_dim": 32, "n_layers": 1, "n_heads": 2}, "model: 'xlm' models are encoders"),
+        ({"rope_parameters": 5}, "model.architecture, rope_parameters: is 5"),
+        ({"rms_norm_eps": 1}, "model.architecture, rms_norm_eps: is 1; give a number above 0 and below 1"),
+    ],
+)
+def test_dummy_weights_of_what_generates_no_text(architecture: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError) as refused:
+        dummy(**architecture)
+    assert str(refused.value).startswith(line)
+
+
+def test_families_with_few_keys_of_llama_s_are_decoders(tmp_path: Path) -> None:
+    for family in ("gpt_neox", "opt", "gpt2", "phi", "starcoder2"):
+        assert dummy(model_type=family, ffn_dim=None).config.model_type == family
+    assert dummy(model_type="bert", is_decoder=True).config.is_decoder
+
+
+def test_a_checkpoint_of_an_encoder(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertLMHeadModel(BertConfig(vocab_size=300, **sizes)).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"^model: 'bert' models are encoders"):
+        load_model(locate(config(path=str(tmp_path))), dtype=torch.float32)
 
 
 def test_dummy_weights_depend_on_the_seed_alone() -> None:

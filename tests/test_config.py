@@ -15,6 +15,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from harness import config as schema
+from harness import flags
 from harness.config import Config, check, check_kv_heads, parse_bytes, to_config
 from harness.engines.fastgen.native import checks as native_checks
 from harness.errors import UserError
@@ -104,7 +105,9 @@ def test_an_experiment_overlays_the_rest_and_the_command_line_overlays_it() -> N
         ("engine=vllm", "engine: no option named 'vllm'; choose one of baseline, ds_inference, fastgen"),
         ("experiment=nope", "experiment: no option named 'nope'; choose one of"),
         ("engine.token_budget=[1", "command line: "),
-        ("nonsense", "command line: "),
+        ("nonsense", "command line: 'nonsense' cannot be read; write group=option"),
+        ("engine.token_budget=64,", "command line: 'engine.token_budget=64,' cannot be read; write group=option"),
+        ("engine.token_budget=int(x)", "command line: 'engine.token_budget=int(x)' cannot be read: ValueError while"),
         ("~engine", "engine.name: not set"),
         ("model.architecture=5", "model.architecture: "),
     ],
@@ -132,6 +135,15 @@ def test_what_hydra_refuses_is_one_line(override: str, line: str) -> None:
         (["model.max_context=0"], "model.max_context: 0; "),
         (["timeout_s=0"], "timeout_s: 0.0; "),
         (["timeout_s=nan"], "timeout_s: nan; "),
+        (["timeout_s=1e300"], "timeout_s: 1e+300; give seconds from 0.001 to 1e9"),
+        (["timeout_s=1e-9"], "timeout_s: 1e-09; "),  # the system's timer would take it for none
+        (["repeat=100000"], "repeat: 100000; give a whole number from 1 to 10000"),
+        (["dataset.seed=-1"], "dataset.seed: -1; "),
+        (["+hardware.peak_flops.int3=1e12"], "hardware.peak_flops.int3: no such type; choose one of auto, float32"),
+        (["model.architecture.rms_norm_eps=nan"], "model.architecture.rms_norm_eps: nan; give a number"),
+        (["+model.architecture.x={a:[1,{b:nan}]}"], "model.architecture.x.a.1.b: nan; "),
+        (['model.name="a\tb"'], "model.name: 'a\\tb'; give a name of 1 to 200 printable characters"),
+        (["hardware.name=''"], "hardware.name: ''; "),
         (["engine.kv_memory=0"], "engine.kv_memory: 0; "),
         (["engine.kv_memory=-0.5"], "engine.kv_memory: -0.5; "),
         (["engine.kv_memory=nan"], "engine.kv_memory: nan; "),
@@ -167,6 +179,35 @@ def test_impossible_combinations_on_cpu(overrides: list[str], line: str) -> None
         check(composed(*overrides), "cpu")
     assert str(refused.value).startswith(line)
     assert "\n" not in str(refused.value)
+
+
+def test_more_ranks_than_memory_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^parallel: 100000 ranks need 29296\.9 GiB before they load a model, "):
+        prepare(compose("config", ["parallel.dp=100000"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--bogus"], "command line: no such flag: '--bogus'; write group.key=value"),
+        (["--cfg", "nonsense"], "command line: argument --cfg/-c: invalid choice"),
+        (["--cfg"], "command line: argument --cfg/-c: expected one argument"),
+        (["-m", "--cfg", "job"], "command line: -m and --cfg do not go together; leave out -m"),
+        (["--run", "--info"], "command line: --info and --run do not go together"),
+        (["--package", "results_dir=x"], "command line: --package says how --cfg prints, and there is none"),
+        (["--resolve"], "command line: --resolve says how --cfg prints"),
+        (["--experimental-rerun", "x.pickle"], "command line: --experimental-rerun reads a pickle"),
+    ],
+)
+def test_flags_that_make_no_sense_are_one_line(arguments: list[str], line: str) -> None:
+    with pytest.raises(UserError) as refused:
+        flags.parse(arguments)
+    assert str(refused.value).startswith(line)
+
+
+def test_flags_may_be_abbreviated() -> None:
+    assert flags.parse(["--multi", "engine.token_budget=1,2"]).multirun
+    assert flags.parse(["--cfg", "job", "--package", "engine", "--resolve"]).package == "engine"
 
 
 @pytest.mark.parametrize("kernels", ["auto", "native", "torch"])

@@ -570,7 +570,7 @@ def test_empty_list(write: Callable[..., str], name: str) -> None:
 def test_record_that_is_no_triple(write: Callable[..., str], record: Any, found: str) -> None:
     line = refusal("asc24", write([["good", 1, 1], record]))
     assert line == (
-        f"record 1 (counting from 0): {found}, not [prompt, prompt_len, output_len]; "
+        f"dataset.path, record 1 (counting from 0): {found}, not [prompt, prompt_len, output_len]; "
         "write it as [prompt, prompt_len, output_len]"
     )
 
@@ -589,7 +589,9 @@ def test_record_that_is_no_triple(write: Callable[..., str], record: Any, found:
 )
 def test_bad_prompt(write: Callable[..., str], prompt: str, found: str) -> None:
     path = write(f'[["good", 1, 1], ["good", 1, 1], [{prompt}, 1, 1]]')
-    assert refusal("asc24", path) == f"record 2 (counting from 0), prompt: {found}; correct it in {path!r}"
+    assert (
+        refusal("asc24", path) == f"dataset.path, record 2 (counting from 0), prompt: {found}; correct it in {path!r}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -619,14 +621,16 @@ def test_bad_length(write: Callable[..., str], field: str, literal: str, found: 
     lengths = f"{literal}, 1" if field == "prompt_len" else f"1, {literal}"
     path = write(f'[["good", 1, 1], ["bad", {lengths}]]')
     assert refusal("asc24", path) == (
-        f"record 1 (counting from 0), {field}: {found} is not a whole number from 1 to 1,000,000; "
+        f"dataset.path, record 1 (counting from 0), {field}: {found} is not a whole number from 1 to 1,000,000; "
         f"correct it in {path!r}"
     )
 
 
 def test_the_other_dataset_is_recognised(write: Callable[..., str]) -> None:
     line = refusal("asc24", write([chat("a", "b")]))
-    assert line.startswith("record 0 (counting from 0): an object with the keys ['id', 'conversations'], not [")
+    assert line.startswith(
+        "dataset.path, record 0 (counting from 0): an object with the keys ['id', 'conversations'], not ["
+    )
     assert line.endswith("; use dataset=sharegpt for this file")
     assert refusal("sharegpt", write(TRIPLES)).endswith("; use dataset=asc24 for this file")
 
@@ -645,7 +649,7 @@ def test_the_other_dataset_is_recognised(write: Callable[..., str]) -> None:
 )
 def test_bad_conversation(write: Callable[..., str], record: Any, expected: str) -> None:
     line = refusal("sharegpt", write([chat("good", "good"), record]))
-    assert line.startswith("record 1 (counting from 0)" + expected)
+    assert line.startswith("dataset.path, record 1 (counting from 0)" + expected)
 
 
 def test_no_usable_conversation(write: Callable[..., str]) -> None:
@@ -654,6 +658,14 @@ def test_no_usable_conversation(write: Callable[..., str]) -> None:
     loaded = read(DatasetConfig(name="sharegpt", path=write([chat("a"), chat("a", " ")])))
     with pytest.raises(UserError, match="none of the 2 conversations has a reply of at least one"):
         resolve(loaded, NO_CAP, count_tokens=lambda texts: [0])
+
+
+def test_a_small_file_that_would_fill_the_memory(write: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(gzip.compress(b"[" + b"[]," * 10_000 + b"[]]"))
+    monkeypatch.setattr(workload.environment, "available_memory_bytes", lambda: 2_600_000)
+    assert refusal("asc24", path).startswith("dataset.path: reading it may take 0.0 GiB, 0.0 GiB of memory are free: ")
+    monkeypatch.setattr(workload.environment, "available_memory_bytes", lambda: 2_700_000)
+    assert refusal("asc24", path).startswith("dataset.path, record 0")
 
 
 # Anything at all

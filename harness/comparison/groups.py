@@ -12,7 +12,7 @@ from typing import Any
 import pandas
 
 from harness.comparison.reading import DIGESTS, FIGURES, KEYS, Run, settings_of
-from harness.errors import UserError, quoted
+from harness.errors import UserError, printable, quoted
 
 # Repeated runs agree in these columns: the job, the code, the machine, and what "auto" came to on it.
 IDENTITY = (
@@ -152,7 +152,7 @@ def shown(key: str, value: Any) -> str:
         return "null" if value is None else str(value).lower()
     if key in DIGESTS:
         return str(value)[:8]
-    return str(value)
+    return printable(str(value))
 
 
 def compare(

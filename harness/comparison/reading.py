@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UserError, quoted
+from harness.errors import UserError, printable, quoted
 from harness.results import UNHASHED_KEYS, read_record
 from harness.runs_table import read_table
 
@@ -113,9 +113,9 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
+            found |= _flat(value, f"{prefix}{printable(key)}.")
         else:
-            found[f"{prefix}{key}"] = json.dumps(value) if isinstance(value, list) else value
+            found[f"{prefix}{printable(key)}"] = json.dumps(value) if isinstance(value, list) else value
     return found
 
 
@@ -181,8 +181,9 @@ def load(paths: Sequence[str], warn: Callable[[str], None]) -> list[Run]:
 
 
 def _readable(cell: str) -> str:
-    """Returns a cell as text that every terminal and browser takes: bytes that are not UTF-8 are replaced."""
-    return cell if cell.isascii() else cell.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    """Returns a cell as text that every terminal and browser takes: what is not printable UTF-8 is replaced."""
+    text = cell if cell.isascii() else cell.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return text if text.isprintable() else "".join(char if char.isprintable() else " " for char in text)
 
 
 def _read_numbers(runs: list[Run], warn: Callable[[str], None]) -> None:

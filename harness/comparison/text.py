@@ -235,7 +235,7 @@ def as_csv(comparison: Comparison) -> str:
     tail = ["total_tokens_per_s_min", "total_tokens_per_s_max", "spread", "ratio", "differs_in", "run_ids", "error"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*head, *tail])
+    writer.writerow(cell_text(name, name) for name in (*head, *tail))
     for one in comparison.groups:
         settings = [
             cell_text(key, shown("", one.settings[key])) if key in one.settings else "" for key in comparison.keys
@@ -243,10 +243,11 @@ def as_csv(comparison: Comparison) -> str:
         figures = [cell_text(name, one.figures[name]) for name in comparison.figures]
         rest = (one.low, one.high, one.spread, one.ratio)
         writer.writerow(
-            [one.run_id, len(one.runs), one.ok, statuses_text(one.statuses), *settings, *figures]
+            [cell_text("run_id", one.run_id), len(one.runs), one.ok, cell_text("statuses", statuses_text(one.statuses))]
+            + [*settings, *figures]
             + [cell_text("ratio", value) for value in rest]
             + [" ".join(name.replace(" ", "_") for name in one.differs_in)]
-            + [" ".join(run.run_id for run in one.runs), cell_text("error", one.error)]
+            + [cell_text("run_ids", " ".join(run.run_id for run in one.runs)), cell_text("error", one.error)]
         )
     return text.getvalue()
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from harness import checkpoint
-from harness.checkpoint_files import LLAMA_LIKE, Source, attention_heads, find
+from harness.checkpoint_files import LLAMA_LIKE, Source, attention_heads, find, weight_files
 from harness.config import parse_bytes
 from harness.engines.base import EngineSettings, stop_ids
 from harness.engines.kv_memory import is_fraction, too_little, too_much
@@ -120,6 +120,10 @@ def local_checkpoint(settings: EngineSettings) -> Source:
         what = "model.weights=dummy" if source.kind == "dummy" else f"the GGUF file {source.gguf_file}"
         remedy = "give model.path=DIR with config.json and *.safetensors, or use engine=fastgen"
         raise UserError("engine", f"mii reads a checkpoint's safetensors, not {what}", remedy)
+    if source.pickled:
+        raise UserError(
+            "model.allow_pickle", "true: mii reads safetensors alone", "use engine=fastgen, or convert them"
+        )
     if source.kind == "directory":
         return source
     from huggingface_hub import snapshot_download
@@ -138,20 +142,11 @@ def stored_weights(source: Source) -> dict[str, tuple[int, str]]:
 
     weights = {}
     for path in weight_files(Path(str(source.path))):
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (no mapping)
-                    part = file.get_slice(name)
-                    weights[name] = (math.prod(part.get_shape()), part.get_dtype())
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                part = file.get_slice(name)
+                weights[name] = (math.prod(part.get_shape()), part.get_dtype())
     return weights
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """Returns the files that hold the weights, the index of several among them."""
-    index = directory / "model.safetensors.index.json"
-    if (single := directory / "model.safetensors").is_file() or not index.is_file():
-        return [single]
-    return [index, *(directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values())))]
 
 
 def refuse_unsupported(settings: EngineSettings, source: Source) -> None:
@@ -175,9 +170,7 @@ def refuse_unsupported(settings: EngineSettings, source: Source) -> None:
 
 def _beyond_mii(source: Source, quantization: str | None) -> Iterator[str]:
     """Yields what DeepSpeed's kernels could compute, but MII's way of loading a model does not."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(source.path)
+    config = _config(source)
     epsilon = getattr(config, "rms_norm_eps", NORM_EPSILON)
     if epsilon != NORM_EPSILON:
         yield f"its rms_norm_eps is {epsilon}, and MII computes with {NORM_EPSILON} whatever the model says"
@@ -194,15 +187,23 @@ def _beyond_mii(source: Source, quantization: str | None) -> Iterator[str]:
         yield f"{quantization} needs the package qtorch, which is not installed"
 
 
+def _config(source: Source) -> Any:
+    """Returns transformers' config of a checkpoint, none of whose code is run; raises UserError if it has to be."""
+    from transformers import AutoConfig
+
+    with checkpoint.as_user_error("model.path", str(source.path)):
+        return AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+
+
 def end_of_sequence(source: Source, settings: EngineSettings) -> frozenset[int]:
     """Returns the checkpoint's end-of-sequence ids as transformers would, none under ``stop: length``."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     try:
         generation = GenerationConfig.from_pretrained(source.path)
     except OSError:
         generation = None  # no generation_config.json
-    model: Any = SimpleNamespace(generation_config=generation, config=AutoConfig.from_pretrained(source.path))
+    model: Any = SimpleNamespace(generation_config=generation, config=_config(source))
     return stop_ids(model, settings.generation)
 
 
@@ -215,7 +216,10 @@ def lay_out(source: Source, dtype: str, place: Path) -> None:
     directory = Path(str(source.path))
     architecture = {key: value for key, value in source.architecture.items() if key not in ("auto_map", "torch_dtype")}
     (place / "config.json").write_text(json.dumps({**architecture, "dtype": dtype}))
-    for path in weight_files(directory):
+    files = weight_files(directory)
+    if files != [directory / "model.safetensors"]:
+        files = [directory / "model.safetensors.index.json", *files]
+    for path in files:
         (place / path.name).symlink_to(path)
 
 

@@ -47,6 +47,7 @@ FP6_OUT_GRANULE, FP6_IN_GRANULE = 256, 64
 TOKENS_MOST = 32768
 # kernels/ragged_ops/blocked_flash/blocked_flash.cpp: 8.x and 9.0, what the prebuilt attention has code for
 SM_MAJORS = (8, 9)
+PICKLED = "they are loaded from safetensors, and these weights are pickled (model.allow_pickle)"
 # Since this version kv_trained_rotary_embeddings reads float32 frequencies whatever the activations' type.
 OLDEST = (0, 19, 3)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,9 @@ from torch import Tensor
 
 from harness import checkpoint
 from harness.checkpoint import Source, as_user_error, quiet
+from harness.checkpoint_files import weight_files
 from harness.errors import UserError, quoted
+from harness.model_config import dummy_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,12 +102,18 @@ class Weights(CheckpointEngineBase):
                 directory = Path(snapshot_download(str(self.source.path), allow_patterns=patterns))
             found: dict[str, tuple[int, ...]] = {}
             shards: dict[Path, list[str]] = {}
-            for path in self._files(directory):
+            for path in weight_files(directory):
                 with safe_open(path, framework="pt") as shard:
                     # Older LLaMA checkpoints also hold rotary frequencies, some tied ones the head a second time.
                     names = [name for name in shard.keys() if not name.endswith("rotary_emb.inv_freq")]  # noqa: SIM118
                     shards[path] = [name for name in names if not (self.tied and name == HEAD)]
                     found |= {name: tuple(shard.get_slice(name).get_shape()) for name in shards[path]}
+        if not shards:
+            raise UserError(
+                "model.path",
+                f"{self.source.path} holds neither model.safetensors nor its index",
+                "convert the weights to safetensors (transformers' save_pretrained does)",
+            )
         both = self.expected.keys() & found.keys()
         checkpoint.refuse_other_weights(
             self.source,
@@ -115,19 +122,6 @@ class Weights(CheckpointEngineBase):
             unexpected=found.keys() - self.expected.keys(),
         )
         return shards
-
-    def _files(self, directory: Path) -> list[Path]:
-        """Returns the safetensors files that hold the model, as transformers chooses them."""
-        single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-        if single.is_file():
-            return [single]
-        if index.is_file():
-            return [directory / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
-        raise UserError(
-            "model.path",
-            f"{self.source.path} holds neither model.safetensors nor its index",
-            "convert the weights to safetensors (transformers' save_pretrained does)",
-        )
 
 
 def skeleton(source: Source) -> PreTrainedModel:
@@ -139,15 +133,11 @@ def skeleton(source: Source) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     if source.kind == "dummy":
-        architecture: dict[str, Any] = {
-            k: v for k, v in source.architecture.items() if k not in checkpoint.NOT_FOR_DUMMIES
-        }
-        with quiet(), as_user_error("model.architecture", quoted(architecture.get("model_type"))):
-            config = AutoConfig.for_model(**architecture)
-            return _on_meta(AutoModelForCausalLM, config)
+        with quiet(), as_user_error("model.architecture", quoted(source.architecture.get("model_type"))):
+            return _on_meta(AutoModelForCausalLM, dummy_config(source))
     local = source.kind != "hub"
     with quiet(downloads=not local), as_user_error("model.path", str(source.path)):
-        config = AutoConfig.from_pretrained(source.path, local_files_only=local)
+        config = AutoConfig.from_pretrained(source.path, local_files_only=local, trust_remote_code=False)
         model = _on_meta(AutoModelForCausalLM, config)
         try:
             model.generation_config = GenerationConfig.from_pretrained(source.path, local_files_only=local)

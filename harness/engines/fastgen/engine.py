@@ -187,6 +187,8 @@ class FastGenEngine(Engine):
             dummy=settings.source.kind == "dummy",
             remote_code=settings.source.trust_remote_code,
         )
+        if settings.source.pickled:
+            reason = deepspeed_checks.PICKLED
         reason = reason or deepspeed_checks.not_installed(engine.quantization)
         major = torch.cuda.get_device_capability(settings.device)[0]
         reason = reason or deepspeed_checks.device_unsupported(engine.quantization, major)
