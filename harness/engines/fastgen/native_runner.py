@@ -108,12 +108,14 @@ class NativeRunner:
             IndexError: a token id is outside the model's vocabulary.
             MemoryError: there is no room for the pass's activations.
         """
-        rows, row = [], 0
-        for _, _, length, last in batch.chunks:
-            row += length
-            if last:
-                rows.append(row - 1)
-        return self._run(batch.chunks, rows)
+        return self._run(batch.chunks, _sampled(batch))
+
+    def logits(self, batch: RaggedBatch) -> Tensor:
+        """Returns logits, float32 ``[rows, vocab]``, one row for each ``last`` chunk; raises what ``forward`` does."""
+        rows = _sampled(batch)
+        logits = torch.empty(len(rows), self.model.vocab)
+        self._run(batch.chunks, rows, logits)
+        return logits
 
     def free(self, sequence: Sequence) -> None:
         """Nothing to do: the blocks are the scheduler's, and their next holder overwrites them."""
@@ -239,6 +241,16 @@ class NativeRunner:
         half = model.head_dim // 2
         self.tables = [table[0, :, :half].contiguous() for table in tables]
         model.cosines, model.sines = (table.data_ptr() for table in self.tables)
+
+
+def _sampled(batch: RaggedBatch) -> list[int]:
+    """Returns which of the pass's tokens are the last ones of ``last`` chunks."""
+    rows, row = [], 0
+    for _, _, length, last in batch.chunks:
+        row += length
+        if last:
+            rows.append(row - 1)
+    return rows
 
 
 def _whole_panels(columns: int) -> int:

@@ -42,5 +42,8 @@ class Runner(Protocol):
             ``[rows, vocab]``.
         """
 
+    def logits(self, batch: RaggedBatch) -> Tensor:
+        """Does what ``forward`` does, by the same kernels, and returns logits, ``[rows, vocab]``, on any device."""
+
     def free(self, sequence: Sequence) -> None:
         """Forgets a finished or preempted sequence's cache contents."""

@@ -44,13 +44,21 @@ class ShardedRunner:
 
     def forward(self, batch: RaggedBatch) -> Tensor:
         """Computes ``batch`` with the followers; the leader's."""
+        self._tell(batch)
+        return self.runner.forward(batch)
+
+    def logits(self, batch: RaggedBatch) -> Tensor:
+        """Computes ``batch`` with the followers, to whom all passes are alike; the leader's."""
+        self._tell(batch)
+        return self.runner.logits(batch)
+
+    def _tell(self, batch: RaggedBatch) -> None:
         chunks = [
             (sequence.uid, start, last, sequence.tokens[start : start + length], sequence.blocks)
             for sequence, start, length, last in batch.chunks
         ]
         self.tensor.share((self._freed, chunks))
         self._freed = []
-        return self.runner.forward(batch)
 
     def free(self, sequence: Sequence) -> None:
         """Forgets a sequence here, and with the next pass elsewhere; the leader's."""

@@ -67,6 +67,11 @@ class TorchRunner:
     @torch.inference_mode()
     def forward(self, batch: RaggedBatch) -> Tensor:
         """Returns the greedy token ids, int64 ``[rows]`` on the CPU, one for each ``last`` chunk."""
+        return self.logits(batch).argmax(-1).cpu()
+
+    @torch.inference_mode()
+    def logits(self, batch: RaggedBatch) -> Tensor:
+        """Returns logits ``[rows, vocab]`` of the model's type, one row for each ``last`` chunk."""
         tokens: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
@@ -86,7 +91,7 @@ class TorchRunner:
             logits_to_keep=torch.tensor(rows, dtype=torch.int64, device=self.device),
             ragged=build_plan(batch, self.caches, self.device),
         )
-        return output.logits[0].argmax(-1).cpu()
+        return output.logits[0]
 
     def free(self, sequence: Sequence) -> None:
         """Nothing to do: the blocks are the scheduler's, and their next holder overwrites them."""
