@@ -96,7 +96,7 @@ def launch(composed: DictConfig, overrides: list[str], watcher: Callable[[Path],
     with nullcontext() if watcher is None else open(log, "wb") as output:
         ending = _watch(
             command(config.parallel.tp * config.parallel.dp, job.accelerator, overrides),
-            _variables()
+            variables()
             | {RUN_ID_VARIABLE: run_id, PARENT_VARIABLE: str(os.getpid()), "DS_ACCELERATOR": job.accelerator},
             config.timeout_s,
             output,
@@ -125,7 +125,7 @@ def check_devices(tp: int, dp: int, accelerator: str) -> None:
     )
 
 
-def command(ranks: int, accelerator: str, overrides: list[str]) -> list[str]:
+def command(ranks: int, accelerator: str, overrides: list[str], program: Path = MAIN) -> list[str]:
     """Returns the ``deepspeed`` command that starts ``ranks`` ranks of this harness on this machine."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")
     if accelerator == "cuda" and len(visible) >= ranks and all(number.isdecimal() for number in visible):
@@ -139,12 +139,12 @@ def command(ranks: int, accelerator: str, overrides: list[str]) -> list[str]:
         *("--hostfile", os.devnull),  # this machine alone, also where the default /job/hostfile exists
         *("--master_port", str(free_port())),  # the default one collides between jobs
         *("--log_level", "critical"),  # its lines would tear the progress display
-        str(MAIN),
+        str(program),
         *overrides,
     ]
 
 
-def _variables() -> dict[str, str]:
+def variables() -> dict[str, str]:
     """Returns this process's environment without what another launcher told it.
 
     Nor with the GPUs that :func:`command` has named, since DeepSpeed would say so.

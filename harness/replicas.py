@@ -101,6 +101,22 @@ class Replicas:
 
         dist.barrier(group=self._hosts)
 
+    def share(self, message: Any = None) -> Any:
+        """Returns rank 0's ``message`` on every rank; all must call it."""
+        import torch.distributed as dist
+
+        messages = [message]
+        dist.broadcast_object_list(messages, src=0, group=self._hosts)
+        return messages[0]
+
+    def gather(self, message: Any) -> list[Any]:
+        """Returns all ranks' messages on rank 0, by rank, and nothing elsewhere; all must call it."""
+        import torch.distributed as dist
+
+        messages = [None] * self.rank.world if self.rank.first else None
+        dist.gather_object(message, messages, dst=0, group=self._hosts)
+        return messages or []
+
     @property
     def store(self) -> TCPStore:
         assert self._store is not None, "join() comes first"

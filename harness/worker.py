@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from harness import checkpoint, environment, ranks, signals
+from harness import checkpoint, environment, rank_setup, ranks, signals
 from harness import job as jobs
 from harness.errors import INTERRUPTED, REFUSED, UserError, one_line, report
 from harness.job import Job
@@ -166,17 +166,16 @@ class _Run:
     def prepare(self) -> None:
         """Loads and warms the engine; all of it outside the clock."""
         from harness import engines, workload
-        from harness.engines.base import EngineSettings
 
         job, config = self.job, self.job.config
-        self._use_cores()
+        rank_setup.use_cores(job, self.rank)
         if self.rank.world > 1:
             from harness.replicas import Replicas
 
             self.replicas = Replicas(self.rank, job.accelerator, self.rendezvous, config.parallel.tp)
             self.replicas.join()
-        device = "cpu" if job.accelerator == "cpu" else f"cuda:{self.rank.local_rank}"
-        self.device = device
+        settings = rank_setup.engine_settings(job, self.rank, self.replicas)
+        self.device = settings.device
         if config.model.dtype.value == "auto" and job.dtype == "float32":
             self.notes.append("this machine does not compute bfloat16: model.dtype=auto took float32")
         model = checkpoint.model_name(config.model, job.source)
@@ -192,21 +191,8 @@ class _Run:
             device_name=environment.device_name(job.accelerator),
             environment=environment.snapshot(job.accelerator),
         )
-        self.engine = engines.create(
-            EngineSettings(
-                engine=config.engine,
-                generation=config.generation,
-                source=job.source,
-                dtype=job.dtype,
-                device=device,
-                max_context=job.max_context,
-                # What one replica has taken, no other can: only a lone rank may take many at a time.
-                lookahead=256 if config.parallel.dp == 1 else 4,
-                tensor=self.replicas.tensor if self.replicas is not None else None,
-                host_ranks=self.rank.local_world,
-            )
-        )
-        self._say(f"loading {model} ({job.dtype}) for {config.engine.name} on {device}")
+        self.engine = engines.create(settings)
+        self._say(f"loading {model} ({job.dtype}) for {config.engine.name} on {self.device}")
         started = time.perf_counter()
         self.engine.load()
         self.load_s = time.perf_counter() - started
@@ -352,16 +338,6 @@ class _Run:
         if error is not None:
             print(f"error: {error}", file=sys.stderr)
         return {"ok": 0, "invalid": REFUSED}.get(status, 1)
-
-    def _use_cores(self) -> None:
-        """Gives each rank of this host cores of its own, and a thread a core unless the user chose a number."""
-        if self.job.accelerator == "cpu":
-            ranks.bind_cores(self.rank)
-        import torch
-
-        if "OMP_NUM_THREADS" not in os.environ:
-            crowded = environment.cores() < self.rank.local_world  # then no rank has a core of its own
-            torch.set_num_threads(1 if crowded else environment.cores())
 
     def _note(self, **figures: Any) -> None:
         if self.recorder is not None:

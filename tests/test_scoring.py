@@ -67,8 +67,8 @@ def differences(model: Any, wanted: list[Scored], found: dict[int, Score]) -> Te
     return torch.cat(parts)
 
 
-def scored(engine: Engine, wanted: list[Scored]) -> dict[int, Score]:
-    scores = list(engine.score(iter(wanted)))
+def scored(engine: Engine, wanted: list[Scored], prefill: bool = False) -> dict[int, Score]:
+    scores = list(engine.score(iter(wanted), prefill))
     found = {score.index: score for score in scores}
     assert len(found) == len(scores), "an item came back twice"
     return found
@@ -100,6 +100,11 @@ def test_scores_are_hugging_faces_in_fp32(name: str, keys: dict[str, Any]) -> No
     wanted = items(30)
     model = checkpoint.load_model(engine.settings.source, dtype=torch.float32)
     assert differences(model, wanted, scored(engine, wanted)).max() < 1e-5
+    if name == "ds_inference":
+        with pytest.raises(UserError, match=r"^--prefill: ds_inference gives no logits within a prompt"):
+            scored(engine, wanted, prefill=True)
+    else:
+        assert differences(model, wanted, scored(engine, wanted, prefill=True)).max() < 1e-5
     # Nothing of it is left behind: the requests of a run come out as they would have.
     jobs = requests(6)
     assert {index: completion.token_ids for index, completion in generate(engine, jobs).items()} == {
@@ -156,7 +161,7 @@ def test_choices_of_one_question_are_computed_once() -> None:
     assert isinstance(engine, FastGenEngine)
     fed: list[int] = []
     compute = engine.runner.logits
-    engine.runner.logits = lambda batch: fed.append(batch.tokens) or compute(batch)  # type: ignore[method-assign, func-returns-value]
+    engine.runner.logits = lambda batch, rows=None: fed.append(batch.tokens) or compute(batch, rows)  # type: ignore[method-assign, func-returns-value]
     question = list(range(3, 40))
     wanted = [Scored(number, question, [40, 50, choice]) for number, choice in enumerate([60, 61, 62, 63])]
     wanted += [Scored(4, question, [40, 51, 60]), Scored(5, question, [60]), Scored(6, question, [61])]
@@ -167,6 +172,9 @@ def test_choices_of_one_question_are_computed_once() -> None:
         item.index: expected(model, item)[1] for item in wanted
     }
     assert sum(fed) == 3 * len(question) + 2 + 2
+    fed.clear()
+    assert differences(model, wanted, scored(engine, wanted, prefill=True)).max() < 1e-5
+    assert (len(fed), sum(fed)) == (1, 3 * len(question) + 2 + 2)
     assert [len(forced.items) for forced in grouped(wanted)] == [4, 1, 2]
 
 
@@ -271,17 +279,18 @@ def test_real_text_on_the_demo_model(
     engine = FastGenEngine(settings_of(demo_model, dtype=dtype, kernels=kernels, token_budget=96, max_sequences=16))
     engine.load()
     assert engine.kernels == kernels.value
-    found = scored(engine, texts)
-    ours = torch.tensor([logprob for item in texts for logprob in found[item.index].logprobs])
     exact = reference_scores["float32"]
-    assert len(ours) == len(exact) == 12 * 12
-    off = (ours - exact).abs()
-    if dtype == "float32":
-        assert off.max() < 2e-4
-    else:
-        theirs = (reference_scores["bfloat16"] - exact).abs()
-        assert 0 < off.mean() < 1.5 * theirs.mean()
-        assert off.max() < 2 * theirs.max()
+    for prefill in (False, True):
+        found = scored(engine, texts, prefill)
+        ours = torch.tensor([logprob for item in texts for logprob in found[item.index].logprobs])
+        assert len(ours) == len(exact) == 12 * 12
+        off = (ours - exact).abs()
+        if dtype == "float32":
+            assert off.max() < 2e-4
+        else:
+            theirs = (reference_scores["bfloat16"] - exact).abs()
+            assert 0 < off.mean() < 1.5 * theirs.mean()
+            assert off.max() < 2 * theirs.max()
 
 
 def test_deepspeeds_kernels_and_its_fp6_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,6 +310,8 @@ def test_deepspeeds_kernels_and_its_fp6_weights(tmp_path: Path, monkeypatch: pyt
         engine = FastGenEngine(chosen)
         engine.runner, engine.total_blocks = test_deepspeed_runner.loaded(chosen), 64
         found[quantization] = scored(engine, wanted)
+        with pytest.raises(UserError, match="deepspeed kernels gives no logits within a prompt"):
+            scored(engine, wanted, prefill=True)
     model = checkpoint.load_model(engine.settings.source, dtype=torch.float32)
     rounding = differences(model, wanted, found[None]).max()
     assert rounding < 0.05

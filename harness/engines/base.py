@@ -189,14 +189,18 @@ class Engine(ABC):
             clock: seconds since the start of the run, for ``first_token_s`` and ``finished_s``.
         """
 
-    def score(self, items: Iterable[Scored]) -> Iterator[Score]:
+    def score(self, items: Iterable[Scored], prefill: bool = False) -> Iterator[Score]:
         """Yields one score an item, those that cannot be computed included, in the order of finishing.
 
-        What computes them are the kernels of :meth:`generate`, in passes like its own.
+        What computes them are the kernels of :meth:`generate`, in passes like its own: contexts as prompts, and each
+        token of a target by a decode step. The last token is not fed.
+
+        Args:
+            prefill: feed targets as prompts too, which is faster.
 
         Raises:
             FloatingPointError: the model's logits are not numbers.
-            UserError: this engine cannot score.
+            UserError: this engine cannot score, or not so.
         """
         raise UserError("engine", f"{self.settings.engine.name} cannot score given tokens", SCORING)
 

@@ -103,8 +103,8 @@ class BaselineEngine(Engine):
                 finished_s=clock(),
             )
 
-    def score(self, items: Iterable[Scored]) -> Iterator[Score]:
-        """Yields scores in order, one forward of the whole sequence each; see :meth:`Engine.score`."""
+    def score(self, items: Iterable[Scored], prefill: bool = False) -> Iterator[Score]:
+        """Yields scores in order, always one forward of the whole sequence; see :meth:`Engine.score`."""
         for forced in grouped(items):
             if reason := self.unscorable(forced):
                 yield from forced.refused(reason)
@@ -113,8 +113,7 @@ class BaselineEngine(Engine):
             ids = torch.tensor([forced.context + forced.target[:-1]], device=self.model.device)
             with torch.inference_mode():
                 logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=length).logits[0]
-            for row in logits:
-                force(row[None], [forced])
+            force(logits, [forced] * length)
             yield from forced.scores
 
     def _generate(self, input_ids: torch.Tensor, output_len: int, streamer: Any) -> torch.Tensor:

@@ -16,7 +16,7 @@ from harness.engines.base import Clock, Engine, EngineSettings, EngineStatistics
 from harness.engines.fastgen.packed_linear import can_pack, pack_linears
 from harness.engines.fastgen.torch_runner import refuse_unusual_attention
 from harness.engines.kernel_inject import InjectedBatch
-from harness.engines.scoring import Forced, Score, Scored, force, grouped
+from harness.engines.scoring import Forced, Score, Scored, force, grouped, no_prefill
 from harness.engines.static_cache import ATTENTION, StaticCache, static_attention
 from harness.results import PassRecord
 from harness.workload import Completion, Request
@@ -185,8 +185,10 @@ class DsInferenceEngine(Engine):
             for _ in self._compute(*batch):
                 pass
 
-    def score(self, items: Iterable[Scored]) -> Iterator[Score]:
+    def score(self, items: Iterable[Scored], prefill: bool = False) -> Iterator[Score]:
         """Yields scores batch by batch, a target token a decode step; see :meth:`Engine.score`."""
+        if prefill:
+            raise no_prefill("ds_inference")
         intake = grouped(items)
         while taken := list(islice(intake, self.settings.engine.batch_size)):
             fitting: list[Forced] = []

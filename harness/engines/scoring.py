@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
+
+from harness.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,16 +57,14 @@ class Forced:
         self.greedy = True
         self.scores: list[Score] = []
 
-    @property
-    def wanted(self) -> list[int]:
-        """The ids whose log-probabilities come next: one, and at the end each item's own."""
-        place = len(self.logprobs)
+    def wanted(self, place: int) -> list[int]:
+        """Returns the ids whose log-probabilities count at ``place`` of the target: one, at the end each item's own."""
         last = place == len(self.target) - 1
         return [item.target_ids[place] for item in self.items] if last else [self.target[place]]
 
     def take(self, logprobs: list[float], best: int) -> int:
-        """Books the log-probabilities of the :attr:`wanted` ids and the most likely id; returns the id to feed next."""
-        ids = self.wanted
+        """Books the log-probabilities of the next :meth:`wanted` ids and the most likely id; returns the id to feed."""
+        ids = self.wanted(len(self.logprobs))
         if any(math.isnan(logprob) for logprob in logprobs):
             raise FloatingPointError("the model's logits are not numbers")
         if len(self.logprobs) == len(self.target) - 1:
@@ -87,14 +88,21 @@ def grouped(items: Iterable[Scored]) -> Iterator[Forced]:
 
 
 def force(logits: Tensor, rows: Sequence[Forced]) -> list[int]:
-    """Books a pass: float32 log-softmax of ``logits``, ``[rows, vocab]``; returns the ids to feed next.
+    """Books a pass: float32 log-softmax of ``logits``, ``[rows, vocab]``; returns the id to feed after each row.
+
+    Args:
+        rows: whose logits these are; several rows of one are of consecutive tokens.
 
     Raises:
         FloatingPointError: a logit that counts is not a number.
     """
     import torch
 
-    wanted = [row.wanted for row in rows]
+    ahead: Counter[int] = Counter()
+    wanted = []
+    for row in rows:
+        wanted.append(row.wanted(len(row.logprobs) + ahead[id(row)]))
+        ahead[id(row)] += 1
     places = torch.tensor([number for number, ids in enumerate(wanted) for _ in ids], dtype=torch.int64)
     ids = torch.tensor([token for tokens in wanted for token in tokens], dtype=torch.int64)
     found = logits.float().log_softmax(-1)[places.to(logits.device), ids.to(logits.device)].tolist()
@@ -105,3 +113,8 @@ def force(logits: Tensor, rows: Sequence[Forced]) -> list[int]:
         tokens.append(row.take(found[at : at + count], best[number]))
         at += count
     return tokens
+
+
+def no_prefill(who: str) -> UserError:
+    """Returns the error for an engine or for kernels that give logits of a prompt's last token alone."""
+    return UserError("--prefill", f"{who} gives no logits within a prompt", "leave it out: decode steps give the same")

@@ -96,6 +96,7 @@ class DeepSpeedRunner:
     """
 
     name = "deepspeed"
+    every_token = False
 
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
@@ -182,8 +183,9 @@ class DeepSpeedRunner:
         return self._put(batch).argmax(-1).cpu()[_last(batch)]
 
     @torch.no_grad()
-    def logits(self, batch: RaggedBatch) -> Tensor:
+    def logits(self, batch: RaggedBatch, rows: list[int] | None = None) -> Tensor:
         """Returns logits ``[rows, vocab]`` of the kernels' type, on the device, one row for each ``last`` chunk."""
+        assert rows is None
         return self._put(batch)[_last(batch)]
 
     def _put(self, batch: RaggedBatch) -> Tensor:

@@ -43,6 +43,7 @@ class NativeRunner:
     """One ragged forward a pass through the compiled library, on all of torch's threads."""
 
     name = "native"
+    every_token = True
 
     def __init__(self, settings: EngineSettings) -> None:
         """Raises BuildError where the library cannot be compiled or loaded."""
@@ -110,9 +111,9 @@ class NativeRunner:
         """
         return self._run(batch.chunks, _sampled(batch))
 
-    def logits(self, batch: RaggedBatch) -> Tensor:
-        """Returns logits, float32 ``[rows, vocab]``, one row for each ``last`` chunk; raises what ``forward`` does."""
-        rows = _sampled(batch)
+    def logits(self, batch: RaggedBatch, rows: list[int] | None = None) -> Tensor:
+        """Returns logits, float32 ``[rows, vocab]``, of each ``last`` chunk or of ``rows``; raises as ``forward``."""
+        rows = _sampled(batch) if rows is None else rows
         logits = torch.empty(len(rows), self.model.vocab)
         self._run(batch.chunks, rows, logits)
         return logits

@@ -1,4 +1,4 @@
-"""Scores through the scheduler: contexts as prompts, and each target token as the decode step of a run would be."""
+"""Scores through the scheduler, in passes like those of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import count, islice
 
 from harness.engines.fastgen.runner import Runner
-from harness.engines.fastgen.scheduler import Scheduler, Sequence
+from harness.engines.fastgen.scheduler import RaggedBatch, Scheduler, Sequence
 from harness.engines.scoring import Forced, Score, Scored, force, grouped
 
 
@@ -16,6 +16,7 @@ def score(
     items: Iterable[Scored],
     refusal: Callable[[Forced], str | None],
     lookahead: int,
+    prefill: bool,
 ) -> Iterator[Score]:
     """Yields a score an item as their sequences finish.
 
@@ -23,6 +24,7 @@ def score(
         scheduler: one without stop ids, for nothing but the target's length ends a sequence.
         refusal: why an item cannot be computed, or None when it can.
         lookahead: most items taken before they can start.
+        prefill: feed targets as a part of the prompt; the runner gives logits of every token.
     """
     intake, uids = grouped(items), count()
     active: dict[int, Forced] = {}
@@ -37,14 +39,38 @@ def score(
                     continue
                 uid = next(uids)
                 active[uid] = forced
-                scheduler.submit(Sequence(uid, list(forced.context), len(forced.context), len(forced.target)))
+                ids, steps = list(forced.context), len(forced.target)
+                if prefill:
+                    ids, steps = ids + forced.target[:-1], 1
+                scheduler.submit(Sequence(uid, ids, len(ids), steps))
         if not scheduler.unfinished:
             return
         batch = scheduler.schedule()
         for sequence in scheduler.preempted:
             runner.free(sequence)
-        logits = runner.logits(batch)
-        tokens = force(logits, [active[chunk.sequence.uid] for chunk in batch.chunks if chunk.last])
+        tokens = _prefill(runner, batch, active) if prefill else _step(runner, batch, active)
         for sequence in scheduler.complete(batch, tokens):
             runner.free(sequence)
             yield from active.pop(sequence.uid).scores
+
+
+def _step(runner: Runner, batch: RaggedBatch, active: dict[int, Forced]) -> list[int]:
+    """Computes a pass and books the token that follows each ``last`` chunk; returns those tokens."""
+    return force(runner.logits(batch), [active[chunk.sequence.uid] for chunk in batch.chunks if chunk.last])
+
+
+def _prefill(runner: Runner, batch: RaggedBatch, active: dict[int, Forced]) -> list[int]:
+    """Computes a pass and books every target token that follows one of its tokens; returns those after last chunks."""
+    rows: list[int] = []
+    whose: list[Forced] = []
+    begin = 0
+    for sequence, start, length, _ in batch.chunks:
+        forced = active[sequence.uid]
+        # The first score follows the context's last token; what was booked before a preemption stays.
+        first = max(start, len(forced.context) - 1 + len(forced.logprobs))
+        new = range(begin + first - start, begin + length)
+        rows += new
+        whose += [forced] * len(new)
+        begin += length
+    force(runner.logits(batch, rows), whose)
+    return [active[chunk.sequence.uid].target[-1] for chunk in batch.chunks if chunk.last]

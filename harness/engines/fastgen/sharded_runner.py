@@ -22,6 +22,7 @@ class ShardedRunner:
         self.runner = runner
         self.tensor = tensor
         self.name = runner.name
+        self.every_token = False
         self._freed: list[int] = []
         self._followed: dict[int, Sequence] = {}
 
@@ -47,8 +48,9 @@ class ShardedRunner:
         self._tell(batch)
         return self.runner.forward(batch)
 
-    def logits(self, batch: RaggedBatch) -> Tensor:
+    def logits(self, batch: RaggedBatch, rows: list[int] | None = None) -> Tensor:
         """Computes ``batch`` with the followers, to whom all passes are alike; the leader's."""
+        assert rows is None  # the followers reduce the logits of the last tokens
         self._tell(batch)
         return self.runner.logits(batch)
 
