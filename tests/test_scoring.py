@@ -190,9 +190,9 @@ def test_what_cannot_be_computed_comes_back_with_the_reason() -> None:
     for name in ("fastgen", "ds_inference", "baseline"):
         found = scored(engine_of(name), wanted)
         assert {index for index, score in found.items() if score.error is None} == {0, 4}
-        assert "context of 256" in (found[1].error or "")
+        assert found[1].error == "its 257 tokens exceed the model's context of 256"
         assert found[2].error == "there are no tokens to score"
-        assert found[3].error == "the prompt has no tokens"
+        assert found[3].error == "there is no token before the first to be scored"
         assert not any(found[index].logprobs for index in (1, 2, 3))
     small = engine_of("fastgen", kv_block_size=8, kv_memory=10 * BLOCK)
     assert "needs 32 KV blocks of 8 tokens, the cache has 10" in (scored(small, wanted[:1])[0].error or "")

@@ -224,7 +224,12 @@ class Engine(ABC):
         """Returns why no engine could score this on this model, or None; the last token is never fed."""
         if not forced.target:
             return "there are no tokens to score"
-        return self.too_long(len(forced.context), len(forced.target) - 1)
+        if not forced.context:
+            return "there is no token before the first to be scored"
+        fed, limit = len(forced.context) + len(forced.target) - 1, self.settings.max_context
+        if limit is not None and fed > limit:
+            return f"its {fed} tokens exceed the model's context of {limit}"
+        return None
 
 
 class Clock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from harness.results import UNHASHED_KEYS
 FILE = "accuracy.json"
 # Which may differ without a word: nothing of them reaches a score.
 UNSAID = (*UNHASHED_KEYS, "hardware")
-BESIDE = ("kernels", "dtype", "device_name", "prefill", "git_commit")  # what the config does not say
+BESIDE = ("kernels", "dtype", "device_name", "prefill")  # what the config does not say
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +52,17 @@ def read(results_dir: str, run: str) -> dict[str, Any]:
     return record
 
 
-def check_comparable(perplexity: bool, other: dict[str, Any]) -> None:
-    """Raises UserError where the other evaluation is of another kind."""
-    if (other["perplexity"] is not None) == perplexity:
-        return
-    kinds = {True: "perplexity", False: f"the tasks {', '.join(other['tasks'] or {})}"}
-    remedy = "leave out --tasks" if not perplexity else f"add --tasks {','.join(other['tasks'] or {})}"
-    raise UserError("--against", f"{other['run_id']} has {kinds[not perplexity]}", remedy)
+def check_comparable(tasks: Sequence[str] | None, other: dict[str, Any]) -> None:
+    """Raises UserError where the other evaluation is known not to have what this one will: perplexity, or tasks."""
+    if tasks is None and other["perplexity"] is None:
+        names = ",".join(other["tasks"])
+        raise UserError("--against", f"{other['run_id']} is of tasks, not of perplexity", f"add --tasks {names}")
+    if tasks is not None and other["tasks"] is None:
+        raise UserError("--against", f"{other['run_id']} is of perplexity, not of tasks", "leave out --tasks")
+    missing = [name for name in tasks or () if name.isidentifier() and name not in other["tasks"]]
+    if missing:
+        remedy = f"it has {', '.join(other['tasks'])}"
+        raise UserError("--against", f"{other['run_id']} has no task {', '.join(missing)}", remedy)
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any], within: float) -> list[Difference]:

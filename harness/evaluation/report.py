@@ -12,47 +12,35 @@ from rich.table import Table
 from harness.evaluation.record import Difference
 
 
-def summary(
-    screen: Console,
-    made: dict[str, Any],
-    directory: Path,
-    within: float,
-    differences: list[Difference] | None,
-    settings: list[str],
-    against: str | None,
-) -> None:
-    """Prints what was evaluated, its figures, and how they compare.
+def summary(screen: Console, made: dict[str, Any], directory: Path) -> None:
+    """Prints what was evaluated and what was found; ``made`` is the record."""
+    quantization = f", {made['quantization']}" if made["quantization"] else ""
+    of = (
+        f"{made['engine']} ({made['kernels']} kernels), {made['model']} {made['dtype']}{quantization}, "
+        f"tp={made['tp']}, dp={made['dp']}, on {made['device_name']}; {made['seconds']:.1f} s"
+    )
+    rows = [("Evaluation", made["run_id"]), ("Of", escape(of))]
+    rows += [*_perplexity(made["perplexity"]), *_tasks(made["tasks"])]
+    rows += [("Note", escape(note)) for note in made["notes"]]
+    _print(screen, [*rows, ("Files", escape(f"{directory}/"))])
 
-    Args:
-        made: the record.
-        within: percent, or percentage points, that figures may be worse.
-        differences: to the evaluation ``against``; None where there is none.
-        settings: in which the two differ.
-    """
+
+def comparison(screen: Console, run_id: str, differences: list[Difference], settings: list[str]) -> None:
+    """Prints how the figures compare with those of the evaluation ``run_id``, and the ``settings`` that differ."""
+    rows = [("Against", escape(run_id))]
+    for difference in differences:
+        verdict = "[bold red]worse than allowed[/]" if difference.worse else "[green]within what is allowed[/]"
+        rows.append((escape(difference.name), f"{escape(difference.text)}: {verdict}"))
+    rows += [("Settings" if number == 0 else "", escape(setting)) for number, setting in enumerate(settings)]
+    _print(screen, rows)
+
+
+def _print(screen: Console, rows: list[tuple[str, str]]) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    quantization = f", {made['quantization']}" if made["quantization"] else ""
-    table.add_row("Evaluation", made["run_id"])
-    table.add_row(
-        "Of",
-        escape(
-            f"{made['engine']} ({made['kernels']} kernels), {made['model']} {made['dtype']}{quantization}, "
-            f"tp={made['tp']}, dp={made['dp']}, on {made['device_name']}; {made['seconds']:.1f} s"
-        ),
-    )
-    for label, text in [*_perplexity(made["perplexity"]), *_tasks(made["tasks"])]:
-        table.add_row(label, text)
-    if differences is not None:
-        for number, difference in enumerate(differences):
-            verdict = f"[bold red]worse than {within:g} allows[/]" if difference.worse else "[green]within[/]"
-            name = "" if difference.name == "perplexity" else f"{difference.name}: "
-            table.add_row(f"Against {against}" if number == 0 else "", f"{escape(name + difference.text)}: {verdict}")
-        for number, setting in enumerate(settings):
-            table.add_row("Settings" if number == 0 else "", escape(setting))
-    for note in made["notes"]:
-        table.add_row("Note", escape(note))
-    table.add_row("Files", escape(f"{directory}/"))
+    for row in rows:
+        table.add_row(*row)
     screen.print()
     screen.print(table)
 

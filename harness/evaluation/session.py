@@ -53,7 +53,8 @@ def check(composed: DictConfig, options: Options, rank: Rank | None = None) -> J
         raise UserError("repeat", f"{config.repeat}: scores do not vary as times do", "leave it out")
     if rank is None or rank.first:
         if options.against is not None:
-            record.check_comparable(options.tasks is None, record.read(config.results_dir, options.against))
+            names = None if options.tasks is None else options.tasks.names
+            record.check_comparable(names, record.read(config.results_dir, options.against))
         if options.tasks is not None:
             tasks.check(options.tasks)
     return job
@@ -245,17 +246,18 @@ class _Evaluation:
 
     def _conclude(self, directory: Path, made: dict[str, Any]) -> int:
         """Writes the record, prints the summary and the comparison."""
-        from harness.evaluation.report import summary
+        from harness.evaluation.report import comparison, summary
 
         replace(directory / LINES, b"".join(json_bytes(line) + b"\n" for line in self.lines))
         replace(directory / record.FILE, json_bytes(plain(made), indent=2))
-        compared, settings = None, []
-        if self.options.against is not None:
-            other = record.read(self.job.config.results_dir, self.options.against)
-            compared = record.differences(made, other, self.options.within)
-            settings = record.settings_that_differ(plain(made), other)
-        summary(self.screen, made, directory, self.options.within, compared, settings, self.options.against)
-        return 1 if compared and any(difference.worse for difference in compared) else 0
+        summary(self.screen, made, directory)
+        if self.options.against is None:
+            return 0
+        other = record.read(self.job.config.results_dir, self.options.against)
+        compared = record.differences(made, other, self.options.within)
+        comparison(self.screen, other["run_id"], compared, record.settings_that_differ(plain(made), other))
+        worse = any(difference.worse for difference in compared)
+        return 1 if worse else 0
 
     def _say(self, line: str) -> None:
         if self.rank.first:
