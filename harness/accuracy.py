@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
@@ -27,6 +26,9 @@ from omegaconf import DictConfig  # noqa: E402
 
 from harness import config, ranks  # noqa: E402
 from harness.errors import INTERRUPTED, REFUSED, UserError, report  # noqa: E402
+
+if TYPE_CHECKING:
+    from harness.job import Job
 
 WITHIN = 1.5  # what the challenge allowed: MMLU within 1.5% of the unquantized model
 
@@ -124,9 +126,8 @@ def _run(options: argparse.Namespace, words: list[str], rank: ranks.Rank | None)
     chosen = session.Options(asked, options.against, within, options.prefill)
     if rank is None:
         job = session.check(composed, chosen)
-        world = job.config.parallel.tp * job.config.parallel.dp
-        if world > 1:
-            return _launch(world, job.accelerator, words)
+        if job.config.parallel.tp * job.config.parallel.dp > 1:
+            return _launch(job, words)
         rank = ranks.Rank()
     return session.run(composed, rank, chosen)
 
@@ -151,25 +152,14 @@ def compose(overrides: list[str]) -> DictConfig:
         raise explain(error) from error
 
 
-def _launch(world: int, accelerator: str, words: list[str]) -> int:
+def _launch(job: Job, words: list[str]) -> int:
     """Starts the ranks, which do all the rest; returns their exit status."""
     from harness import launcher
 
-    launcher.check_devices(world, 1, accelerator)
-    process = subprocess.Popen(
-        launcher.command(world, accelerator, words, Path(__file__).resolve()),
-        env=launcher.variables() | {launcher.PARENT_VARIABLE: str(os.getpid()), "DS_ACCELERATOR": accelerator},
-    )
-    interrupted = False
-    while True:
-        try:
-            status = process.wait()
-            break
-        except KeyboardInterrupt:  # the terminal interrupts the ranks as well, which end by themselves
-            interrupted = True
-    if status not in (0, 1, REFUSED, INTERRUPTED):
-        print(f"error: {launcher.describe(status)}", file=sys.stderr)
-    return INTERRUPTED if interrupted else status if status in (0, REFUSED) else 1
+    parallel, accelerator = job.config.parallel, job.accelerator
+    launcher.check_devices(parallel.tp, parallel.dp, accelerator)
+    ranks_asked = parallel.tp * parallel.dp
+    return launcher.run_program(Path(__file__).resolve(), ranks_asked, accelerator, words, job.config.timeout_s)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from harness.errors import INTERRUPTED, REFUSED, UserError, report
 from harness.results import LAUNCH_LOG, RunRecorder, close_unfinished, new_run_id, read_record
 
 MAIN = Path(__file__).resolve().parent / "main.py"
+PROGRAMS = (MAIN, MAIN.with_name("accuracy.py"))  # whose processes are ranks
 RUN_ID_VARIABLE = "HARNESS_RUN_ID"
 PARENT_VARIABLE = "HARNESS_PARENT_PID"
 GRACE_S = 30.0  # for ranks to write down what they have, after they were asked to end
@@ -112,6 +113,22 @@ def launch(composed: DictConfig, overrides: list[str], watcher: Callable[[Path],
     else:
         exit_status = REFUSED if ending.returncode == REFUSED else 1
     return Outcome(exit_status, record, untold)
+
+
+def run_program(program: Path, ranks: int, accelerator: str, words: list[str], timeout_s: float | None) -> int:
+    """Runs another of :data:`PROGRAMS` in a ``deepspeed`` launch; returns its exit status. Its ranks keep no record."""
+    ending = _watch(
+        command(ranks, accelerator, words, program),
+        variables() | {PARENT_VARIABLE: str(os.getpid()), "DS_ACCELERATOR": accelerator},
+        timeout_s,
+        None,
+        None,
+    )
+    if ending.interrupted:
+        return INTERRUPTED
+    if ending.returncode not in (0, 1, REFUSED, INTERRUPTED) and not ending.timed_out:
+        print(f"error: {describe(ending.returncode)}", file=sys.stderr)
+    return ending.returncode if ending.returncode in (0, REFUSED) else 1
 
 
 def check_devices(tp: int, dp: int, accelerator: str) -> None:
@@ -262,7 +279,7 @@ def _is_rank(process: psutil.Process) -> bool:
         arguments = process.cmdline()
     except psutil.Error:
         return False
-    return str(MAIN) in arguments and "deepspeed.launcher.launch" not in arguments
+    return any(str(program) in arguments for program in PROGRAMS) and "deepspeed.launcher.launch" not in arguments
 
 
 def _signal(process: psutil.Process, signum: int) -> None:
