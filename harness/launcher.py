@@ -24,6 +24,7 @@ from harness.errors import INTERRUPTED, REFUSED, UserError, complain, report
 from harness.results import LAUNCH_LOG, RunRecorder, close_unfinished, new_run_id, read_record
 
 MAIN = Path(__file__).resolve().parent / "main.py"
+PROGRAMS = (MAIN, MAIN.with_name("accuracy.py"))  # whose processes are ranks
 RUN_ID_VARIABLE = "HARNESS_RUN_ID"
 PARENT_VARIABLE = "HARNESS_PARENT_PID"
 GRACE_S = 30.0  # for ranks to write down what they have, after they were asked to end
@@ -99,7 +100,7 @@ def launch(composed: DictConfig, overrides: list[str], watcher: Callable[[Path],
     with nullcontext() if watcher is None else open(log, "wb") as output:
         ending = _watch(
             command(config.parallel.tp * config.parallel.dp, job.accelerator, overrides),
-            _variables()
+            variables()
             | {RUN_ID_VARIABLE: run_id, PARENT_VARIABLE: str(os.getpid()), "DS_ACCELERATOR": job.accelerator},
             config.timeout_s,
             output,
@@ -135,6 +136,22 @@ def _taken_up(composed: DictConfig, resolved: dict[str, Any]) -> tuple[RunRecord
     return recorder, job
 
 
+def run_program(program: Path, ranks: int, accelerator: str, words: list[str], timeout_s: float | None) -> int:
+    """Runs another of :data:`PROGRAMS` in a ``deepspeed`` launch; returns its exit status. Its ranks keep no record."""
+    ending = _watch(
+        command(ranks, accelerator, words, program),
+        variables() | {PARENT_VARIABLE: str(os.getpid()), "DS_ACCELERATOR": accelerator},
+        timeout_s,
+        None,
+        None,
+    )
+    if ending.interrupted:
+        return INTERRUPTED
+    if ending.returncode not in (0, 1, REFUSED, INTERRUPTED) and not ending.timed_out:
+        complain(describe(ending.returncode, ending.kills, {}).error)
+    return ending.returncode if ending.returncode in (0, REFUSED) else 1
+
+
 def check_devices(tp: int, dp: int, accelerator: str) -> None:
     """Raises UserError where the config asks for more ranks than this machine has GPUs; a CPU takes any number."""
     if accelerator != "cuda" or tp * dp <= (found := environment.cuda_devices()):
@@ -146,7 +163,7 @@ def check_devices(tp: int, dp: int, accelerator: str) -> None:
     )
 
 
-def command(ranks: int, accelerator: str, overrides: list[str]) -> list[str]:
+def command(ranks: int, accelerator: str, overrides: list[str], program: Path = MAIN) -> list[str]:
     """Returns the ``deepspeed`` command that starts ``ranks`` ranks of this harness on this machine."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")
     if accelerator == "cuda" and len(visible) >= ranks and all(number.isdecimal() for number in visible):
@@ -160,12 +177,12 @@ def command(ranks: int, accelerator: str, overrides: list[str]) -> list[str]:
         *("--hostfile", os.devnull),  # this machine alone, also where the default /job/hostfile exists
         *("--master_port", str(free_port())),  # the default one collides between jobs
         *("--log_level", "critical"),  # its lines would tear the progress display
-        str(MAIN),
+        str(program),
         *overrides,
     ]
 
 
-def _variables() -> dict[str, str]:
+def variables() -> dict[str, str]:
     """Returns this process's environment without what another launcher told it.
 
     Nor with the GPUs that :func:`command` has named, since DeepSpeed would say so.
@@ -290,7 +307,7 @@ def _is_rank(process: psutil.Process) -> bool:
         arguments = process.cmdline()
     except psutil.Error:
         return False
-    return str(MAIN) in arguments and "deepspeed.launcher.launch" not in arguments
+    return any(str(program) in arguments for program in PROGRAMS) and "deepspeed.launcher.launch" not in arguments
 
 
 def _signal(process: psutil.Process, signum: int) -> None:

@@ -72,7 +72,7 @@ class Replicas:
         self._hosts = dist.new_group(backend="gloo", timeout=PATIENCE)
         if self.rank.first:
             self._store = TCPStore(os.environ["MASTER_ADDR"], 0, is_master=True, wait_for_workers=False)
-        self._port = self.shared(self._store.port if self._store is not None else 0)
+        self._port = self.share(self._store.port if self._store is not None else 0)
         if not self.rank.first:
             self._store = TCPStore(os.environ["MASTER_ADDR"], self._port, is_master=False)
         if self.tp > 1:
@@ -92,19 +92,27 @@ class Replicas:
         assert mine is not None  # check_world() has seen to it that the groups cover all ranks
         return mine
 
-    def shared(self, value: Any) -> Any:
-        """Returns rank 0's ``value`` on every rank; all of them call it."""
-        import torch.distributed as dist
-
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._hosts)
-        return box[0]
-
     def barrier(self) -> None:
         """Returns when every rank has called it."""
         import torch.distributed as dist
 
         dist.barrier(group=self._hosts)
+
+    def share(self, message: Any = None) -> Any:
+        """Returns rank 0's ``message`` on every rank; all must call it."""
+        import torch.distributed as dist
+
+        messages = [message]
+        dist.broadcast_object_list(messages, src=0, group=self._hosts)
+        return messages[0]
+
+    def gather(self, message: Any) -> list[Any]:
+        """Returns all ranks' messages on rank 0, by rank, and nothing elsewhere; all must call it."""
+        import torch.distributed as dist
+
+        messages = [None] * self.rank.world if self.rank.first else None
+        dist.gather_object(message, messages, dst=0, group=self._hosts)
+        return messages or []
 
     @property
     def store(self) -> TCPStore:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from harness import environment, faults, ranks, signals, undertaker
+from harness import environment, faults, rank_setup, ranks, signals, undertaker
 from harness import job as jobs
 from harness.config import PLACES
 from harness.errors import INTERRUPTED, REFUSED, UserError, complain, printable, report
@@ -203,11 +203,10 @@ class _Run:
     def prepare(self) -> None:
         """Loads and warms the engine; all of it outside the clock."""
         from harness import engines, workload
-        from harness.engines.base import EngineSettings
         from harness.telemetry import of_rank
 
         job, config = self.job, self.job.config
-        self._use_cores()
+        rank_setup.use_cores(job, self.rank)
         # The baseline spreads a large model over all the GPUs there are.
         directory = self.recorder.directory if self.recorder is not None else None
         self.telemetry = of_rank(self.rank, job.accelerator, config.engine.name == "baseline", directory)
@@ -216,8 +215,8 @@ class _Run:
 
             self.replicas = Replicas(self.rank, job.accelerator, self.rendezvous, config.parallel.tp)
             self.replicas.join()
-        device = "cpu" if job.accelerator == "cpu" else f"cuda:{self.rank.local_rank}"
-        self.device = device
+        settings = rank_setup.engine_settings(job, self.rank, self.replicas)
+        self.device = settings.device
         if config.model.dtype.value == "auto" and job.dtype == "float32":
             self.notes.append("this machine does not compute bfloat16: model.dtype=auto took float32")
         model = job.work["model"]
@@ -234,21 +233,8 @@ class _Run:
             environment=environment.snapshot(job.accelerator),
             phase="load",
         )
-        self.engine = engines.create(
-            EngineSettings(
-                engine=config.engine,
-                generation=config.generation,
-                source=job.source,
-                dtype=job.dtype,
-                device=device,
-                max_context=job.max_context,
-                # What one replica has taken, no other can: only a lone rank may take many at a time.
-                lookahead=256 if config.parallel.dp == 1 else 4,
-                tensor=self.replicas.tensor if self.replicas is not None else None,
-                host_ranks=self.rank.local_world,
-            )
-        )
-        self._say(f"loading {model} ({job.dtype}) for {config.engine.name} on {device}")
+        self.engine = engines.create(settings)
+        self._say(f"loading {model} ({job.dtype}) for {config.engine.name} on {self.device}")
         started = time.perf_counter()
         try:
             self.engine.load()
@@ -322,7 +308,7 @@ class _Run:
                 raise UserError("resume", f"request {completion.index} is not in the dataset", "start a new run")
             self._book(completion)
         if self.replicas is not None:
-            indices, already_s = self.replicas.shared((sorted(self.done), already_s))
+            indices, already_s = self.replicas.share((sorted(self.done), already_s))
             self.done.update(indices)
         if self.done:
             self._say(f"resuming after {already_s:,.1f} s: {len(self.done)} requests are done")
@@ -441,16 +427,6 @@ class _Run:
             self.telemetry.stop()
             figures["telemetry"] = combined([self.telemetry.summary()], self.job.accelerator)
         return figures
-
-    def _use_cores(self) -> None:
-        """Gives each rank of this host cores of its own, and a thread a core unless the user chose a number."""
-        if self.job.accelerator == "cpu":
-            ranks.bind_cores(self.rank)
-        import torch
-
-        if "OMP_NUM_THREADS" not in os.environ:
-            crowded = environment.cores() < self.rank.local_world  # then no rank has a core of its own
-            torch.set_num_threads(1 if crowded else environment.cores())
 
     def _note(self, **figures: Any) -> None:
         if self.recorder is not None:

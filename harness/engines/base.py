@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from harness.config import EngineConfig, GenerationConfig, Order, Stop
+from harness.engines.scoring import Forced, Score, Scored
+from harness.errors import UserError
 from harness.results import PassRecord
 from harness.workload import Completion, Request
 
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
     from harness.checkpoint import Source
     from harness.tensor_parallel import TensorParallel
+
+
+SCORING = "use engine=fastgen, ds_inference or baseline"
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +190,26 @@ class Engine(ABC):
             clock: seconds since the start of the run, for ``first_token_s`` and ``finished_s``.
         """
 
+    def score(self, items: Iterable[Scored], prefill: bool = False) -> Iterator[Score]:
+        """Yields one score an item, those that cannot be computed included, in the order of finishing.
+
+        What computes them are the kernels of :meth:`generate`, in passes like its own: contexts as prompts, and each
+        token of a target by a decode step. The last token is not fed.
+
+        Args:
+            prefill: feed targets as prompts too, which is faster.
+
+        Raises:
+            FloatingPointError: the model's logits are not numbers.
+            UserError: this engine cannot score, or not so.
+        """
+        raise UserError("engine", f"{self.settings.engine.name} cannot score given tokens", SCORING)
+
     def follow(self) -> None:
-        """Computes the leader's passes, in place of :meth:`generate`, on the other ranks that share its model."""
+        """Computes the leader's passes on the other ranks that share its model, until what the leader began ends.
+
+        In place of :meth:`generate` or :meth:`score`.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no tensor parallelism")
 
     def too_long(self, prompt_tokens: int, output_len: int) -> str | None:
@@ -196,6 +219,17 @@ class Engine(ABC):
             return "the prompt has no tokens"
         if limit is not None and prompt_tokens + output_len > limit:
             return f"prompt of {prompt_tokens} tokens + output_len {output_len} exceeds the model's context of {limit}"
+        return None
+
+    def unscorable(self, forced: Forced) -> str | None:
+        """Returns why no engine could score this on this model, or None; the last token is never fed."""
+        if not forced.target:
+            return "there are no tokens to score"
+        if not forced.context:
+            return "there is no token before the first to be scored"
+        fed, limit = len(forced.context) + len(forced.target) - 1, self.settings.max_context
+        if limit is not None and fed > limit:
+            return f"its {fed} tokens exceed the model's context of {limit}"
         return None
 
 

@@ -10,6 +10,7 @@ import torch
 
 from harness import checkpoint
 from harness.engines.base import Clock, Engine, EngineStatistics, Progress, rejection, stop_ids
+from harness.engines.scoring import Score, Scored, force, grouped
 from harness.results import PassRecord
 from harness.workload import Completion, Request
 
@@ -101,6 +102,19 @@ class BaselineEngine(Engine):
                 first_token_s=first,
                 finished_s=clock(),
             )
+
+    def score(self, items: Iterable[Scored], prefill: bool = False) -> Iterator[Score]:
+        """Yields scores in order, always one forward of the whole sequence; see :meth:`Engine.score`."""
+        for forced in grouped(items):
+            if reason := self.unscorable(forced):
+                yield from forced.refused(reason)
+                continue
+            length = len(forced.target)
+            ids = torch.tensor([forced.context + forced.target[:-1]], device=self.model.device)
+            with torch.inference_mode():
+                logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=length).logits[0]
+            force(logits, [forced] * length)
+            yield from forced.scores
 
     def _generate(self, input_ids: torch.Tensor, output_len: int, streamer: Any) -> torch.Tensor:
         """Returns prompt and output ids ``[tokens]`` on the CPU."""

@@ -16,6 +16,7 @@ from harness.engines.base import Clock, Engine, EngineSettings, EngineStatistics
 from harness.engines.fastgen.packed_linear import can_pack, pack_linears
 from harness.engines.fastgen.torch_runner import refuse_unusual_attention
 from harness.engines.kernel_inject import InjectedBatch
+from harness.engines.scoring import Forced, Score, Scored, force, grouped, no_prefill
 from harness.engines.static_cache import ATTENTION, StaticCache, static_attention
 from harness.results import PassRecord
 from harness.workload import Completion, Request
@@ -50,6 +51,7 @@ class DsInferenceEngine(Engine):
         super().__init__(settings)
         self.graphed: StaticCache | None = None  # with cuda_graph: the buffers that the captured graph reads
         self.injected: InjectedBatch | None = None  # with kernel_inject
+        self.forced: list[Forced] | None = None  # what the batch at hand is made to continue with, when it is scored
 
     @property
     def kernels(self) -> str:
@@ -136,7 +138,7 @@ class DsInferenceEngine(Engine):
                 rejected, rows = self._admit(taken, clock)
                 ready += rows
                 yield from rejected
-            batch = self._cut(ready)
+            batch = ready[: self._fit([(len(row.prompt), row.output_len) for row in ready])]
             ready = ready[len(batch) :]
             live = len(batch)
             statistics.peak_sequences = max(statistics.peak_sequences or 0, live)
@@ -183,6 +185,29 @@ class DsInferenceEngine(Engine):
             for _ in self._compute(*batch):
                 pass
 
+    def score(self, items: Iterable[Scored], prefill: bool = False) -> Iterator[Score]:
+        """Yields scores batch by batch, a target token a decode step; see :meth:`Engine.score`."""
+        if prefill:
+            raise no_prefill("ds_inference")
+        intake = grouped(items)
+        while taken := list(islice(intake, self.settings.engine.batch_size)):
+            fitting: list[Forced] = []
+            for forced in taken:
+                reason = self.unscorable(forced) or self._too_wide(len(forced.context), len(forced.target))
+                if reason:
+                    yield from forced.refused(reason)
+                else:
+                    fitting.append(forced)
+            while fitting:
+                batch = fitting[: self._fit([(len(forced.context), len(forced.target)) for forced in fitting])]
+                fitting = fitting[len(batch) :]
+                contexts, lengths = [forced.context for forced in batch], [len(forced.target) for forced in batch]
+                for _ in self._passes(contexts, lengths, batch):
+                    pass
+                for forced in batch:
+                    yield from forced.scores
+        self._release()
+
     def _release(self) -> None:
         if self.settings.tensor is not None:
             self.settings.tensor.share(None)
@@ -192,42 +217,49 @@ class DsInferenceEngine(Engine):
         rejected, rows = [], []
         for request, prompt in zip(requests, self.tokenize(requests), strict=True):
             assert request.output_len is not None  # workload.resolve() has seen to it
-            reason = self.too_long(len(prompt), request.output_len)
-            if self.injected is not None and len(prompt) + request.output_len > self._width:
-                reason = (
-                    f"prompt of {len(prompt)} tokens + output_len {request.output_len} exceeds the {self._width} "
-                    f"columns of a row (engine.batch_tokens / engine.batch_size)"
-                )
+            reason = self._too_wide(len(prompt), request.output_len) or self.too_long(len(prompt), request.output_len)
             if reason:
                 rejected.append(rejection(request, reason, clock))
             else:
                 rows.append(_Row(request, prompt, request.output_len, []))
         return rejected, rows
 
-    def _cut(self, ready: list[_Row]) -> list[_Row]:
-        """Returns as many of the first rows as fit a batch: one at least, whatever its length."""
+    def _too_wide(self, prompt: int, output_len: int) -> str | None:
+        """Returns why injected kernels have no room for a request of so many tokens, or None when they have."""
+        if self.injected is None or prompt + output_len <= self._width:
+            return None
+        return (
+            f"prompt of {prompt} tokens + output_len {output_len} exceeds the {self._width} "
+            f"columns of a row (engine.batch_tokens / engine.batch_size)"
+        )
+
+    def _fit(self, lengths: list[tuple[int, int]]) -> int:
+        """Returns how many of the first rows, prompt and output tokens, fit a batch: one at least."""
         prompt = output = 0
-        for count, row in enumerate(ready):
-            prompt, output = max(prompt, len(row.prompt)), max(output, row.output_len)
+        for count, row in enumerate(lengths):
+            prompt, output = max(prompt, row[0]), max(output, row[1])
             rows = count + 1 if self.injected is None else self.settings.engine.batch_size
             if count and rows * (prompt + output) > self.settings.engine.batch_tokens:
-                return ready[:count]
-        return ready
+                return count
+        return len(lengths)
 
     def _finished(self, token: int, generated: int, output_len: int) -> bool:
-        return token in self.stop_ids or generated >= output_len
+        return (self.forced is None and token in self.stop_ids) or generated >= output_len
 
-    def _passes(self, prompts: list[list[int]], output_lens: list[int]) -> Iterator[Pass]:
-        """Computes a batch on all ranks that share the model; the leader's."""
+    def _passes(
+        self, prompts: list[list[int]], output_lens: list[int], forced: list[Forced] | None = None
+    ) -> Iterator[Pass]:
+        """Computes a batch on all ranks that share the model; the leader's. See :meth:`_compute`."""
         if not prompts:
             return
         if self.settings.tensor is not None:
-            self.settings.tensor.share((prompts, output_lens))
-        yield from self._compute(prompts, output_lens)
+            self.settings.tensor.share((prompts, output_lens, forced))
+        yield from self._compute(prompts, output_lens, forced)
 
     @torch.inference_mode()
-    def _compute(self, prompts: list[list[int]], output_lens: list[int]) -> Iterator[Pass]:
-        """Computes a batch to its end, pass by pass."""
+    def _compute(self, prompts: list[list[int]], output_lens: list[int], forced: list[Forced] | None) -> Iterator[Pass]:
+        """Computes a batch to its end, pass by pass; ``forced`` says which tokens come, and books their scores."""
+        self.forced = forced
         if self.injected is not None:
             yield from self._compute_injected(self.injected, prompts, output_lens)
             return
@@ -268,13 +300,13 @@ class DsInferenceEngine(Engine):
     ) -> Iterator[Pass]:
         """The same with injected layers, which take all rows to the end."""
         started = time.perf_counter()
-        newest = self._choose(batch.prefill(prompts))
         live = list(range(len(prompts)))
+        newest = self._choose(batch.prefill(prompts), live, whole=True)
         yield Pass(live, newest[: len(live)], sum(map(len, prompts)), 0, time.perf_counter() - started)
         generated = 1
         while live := [row for row in live if not self._finished(newest[row], generated, output_lens[row])]:
             started = time.perf_counter()
-            newest = self._choose(batch.decode(newest))
+            newest = self._choose(batch.decode(newest), live, whole=True)
             generated += 1
             yield Pass(live, [newest[row] for row in live], 0, len(live), time.perf_counter() - started)
 
@@ -295,7 +327,7 @@ class DsInferenceEngine(Engine):
             ids[place, begin:] = torch.tensor(prompts[row])
             positions[place, begin:] = torch.arange(columns - begin)
         cache.begin_prefill(rows, columns)
-        tokens = self._forward(self.engine.module, cache, ids, positions)
+        tokens = self._forward(self.engine.module, cache, ids, positions, rows)
         return Pass(rows, tokens, sum(len(prompts[row]) for row in rows), 0, time.perf_counter() - started)
 
     def _decode(self, cache: StaticCache, live: list[int], newest: list[int], positions: list[int]) -> Pass:
@@ -305,12 +337,14 @@ class DsInferenceEngine(Engine):
         ids, places = torch.tensor([newest + empty]), torch.tensor([positions + empty])
         # DeepSpeed captures its graph in the engine's own forward, and replays it for whatever follows.
         model = self.engine if cache.fixed else self.engine.module
-        tokens = self._forward(model, cache, ids.T, places.T)
+        tokens = self._forward(model, cache, ids.T, places.T, live)
         if cache.fixed:
             tokens = [tokens[request] for request in live]
         return Pass(list(live), tokens, 0, len(live), time.perf_counter() - started)
 
-    def _forward(self, model: Any, cache: StaticCache, ids: torch.Tensor, positions: torch.Tensor) -> list[int]:
+    def _forward(
+        self, model: Any, cache: StaticCache, ids: torch.Tensor, positions: torch.Tensor, requests: list[int]
+    ) -> list[int]:
         """Returns the next token of each row of ``ids``, which is ``[rows, tokens]`` padded on the left."""
         device = self.settings.device
         output = model(
@@ -320,10 +354,19 @@ class DsInferenceEngine(Engine):
             logits_to_keep=1,
             static=cache,
         )
-        return self._choose(output.logits[:, -1])
+        return self._choose(output.logits[:, -1], requests, whole=len(ids) > len(requests))
 
-    def _choose(self, logits: torch.Tensor) -> list[int]:
-        """Returns the greedy token of each row of ``[rows, vocab]``."""
+    def _choose(self, logits: torch.Tensor, requests: list[int], whole: bool) -> list[int]:
+        """Returns the next token of each row of ``[rows, vocab]``: the greedy one, or the one that is forced.
+
+        Args:
+            requests: whose rows these are, in order.
+            whole: the rows are those of all requests by their number; others than ``requests`` do not matter.
+        """
+        if self.forced is not None:
+            rows = logits[requests] if whole else logits
+            forced = dict(zip(requests, force(rows, [self.forced[request] for request in requests]), strict=True))
+            return [forced.get(row, 0) for row in range(len(logits))] if whole else list(forced.values())
         tokens = logits.argmax(-1)
         tensor = self.settings.tensor
         if tensor is not None:  # the leader's choice, even where another rank rounds differently

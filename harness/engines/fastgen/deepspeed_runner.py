@@ -96,6 +96,7 @@ class DeepSpeedRunner:
     """
 
     name = "deepspeed"
+    every_token = False
 
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
@@ -177,10 +178,21 @@ class DeepSpeedRunner:
         A sequence is known from its first chunk, at position 0, until it is freed; a chunk at position 0 begins
         it anew in any case.
         """
+        if not batch.chunks:
+            return torch.empty(0, dtype=torch.int64)
+        return self._put(batch).argmax(-1).cpu()[_last(batch)]
+
+    @torch.no_grad()
+    def logits(self, batch: RaggedBatch, rows: list[int] | None = None) -> Tensor:
+        """Returns logits ``[rows, vocab]`` of the kernels' type, on the device, one row for each ``last`` chunk."""
+        assert rows is None
+        return self._put(batch)[_last(batch)]
+
+    def _put(self, batch: RaggedBatch) -> Tensor:
+        """Returns one row of logits for each chunk, those in the middle of a prompt too."""
         tokens: list[int] = []
         lengths: list[int] = []
-        rows: list[int] = []
-        for sequence, start, length, last in batch.chunks:
+        for sequence, start, length, _ in batch.chunks:
             uid = sequence.uid
             if start == 0:
                 self._flush(uid)
@@ -191,14 +203,9 @@ class DeepSpeedRunner:
                 tokens.append(sequence.tokens[start])
             else:
                 tokens += sequence.tokens[start : start + length]
-            if last:
-                rows.append(len(lengths))
             lengths.append(length)
-        if not lengths:
-            return torch.empty(0, dtype=torch.int64)
         uids = [chunk.sequence.uid for chunk in batch.chunks]
-        logits = self.engine.put(uids, torch.tensor(tokens).split(lengths), do_checks=False)
-        return logits.argmax(-1).cpu()[rows]  # one row a chunk, those in the middle of a prompt too
+        return self.engine.put(uids, torch.tensor(tokens).split(lengths), do_checks=False)
 
     def free(self, sequence: Sequence) -> None:
         """Gives the sequence's blocks back to the engine, which need not know it."""
@@ -337,6 +344,11 @@ def _policy(weights: Weights, frequencies: Tensor) -> Any:
     model_class = type(f"Harness{model.__name__}", (_Model, model), {"frequencies": frequencies})
     policy_class = type(f"Harness{policy.__name__}", (_Policy, policy), {"model_class": model_class})
     return policy_class(config, checkpoint_engine=weights)
+
+
+def _last(batch: RaggedBatch) -> list[int]:
+    """Returns which of the pass's chunks are ``last`` ones."""
+    return [number for number, chunk in enumerate(batch.chunks) if chunk.last]
 
 
 def _refuse(reason: str | None) -> None:

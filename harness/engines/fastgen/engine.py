@@ -10,12 +10,13 @@ from itertools import islice
 from harness import checkpoint
 from harness.config import Kernels
 from harness.engines.base import Clock, Engine, EngineSettings, EngineStatistics, Progress, arranged, rejection
-from harness.engines.fastgen import deepspeed_checks
+from harness.engines.fastgen import deepspeed_checks, scoring
 from harness.engines.fastgen.kv_blocks import KvBlocks
 from harness.engines.fastgen.native import checks as native_checks
 from harness.engines.fastgen.runner import Runner
 from harness.engines.fastgen.scheduler import RaggedBatch, Scheduler, Sequence
 from harness.engines.fastgen.sharded_runner import ShardedRunner
+from harness.engines.scoring import Forced, Score, Scored, no_prefill
 from harness.errors import UserError
 from harness.results import PassRecord
 from harness.workload import Completion, Request
@@ -87,6 +88,22 @@ class FastGenEngine(Engine):
         """Computes the leader's passes; see :meth:`Engine.follow`."""
         assert self.team is not None
         self.team.follow()
+
+    def score(self, items: Iterable[Scored], prefill: bool = False) -> Iterator[Score]:
+        """Yields scores as their sequences finish; see :meth:`Engine.score`."""
+        if prefill and not self.runner.every_token:
+            raise no_prefill(
+                f"engine=fastgen with {self.kernels} kernels" + (" over several ranks" if self.team else "")
+            )
+        scheduler = self._scheduler(frozenset())
+
+        def refusal(forced: Forced) -> str | None:
+            context, target = len(forced.context), len(forced.target)
+            return self.unscorable(forced) or scheduler.refusal(context, target)
+
+        yield from scoring.score(self.runner, scheduler, items, refusal, self.settings.lookahead, prefill)
+        if self.team is not None:
+            self.team.release()
 
     def arrange(self, requests: SequenceOf[Request]) -> list[Request]:
         """Returns the requests as ``engine.order`` says."""

@@ -43,6 +43,7 @@ class NativeRunner:
     """One ragged forward a pass through the compiled library, on all of torch's threads."""
 
     name = "native"
+    every_token = True
 
     def __init__(self, settings: EngineSettings) -> None:
         """Raises BuildError where the library cannot be compiled or loaded."""
@@ -108,12 +109,14 @@ class NativeRunner:
             IndexError: a token id is outside the model's vocabulary.
             MemoryError: there is no room for the pass's activations.
         """
-        rows, row = [], 0
-        for _, _, length, last in batch.chunks:
-            row += length
-            if last:
-                rows.append(row - 1)
-        return self._run(batch.chunks, rows)
+        return self._run(batch.chunks, _sampled(batch))
+
+    def logits(self, batch: RaggedBatch, rows: list[int] | None = None) -> Tensor:
+        """Returns logits, float32 ``[rows, vocab]``, of each ``last`` chunk or of ``rows``; raises as ``forward``."""
+        rows = _sampled(batch) if rows is None else rows
+        logits = torch.empty(len(rows), self.model.vocab)
+        self._run(batch.chunks, rows, logits)
+        return logits
 
     def free(self, sequence: Sequence) -> None:
         """Nothing to do: the blocks are the scheduler's, and their next holder overwrites them."""
@@ -239,6 +242,16 @@ class NativeRunner:
         half = model.head_dim // 2
         self.tables = [table[0, :, :half].contiguous() for table in tables]
         model.cosines, model.sines = (table.data_ptr() for table in self.tables)
+
+
+def _sampled(batch: RaggedBatch) -> list[int]:
+    """Returns which of the pass's tokens are the last ones of ``last`` chunks."""
+    rows, row = [], 0
+    for _, _, length, last in batch.chunks:
+        row += length
+        if last:
+            rows.append(row - 1)
+    return rows
 
 
 def _whole_panels(columns: int) -> int:

@@ -17,10 +17,12 @@ class Runner(Protocol):
 
     Attributes:
         name: what computes the passes, for the record.
+        every_token: whether there are logits of other tokens than the last of a chunk.
         block_size: tokens in a block of the KV cache, known after ``load``: the kernels may have a say in it.
     """
 
     name: str
+    every_token: bool
 
     @property
     def block_size(self) -> int: ...
@@ -40,6 +42,13 @@ class Runner(Protocol):
         Returns:
             One row for each ``last`` chunk, in order: the greedy token's id, int64 ``[rows]``, or logits
             ``[rows, vocab]``.
+        """
+
+    def logits(self, batch: RaggedBatch, rows: list[int] | None = None) -> Tensor:
+        """Does what ``forward`` does, by the same kernels, and returns logits, ``[rows, vocab]``, on any device.
+
+        Args:
+            rows: of which of the batch's tokens, where ``every_token`` is true; None is those of ``forward``.
         """
 
     def free(self, sequence: Sequence) -> None:

@@ -22,6 +22,7 @@ class ShardedRunner:
         self.runner = runner
         self.tensor = tensor
         self.name = runner.name
+        self.every_token = False
         self._freed: list[int] = []
         self._followed: dict[int, Sequence] = {}
 
@@ -44,13 +45,22 @@ class ShardedRunner:
 
     def forward(self, batch: RaggedBatch) -> Tensor:
         """Computes ``batch`` with the followers; the leader's."""
+        self._tell(batch)
+        return self.runner.forward(batch)
+
+    def logits(self, batch: RaggedBatch, rows: list[int] | None = None) -> Tensor:
+        """Computes ``batch`` with the followers, to whom all passes are alike; the leader's."""
+        assert rows is None  # the followers reduce the logits of the last tokens
+        self._tell(batch)
+        return self.runner.logits(batch)
+
+    def _tell(self, batch: RaggedBatch) -> None:
         chunks = [
             (sequence.uid, start, last, sequence.tokens[start : start + length], sequence.blocks)
             for sequence, start, length, last in batch.chunks
         ]
         self.tensor.share((self._freed, chunks))
         self._freed = []
-        return self.runner.forward(batch)
 
     def free(self, sequence: Sequence) -> None:
         """Forgets a sequence here, and with the next pass elsewhere; the leader's."""

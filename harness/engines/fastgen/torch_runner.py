@@ -28,6 +28,7 @@ class TorchRunner:
     """One ragged forward a pass through a Hugging Face model."""
 
     name = "torch"
+    every_token = True
 
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
@@ -67,9 +68,14 @@ class TorchRunner:
     @torch.inference_mode()
     def forward(self, batch: RaggedBatch) -> Tensor:
         """Returns the greedy token ids, int64 ``[rows]`` on the CPU, one for each ``last`` chunk."""
+        return self.logits(batch).argmax(-1).cpu()
+
+    @torch.inference_mode()
+    def logits(self, batch: RaggedBatch, rows: list[int] | None = None) -> Tensor:
+        """Returns logits ``[rows, vocab]`` of the model's type, one row for each ``last`` chunk, or of ``rows``."""
         tokens: list[int] = []
         positions: list[int] = []
-        rows: list[int] = []
+        last_rows: list[int] = []
         for sequence, start, length, last in batch.chunks:
             if length == 1:
                 tokens.append(sequence.tokens[start])
@@ -78,15 +84,15 @@ class TorchRunner:
                 tokens += sequence.tokens[start : start + length]
                 positions += range(start, start + length)
             if last:
-                rows.append(len(tokens) - 1)
+                last_rows.append(len(tokens) - 1)
         output = self.model(
             input_ids=torch.tensor([tokens], device=self.device),
             position_ids=torch.tensor([positions], device=self.device),
             use_cache=False,
-            logits_to_keep=torch.tensor(rows, dtype=torch.int64, device=self.device),
+            logits_to_keep=torch.tensor(last_rows if rows is None else rows, dtype=torch.int64, device=self.device),
             ragged=build_plan(batch, self.caches, self.device),
         )
-        return output.logits[0].argmax(-1).cpu()
+        return output.logits[0]
 
     def free(self, sequence: Sequence) -> None:
         """Nothing to do: the blocks are the scheduler's, and their next holder overwrites them."""
