@@ -47,6 +47,9 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message and not unknown.startswith("-"):
+            found = f"{quoted(unknown, 200)} stands apart from the overrides before a flag"
+            raise UserError("command line", found, "write all flags first, then the overrides")
         if unknown != message:
             raise UserError("command line", f"no such flag: {quoted(unknown, 200)}", SEE_HELP)
         raise UserError("command line", message, SEE_HELP)

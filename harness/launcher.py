@@ -106,7 +106,11 @@ def launch(composed: DictConfig, overrides: list[str], watcher: Callable[[Path],
             output,
             None if watcher is None else lambda: watcher(log),
         )
-    untold = ending.close(config.results_dir, run_id)
+    untold: UserError | str | None
+    try:
+        untold = ending.close(config.results_dir, run_id)
+    except UserError as error:
+        untold = None if ending.returncode == REFUSED else error  # rank 0 has met the same full disk, and said so
     record = read_record(config.results_dir, run_id) or {}
     status = record.get("status")
     if status == "ok":

@@ -130,7 +130,7 @@ def run(composed: DictConfig, rank: Rank) -> int:
         peak = environment.peak_memory_bytes("cpu")
         recorder.finish(fault.status, fault.error, peak_memory_bytes=peak, **measured)
     except UserError as error:
-        kept = f"; and the record cannot be written: {error}"
+        kept = f"{kept}; its row cannot be written either" if running else f"; nor can its row be written: {error}"
     complain(f"{fault.error}{kept}")
     _tell(rendezvous, fault)
     return fault.exit_status
@@ -438,6 +438,13 @@ class _Run:
             self.screen.print(printable(line), markup=False)
 
 
+class _Handler(logging.FileHandler):
+    """Does without the lines that cannot be written: a full disk has an error line of its own."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 class _Formatter(logging.Formatter):
     """Escapes what a terminal that shows the log would obey."""
 
@@ -446,7 +453,7 @@ class _Formatter(logging.Formatter):
 
 
 def _log_to(path: str) -> None:
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _Handler(path, encoding="utf-8")
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     log.setLevel(logging.INFO)

@@ -31,7 +31,7 @@ def dataset(file: Path, count: int) -> list[list[object]]:
     triples: list[list[object]] = []
     for index in range(count):
         start, length = 37 * index % (len(words) - 100), 2 + index % 9
-        triples.append([" ".join(words[start : start + length]), 1, 30 if index % 9 == 0 else 3 + index % 6])
+        triples.append([" ".join(words[start : start + length]), 1, 30 if index % 9 < 2 else 3 + index % 6])
     triples[PLACE] = [" ".join(words[: LONGEST[0]]), 1, LONGEST[1]]
     file.write_text(json.dumps(triples))
     return triples
