@@ -235,8 +235,6 @@ def check(config: Config, accelerator: str) -> None:
     _check_parallel(config)
     _check_architecture(config.model.architecture, "model.architecture")
     check_sweep(config.sweep)
-    if config.verify:
-        raise UserError("verify", f"{config.verify}: checking against HF is not built yet", "use verify=0")
     for name, text in (("model.name", config.model.name), ("hardware.name", config.hardware.name)):
         if not 0 < len(text.strip()) <= 200 or not text.isprintable():
             raise UserError(name, quoted(text), "give a name of 1 to 200 printable characters")
@@ -278,6 +276,8 @@ def _check_numbers(config: Config) -> None:
             raise UserError(name, str(value), f"give a whole number from 1 to {2**31}")
     if config.repeat > MAX_REPEAT:
         raise UserError("repeat", str(config.repeat), f"give a whole number from 1 to {MAX_REPEAT}")
+    if not 0 <= config.verify <= 2**31:
+        raise UserError("verify", str(config.verify), f"give a whole number from 0 to {2**31}")
     if not 0 <= config.dataset.seed <= MAX_SEED:  # the generator takes a negative one for its positive
         raise UserError("dataset.seed", str(config.dataset.seed), f"give a whole number from 0 to {MAX_SEED}")
     hardware = config.hardware

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections import deque
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -116,6 +116,42 @@ class Display:
         return "  ".join(parts)
 
 
+class Steps:
+    """Progress of something counted, outside the clock: a bar on a terminal, a plain line every few seconds elsewhere.
+
+    Args:
+        what: is counted, such as ``requests judged``.
+        stream: where it is shown.
+    """
+
+    def __init__(self, what: str, stream: TextIO) -> None:
+        self.what = what
+        self.screen = _Console(file=stream, highlight=False)
+        self.drawn = time.perf_counter()
+        self.bar: Progress | None = None
+
+    def __enter__(self) -> Steps:
+        self.drawn = time.perf_counter()
+        if self.screen.is_terminal:
+            columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn(self.what), TimeElapsedColumn())
+            self.bar = Progress(*columns, console=self.screen, transient=True)
+            self.task = self.bar.add_task(self.what, total=None)
+            self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def update(self, done: int, of: int) -> None:
+        """Shows that ``done`` of ``of`` are done, if the last line is long enough ago."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, total=of)
+        elif time.perf_counter() - self.drawn >= PLAIN_S:
+            self.drawn = time.perf_counter()
+            self.screen.print(f"{done}/{of} {self.what}")
+
+
 def duration(seconds: float) -> str:
     """Returns seconds as ``42 s``, ``3 min 20 s`` or ``2 h 05 min``."""
     whole = round(seconds)
@@ -195,6 +231,11 @@ def _lines(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, str]]
         memory = f", peak memory {row['peak_memory_bytes'] / 2**30:.2f} GiB" if row["peak_memory_bytes"] else ""
         warm = f", warm-up {row['warmup_s']:.1f} s" if row["warmup_s"] is not None else ""
         lines.append(("Outside", f"load {row['load_s']:.1f} s{warm} (not in the clock){memory}"))
+    if parity := record.get("parity"):
+        checked = f"{parity['checked']} of {row['completed']:,} outputs checked against Hugging Face"
+        counts = [f"{parity['exact']} exact", f"{parity['near_tie']} near-tie{"s" * (parity["near_tie"] != 1)}" * bool(parity["near_tie"])]
+        counts.append(f"{parity['wrong']} wrong" * bool(parity["wrong"]))
+        lines.append(("Tokens", f"{checked} {parity['reference']['dtype']}: {', '.join(filter(None, counts))}"))
     for note in record.get("notes", []):
         lines.append(("Note", escape(note)))
     lines.append(("Files", escape(f"{record['directory']}/, and one row in {record['results_dir']}/runs.csv")))

@@ -41,6 +41,7 @@ from harness.runs_table import COLUMNS, append_row, cell_text, read_table
 from harness.workload import Completion
 
 STATUSES = ("ok", "failed", "oom", "timeout", "interrupted", "invalid")
+NOT_OK = STATUSES[1:]
 RUNNING = "running"
 # Keys that change where and how often a job runs, not what it computes.
 UNHASHED_KEYS = ("results_dir", "resume", "sweep", "repeat", "timeout_s", "verify")
@@ -177,7 +178,7 @@ def _close(results_dir: Path, record: dict[str, Any], tally: Tally, status: str,
         record["git_commit"] = git.get("commit")
     row = {name: record[name] for name in COLUMNS}
     # In this order a failure in between leaves the run open to close_unfinished(), which adds no second row.
-    append_row(results_dir, row, replaces=resumed)
+    append_row(results_dir, row, replaces=NOT_OK if resumed else ())
     replace(results_dir / record["run_id"] / "record.json", json_bytes(record, indent=2))
     return row
 
@@ -283,6 +284,8 @@ class RunRecorder:
             earlier = read_record(root, run_id) or {}  # what another process wrote while we waited
             if earlier.get("status") == "ok":
                 raise UserError("resume", f"{run_id} is complete", "start a new run")
+            if wrong := (earlier.get("parity") or {}).get("wrong"):
+                raise UserError("resume", f"{wrong} of the outputs of {run_id} were found wrong", "start a new run")
             try:
                 mend_last_line(recorder._completions_path)
             except OSError as error:
@@ -459,6 +462,23 @@ class RunRecorder:
                 os.close(descriptor)
         self._completions = self._passes = None
         self._row = _close(self.results_dir, self._record, self._tally, status, error)
+        return self._row
+
+    def amend(self, status: str, error: str | None, **figures: Any) -> dict[str, Any]:
+        """Changes the record and the row of a run that this process has closed, and returns the row.
+
+        Args:
+            status, error, **figures: as for :meth:`finish`; what is not given stays.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
+        assert self._row is not None
+        before = self._record["status"]
+        self._record |= plain(figures) | {"status": status, "error": error}
+        self._row = {name: self._record[name] for name in COLUMNS}
+        append_row(self.results_dir, self._row, replaces=(before,))
+        replace(self.directory / "record.json", json_bytes(self._record, indent=2))
         return self._row
 
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from harness import environment, faults, rank_setup, ranks, signals, undertaker
 from harness import job as jobs
 from harness.config import PLACES
-from harness.errors import INTERRUPTED, REFUSED, UserError, complain, printable, report
+from harness.errors import INTERRUPTED, REFUSED, UserError, complain, one_line, printable, report
 from harness.faults import Fault
 from harness.job import Job
 from harness.launcher import PARENT_VARIABLE, RUN_ID_VARIABLE
@@ -411,12 +411,56 @@ class _Run:
             energy_j=measured["energy_j"],
             telemetry=measured,
         )
+        if self.job.config.verify and status == "ok":
+            row, error = self._verify(row)
         places = {"directory": self.recorder.directory, "results_dir": self.recorder.results_dir}
         summary(self.screen, row, self.recorder.record | places)
         log.info("%s: %s total tokens/s", row["status"], row["total_tokens_per_s"])
         if error is not None:
             complain(error)
         return {"ok": 0, "invalid": REFUSED}.get(status, 1)
+
+    def _verify(self, row: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+        """Checks random requests against Hugging Face; returns the row then, and why the run is not ok if it is not.
+
+        The row is written already: whatever happens here, the run is not lost.
+        """
+        from harness import parity
+
+        assert self.recorder is not None
+        config = self.job.config
+        completions = {entry.index: entry for entry in self.recorder.done() if entry.finish_reason != "rejected"}
+        chosen = parity.sample(list(completions), config.verify, self.recorder.run_id)
+        by_index = {request.index: request for request in self.workload.requests}
+        requests = [by_index[index] for index in chosen]
+        prompts = self.engine.tokenize(requests)
+        del self.engine  # its memory is the reference's
+        self._say(f"checking {len(chosen)} requests against Hugging Face (verify={config.verify}; not in the clock)")
+        error: str | None = None
+        notes = list(self.recorder.record["notes"])
+        figures: dict[str, Any] = {}
+        try:
+            found = parity.of_run(self.job, self.device, requests, prompts, [completions[index] for index in chosen])
+            checked, exact, near, wrong = (found[name] for name in ("checked", "exact", "near_tie", "wrong"))
+            figures = {
+                "parity": found,
+                "parity_checked": checked,
+                "parity_exact_share": exact / checked,
+                "parity_explained_share": near / checked,
+            }
+            if wrong and config.engine.quantization is None:
+                first = next(one for one in found["requests"] if one["verdict"] == "wrong")
+                error = (
+                    f"{wrong} of {checked} checked outputs are wrong, the first is request {first['index']}: "
+                    f"{first['problem']}; see python -m harness.verify {self.recorder.run_id} --model"
+                )
+            elif wrong:
+                notes.append(f"{wrong} of {checked} checked outputs differ by more than rounding: quantized weights")
+        except (UserError, signals.Ended, MemoryError, RuntimeError) as failure:
+            why = "interrupted" if isinstance(failure, signals.Ended) else one_line(str(failure), 300)
+            notes.append(f"verify={config.verify}: nothing was checked: {why}")
+            log.info(notes[-1])
+        return self.recorder.amend("ok" if error is None else "failed", error, notes=notes, **figures), error
 
     def measured(self) -> dict[str, Any]:
         """Returns what a run that ends early has for its record, and ends the sampling."""

@@ -160,7 +160,7 @@ def test_what_hydra_refuses_is_one_line(override: str, line: str) -> None:
         (["model.dtype=float16"], "model.dtype: float16"),
         (["parallel.tp=4"], "parallel.tp: 4 ranks share 3 key/value heads"),
         (["engine=baseline", "parallel.tp=2"], "parallel.tp: 2: the baseline"),
-        (["verify=3"], "verify: 3"),
+        (["verify=-1"], "verify: -1"),
         (["repeat=0"], "repeat: 0"),
         (["sweep.save_as=../x"], "sweep.save_as: '../x'"),
         (["sweep.confirm=-1"], "sweep.confirm: -1"),

@@ -1,0 +1,270 @@
+"""Proves the tokens of a run: ``python -m harness.verify RUN_ID [--against RUN_ID] [--model [DIR]]``.
+
+Always first, of each run by itself: a recount from its token ids (:mod:`harness.verification.recount`). ``--against``
+compares two runs of the same work request by request; ``--model`` asks Hugging Face's model, in float32 and fed the
+same tokens, whether differences are near-ties, or judges every token of the one run. A near-tie's gap is within
+:data:`harness.verification.judging.BOUNDS`, where they come from is said there.
+
+Exit status 0: right (exact, or all differences explained). 1: wrong, or not explained for want of ``--model``. 2: the
+runs cannot be compared, or the command line is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from harness.config import GenerationConfig, ModelConfig, Weights
+from harness.errors import INTERRUPTED, UserError, quoted, report
+from harness.verification import runs
+from harness.verification.judging import COARSE_REFERENCE, bound_for, judge
+from harness.verification.pairs import Pair, compare, refuse_other_work
+from harness.verification.recount import Known, recount
+from harness.verification.report import Outcome, show
+from harness.verification.runs import Run
+
+if TYPE_CHECKING:
+    from harness.parity import Reference
+
+DEFAULT_RESULTS = "results"
+DEFAULT_LIMIT = 10
+EXIT_WRONG = 1
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError("command line", message, "see --help")
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a whole number of at least 1")
+    return number
+
+
+def _gap(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number of at least 0")
+    return number
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m harness.verify",
+        description="Proves the tokens of a run: recounts it, compares it with another run, or with the model itself.",
+        epilog="Exit status 0: right; 1: wrong, or differences not explained; 2: cannot be compared.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN_ID", help="a run id, an unambiguous part of one, or a run's directory")
+    parser.add_argument("--against", metavar="RUN_ID", help="compare with this run of the same work")
+    parser.add_argument(
+        "--results", metavar="DIR", default=DEFAULT_RESULTS, help=f"where the runs are ({DEFAULT_RESULTS})"
+    )
+    parser.add_argument(
+        "--model",
+        metavar="DIR",
+        nargs="?",
+        const="",
+        help="ask the model: of each difference, or without --against of every token (the one in the run's record)",
+    )
+    parser.add_argument("--dataset", metavar="FILE", help="where the run's dataset lies now (as in the record)")
+    parser.add_argument(
+        "--samples", type=_positive, metavar="N", help="with --model, without --against: judge N random requests (all)"
+    )
+    parser.add_argument(
+        "--bound",
+        type=_gap,
+        metavar="X",
+        help="largest gap of a near-tie, in standard deviations of the logits (by the runs' types)",
+    )
+    parser.add_argument(
+        "--limit", type=_positive, default=DEFAULT_LIMIT, metavar="N", help=f"differences shown ({DEFAULT_LIMIT})"
+    )
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a text shows its code
+    try:
+        outcome = _run(options := _parser().parse_args(arguments))
+        sys.stdout.write(outcome.as_json() if options.json else show(outcome, options.limit))
+        sys.stdout.flush()
+    except UserError as error:
+        return report(error)
+    except BrokenPipeError:  # the reader has seen enough, as in "| head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains once more
+        return report(UserError("standard output", f"cannot be written: {error.strerror}", "free space"))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0 if outcome.right else EXIT_WRONG
+
+
+def _run(options: argparse.Namespace) -> Outcome:
+    for name in ("samples", "bound"):
+        if getattr(options, name) is not None and options.model is None:
+            raise UserError(f"--{name}", "says how the model judges, and no model is asked", "add --model")
+    if options.samples is not None and options.against is not None:
+        raise UserError("--samples", "all differences between two runs are judged", "leave out one of the two")
+    one = runs.load(runs.find(options.run, options.results))
+    both = [one]
+    if options.against is not None:
+        other = runs.load(runs.find(options.against, options.results))
+        if other.directory.resolve() == one.directory.resolve():
+            raise UserError("--against", f"{one.run_id} is the run itself", "name another run")
+        refuse_other_work(one, other)
+        both.append(other)
+    if options.model is None:
+        requests = runs.read_requests(one, options.dataset)
+        outcome = Outcome([recount(run, Known(requests.by_index)) for run in both], both)
+        if requests.unknown is not None:
+            outcome.notes.append(f"output lengths were not checked: {requests.unknown}")
+        if len(both) == 2:
+            outcome.pair = compare(*both)
+        return outcome
+    return _with_model(both, options)
+
+
+def _with_model(both: list[Run], options: argparse.Namespace) -> Outcome:
+    """Returns what the model says of one run, or of the differences between two."""
+    one = both[0]
+    source, generation = _source(one, options.model), one.group("generation", GenerationConfig)
+    dtypes = [run.record.get("dtype") for run in both]
+    quantized = any(run.record.get("quantization") for run in both)
+    bound = bound_for(*dtypes, quantized=quantized, given=options.bound)
+    # What the files can tell has been told; what follows takes seconds to import, and may take minutes to load.
+    from harness import checkpoint, environment
+    from harness.parity import Reference, as_user_error
+
+    tokenizer = checkpoint.load_tokenizer(source)
+    requests = runs.read_requests(
+        one,
+        options.dataset,
+        vocab_size=source.architecture.get("vocab_size"),
+        count_tokens=lambda texts: [len(ids) for ids in tokenizer(texts).input_ids],
+        needed=True,
+    ).by_index
+    assert requests is not None
+    texts = [request.prompt for request in requests.values() if request.prompt_ids is None]
+    encoded = iter(tokenizer(texts).input_ids if texts else [])
+    prompts = {i: next(encoded) if r.prompt_ids is None else list(r.prompt_ids) for i, r in requests.items()}
+    device = "cuda:0" if environment.accelerator() == "cuda" else "cpu"
+    with as_user_error("--model"):
+        reference = Reference(source, str(dtypes[0] or "float32"), generation, device, _sharded(one))
+        if not reference.exact and options.bound is None:
+            bound *= COARSE_REFERENCE
+        known = Known(
+            requests,
+            prompts,
+            reference.stop_ids,
+            reference.vocab_size,
+            lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        )
+        outcome = Outcome([recount(run, known) for run in both], both, bound=bound, reference=reference.description)
+        outcome.token_text = lambda token: tokenizer.decode([token])
+        if len(both) == 2:
+            outcome.pair = compare(*both)
+            _explain(outcome, outcome.pair, prompts, reference)
+        else:
+            _judge(outcome, one, prompts, reference, options.samples)
+    return outcome
+
+
+def _source(run: Run, directory: str) -> Any:
+    """Returns the run's model, or the one in ``directory``; raises UserError where it is not."""
+    from harness import checkpoint
+    from harness.checkpoint_files import TOKENIZER_FILES
+
+    model = run.group("model", ModelConfig)
+    if directory:
+        model.path = directory
+        if Path(directory).is_file() or any((Path(directory) / name).is_file() for name in TOKENIZER_FILES):
+            model.tokenizer = None
+    try:
+        source = checkpoint.locate(model)
+    except UserError as error:
+        if error.field.startswith("model.path"):
+            raise UserError("--model", error.found, "give the run's model as --model DIR") from error
+        raise
+    recorded, found = run.record.get("model"), checkpoint.model_name(model, source)
+    if directory and model.weights is not Weights.dummy and recorded != found and _plain(recorded):
+        described = run.setting("model", "name")
+        if described in (recorded, found):  # one of the two is the model that conf/model describes, by its sizes
+            raise UserError(
+                "--model", f"{quoted(directory, 200)} is {found}, the run's model is {recorded}", "give that"
+            )
+    return source
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _sharded(run: Run) -> bool:
+    tp = run.record.get("tp")
+    return isinstance(tp, int) and tp > 1
+
+
+def _explain(outcome: Outcome, pair: Pair, prompts: dict[int, list[int]], reference: Reference) -> None:
+    """Has the reference judge the first token that differs, of each request of which nothing but tokens differ."""
+    from harness.display import Steps
+    from harness.parity import Answer
+
+    lines = [{line["index"]: line for line in run.completions} for run in outcome.runs]
+    asked = [difference for difference in pair.differences if difference.reason is None and difference.index in prompts]
+    answers = [
+        Answer(difference.index, prompts[difference.index], by_index[difference.index]["token_ids"][: place + 1])
+        for difference in asked
+        for by_index in lines
+        if (place := difference.position) is not None
+    ]
+    with Steps("differences judged", sys.stderr) as steps:
+        scores = list(reference.scores(answers, lambda done, of: steps.update(done // 2, of // 2)))
+    for number, difference in enumerate(asked):
+        assert difference.position is not None
+        outcome.gaps[difference.index] = tuple(  # type: ignore[assignment]
+            scores[2 * number + side].gaps[difference.position] for side in range(2)
+        )
+
+
+def _judge(
+    outcome: Outcome, run: Run, prompts: dict[int, list[int]], reference: Reference, samples: int | None
+) -> None:
+    """Has the reference judge every token of a run, or of so many random requests of it."""
+    from harness.display import Steps
+    from harness.parity import Answer, sample
+
+    done = {line["index"]: line["token_ids"] for line in run.completions if line["finish_reason"] != "rejected"}
+    known = [index for index in done if index in prompts and done[index]]
+    if not known:
+        raise UserError("run", f"{run.run_id} completed no request that its dataset has", "name another run")
+    chosen = sorted(known) if samples is None else sample(known, samples, run.run_id)
+    if len(chosen) < len(known):
+        outcome.notes.append(f"{len(chosen)} of {len(known)} requests were judged, drawn with the run id as seed")
+    answers = [Answer(index, prompts[index], done[index]) for index in chosen]
+    assert outcome.bound is not None
+    with Steps("requests judged", sys.stderr) as steps:
+        for answer, scores in zip(answers, reference.scores(answers, steps.update), strict=True):
+            outcome.judgements.append(judge(answer.index, scores, outcome.bound))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
