@@ -233,9 +233,9 @@ def _lines(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, str]]
         lines.append(("Outside", f"load {row['load_s']:.1f} s{warm} (not in the clock){memory}"))
     if parity := record.get("parity"):
         checked = f"{parity['checked']} of {row['completed']:,} outputs checked against Hugging Face"
-        counts = [f"{parity['exact']} exact", f"{parity['near_tie']} near-tie{"s" * (parity["near_tie"] != 1)}" * bool(parity["near_tie"])]
-        counts.append(f"{parity['wrong']} wrong" * bool(parity["wrong"]))
-        lines.append(("Tokens", f"{checked} {parity['reference']['dtype']}: {', '.join(filter(None, counts))}"))
+        names = {"exact": "exact", "near_tie": "near-ties", "wrong": "wrong"}
+        counts = [f"{parity[name]} {word}" for name, word in names.items() if parity[name] or name == "exact"]
+        lines.append(("Tokens", f"{checked} {parity['reference']['dtype']}: {', '.join(counts)}"))
     for note in record.get("notes", []):
         lines.append(("Note", escape(note)))
     lines.append(("Files", escape(f"{record['directory']}/, and one row in {record['results_dir']}/runs.csv")))
