@@ -203,7 +203,6 @@ class RunRecorder:
         self._completions_path = self.directory / "completions.jsonl"
         self._begun = True
         self._lock = filelock.FileLock(self.directory / LOCK, timeout=LOCK_TIMEOUT_S)
-        self._tally = Tally.of_file(self._completions_path)
         self._completions: int | None = None
         self._passes: int | None = None
         self._pending_passes: list[str] = []
@@ -291,7 +290,6 @@ class RunRecorder:
             except OSError as error:
                 raise cannot_write(recorder._completions_path, error) from error
             recorder._steps_before = int(max(segments.last_rows(directory / "passes.csv", ("step",)), default=0))
-            recorder._tally = Tally.of_file(recorder._completions_path)
             done = recorder.done()
             recorder._record = segments.begin(
                 earlier,
@@ -396,7 +394,6 @@ class RunRecorder:
             write_all(self._completions, json_bytes(entry) + b"\n")
         except OSError as error:
             raise cannot_write(self._completions_path, error) from error
-        self._tally.add(entry)
 
     def add_pass(self, record: PassRecord) -> None:
         """Appends one forward pass to ``passes.csv``; written about once a second and by :meth:`finish`.
@@ -461,7 +458,8 @@ class RunRecorder:
             if descriptor is not None:
                 os.close(descriptor)
         self._completions = self._passes = None
-        self._row = _close(self.results_dir, self._record, self._tally, status, error)
+        # Read back: a signal may have ended the run between a line's writing and whatever would have counted it.
+        self._row = _close(self.results_dir, self._record, Tally.of_file(self._completions_path), status, error)
         return self._row
 
     def amend(self, status: str, error: str | None, **figures: Any) -> dict[str, Any]:

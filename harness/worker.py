@@ -190,6 +190,7 @@ class _Run:
         self.others: list[dict[str, Any]] = []
         self.booking = threading.Lock()
         self.done: set[int] = set()
+        self.twice: set[int] = set()
         self.rejected = 0
         self.rejection: str | None = None
         self.clock: Clock | None = None
@@ -325,6 +326,8 @@ class _Run:
     def _book(self, completion: Completion) -> None:
         self.claims.add(completion)
         self.flops.add(completion)
+        if completion.index in self.done:
+            self.twice.add(completion.index)
         self.done.add(completion.index)
         if completion.finish_reason == "rejected":
             self.rejected += 1
@@ -392,6 +395,8 @@ class _Run:
         status, error = "ok", None
         if missing:
             status, error = "failed", f"{missing} of {len(self.workload.requests)} requests did not come back"
+        elif self.twice:
+            status, error = "failed", f"{len(self.twice)} requests came back twice, the first: {min(self.twice)}"
         elif self.rejected == len(self.done):
             status, error = "invalid", f"all {self.rejected} requests were rejected; the last: {self.rejection}"
         row = self.recorder.finish(
