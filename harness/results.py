@@ -164,10 +164,13 @@ def _close(results_dir: Path, record: dict[str, Any], tally: Tally, status: str,
     """Completes ``record``, writes it and its row; returns the row."""
     if status not in STATUSES:
         raise ValueError(f"status {status!r} is not one of {STATUSES}")
+    lines, requests = tally.completed + tally.rejected, record.get("requests")
+    if status == "ok" and isinstance(requests, int) and lines != requests:
+        status, error = "failed", f"completions.jsonl has {lines} lines for {requests} requests"
     record |= {"status": status, "error": error, "finished_at": utc_now()}
     resumed = "segments" in record
     if resumed:
-        segments.end(record, results_dir / record["run_id"], tally.completed + tally.rejected)
+        segments.end(record, results_dir / record["run_id"], lines)
         record |= segments.combined(record)
         record["notes"] = [*(record.get("notes") or []), segments.note(record)]
     record |= dict.fromkeys(name for name in COLUMNS if name not in record)

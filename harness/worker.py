@@ -416,8 +416,10 @@ class _Run:
             energy_j=measured["energy_j"],
             telemetry=measured,
         )
+        status, error = row["status"], row["error"]
         if self.job.config.verify and status == "ok":
             row, error = self._verify(row)
+            status = row["status"]
         places = {"directory": self.recorder.directory, "results_dir": self.recorder.results_dir}
         summary(self.screen, row, self.recorder.record | places)
         log.info("%s: %s total tokens/s", row["status"], row["total_tokens_per_s"])

@@ -1,0 +1,211 @@
+"""Plants faults into copies of the harness, one at a time, and sees that every check that should notices.
+
+    python tests/check_mutations.py [NAME ...] [--no-tests] [--list]
+
+Each copy runs six requests of the sample in float32 with ``verify=6``. Then come the checks: the run's own end
+(``run``), ``harness.verify`` by itself (``recount``), ``--against`` a run of the honest code, and ``--model``; the
+verifier is this tree's, not the copy's. ``tests`` runs the unit tests that lie nearest, in the copy. Every check must
+pass without a fault.
+
+Exit status 0: all faults were caught by all the checks named for them; 1: one was not; 2: a fault's place in the code
+was not found, or is not the only one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
+
+from harness.runs_table import read_rows  # noqa: E402
+
+JOB = [
+    "dataset.num_samples=6",
+    "generation.max_output_len=8",
+    "model.dtype=float32",
+    "engine.kernels=torch",
+    "verify=6",
+]
+CHECKS = ("run", "recount", "against", "model")
+ENGINE, SCHEDULER = "harness/engines/fastgen/engine.py", "harness/engines/fastgen/scheduler.py"
+FASTGEN, RESULTS = "tests/test_fastgen_engine.py", "tests/test_results.py"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A piece of code and what stands in its place; which checks must notice, and whose unit tests must fail."""
+
+    name: str
+    path: str
+    old: str
+    new: str
+    caught_by: tuple[str, ...] = CHECKS
+    tests: str = FASTGEN
+
+
+FAULTS = (
+    Fault(
+        "drops a token",
+        ENGINE,
+        "                    sequence.output_ids,\n",
+        "                    sequence.output_ids[:3] + sequence.output_ids[4:],\n",
+    ),
+    Fault(
+        "counts padding",
+        ENGINE,
+        "                    sequence.prompt_len,\n                    sequence.output_ids,\n",
+        "                    -(-sequence.prompt_len // 64) * 64,\n                    sequence.output_ids,\n",
+        ("run", "against", "model"),  # without a tokenizer the sums are consistent with each other
+    ),
+    Fault(
+        "swaps two sequences' caches",
+        SCHEDULER,
+        "        decode_tokens = len(chunks)\n",
+        "        decode_tokens = len(chunks)\n"
+        "        if decode_tokens > 1:\n"
+        "            one, two = chunks[0].sequence.blocks, chunks[1].sequence.blocks\n"
+        "            one[0], two[0] = two[0], one[0]\n",
+        ("run", "against", "model"),  # the counts are as they were
+    ),
+    Fault(
+        "ignores the end of sequence",
+        SCHEDULER,
+        "            if token in stop_ids:\n",
+        "            if token in ():\n",
+        ("run", "against", "model"),
+        "tests/test_scheduler.py",
+    ),
+    Fault(
+        "computes at the position before",
+        "harness/engines/fastgen/torch_runner.py",
+        "                positions.append(start)\n",
+        "                positions.append(start - 1)\n",
+        ("run", "against", "model"),
+    ),
+    Fault(
+        "gives rows to the wrong sequences",
+        ENGINE,
+        "            token_ids = self._forward(batch)\n",
+        "            token_ids = self._forward(batch)[::-1]\n",
+        ("run", "against", "model"),
+    ),
+    Fault(
+        "loses a request",
+        "harness/results.py",
+        '            write_all(self._completions, json_bytes(entry) + b"\\n")\n',
+        '            write_all(self._completions, (json_bytes(entry) + b"\\n") * (completion.index != 3))\n',
+        tests="tests/test_replicas.py tests/test_main.py::test_two_replicas_share_one_queue",
+    ),
+    Fault(
+        "writes a request twice",
+        "harness/results.py",
+        '            write_all(self._completions, json_bytes(entry) + b"\\n")\n',
+        '            write_all(self._completions, (json_bytes(entry) + b"\\n") * (1 + (completion.index == 3)))\n',
+        tests="tests/test_replicas.py tests/test_main.py::test_two_replicas_share_one_queue",
+    ),
+    Fault(
+        "adds requests to the sum of tokens",
+        "harness/completions.py",
+        "        total_tokens = self.prompt_tokens + self.output_tokens\n",
+        "        total_tokens = self.prompt_tokens + self.output_tokens + self.completed\n",
+        ("recount", "against", "model"),  # the run's own check is of tokens
+        RESULTS,
+    ),
+    Fault(
+        "stops the clock early",
+        "harness/completions.py",
+        '            figures["total_tokens_per_s"] = total_tokens / elapsed_s\n',
+        '            figures["total_tokens_per_s"] = total_tokens / (0.9 * elapsed_s)\n',
+        ("recount", "against", "model"),
+        RESULTS,
+    ),
+)
+
+
+def copied(place: Path, fault: Fault | None) -> Path:
+    """Returns a copy of the tree, with the fault in it."""
+    kept = shutil.ignore_patterns(".git", ".venv", "results", "__pycache__", ".*_cache", "*.egg-info")
+    tree = shutil.copytree(ROOT, place / "tree", ignore=kept)
+    if fault is not None:
+        text = (tree / fault.path).read_text()
+        if text.count(fault.old) != 1:
+            print(f"error: {fault.name}: {fault.path} has its place {text.count(fault.old)} times", file=sys.stderr)
+            sys.exit(2)
+        (tree / fault.path).write_text(text.replace(fault.old, fault.new))
+    return tree
+
+
+def python(tree: Path, *arguments: str) -> int:
+    """Runs Python on the code in ``tree`` and returns its exit status."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "HYDRA"))}
+    environment |= {"PYTHONPATH": str(tree), "DS_ACCELERATOR": "cpu"}
+    line = [sys.executable, *arguments]
+    return subprocess.run(line, cwd=tree, env=environment, capture_output=True, timeout=900).returncode
+
+
+def passes(fault: Fault | None, place: Path, honest: Path | None, tests: bool) -> tuple[dict[str, bool], Path]:
+    """Runs the copy and all checks; returns which were content, and the run's directory."""
+    tree, results = copied(place, fault), place / "results"
+    status = python(tree, "harness/main.py", *JOB, f"results_dir={results}")
+    (row,) = read_rows(results / "runs.csv")
+    directory = results / row["run_id"]
+    against = ["--against", str(honest)] if honest is not None else []
+    content = {"run": status == 0 and row["status"] == "ok"}
+    for check, arguments in (("recount", []), ("against", against), ("model", ["--model"])):
+        content[check] = python(ROOT, "-m", "harness.verify", str(directory), *arguments) == 0
+    if tests:
+        for_all = {each for one in FAULTS for each in one.tests.split()}
+        named = sorted(for_all) if fault is None else fault.tests.split()
+        content["tests"] = python(tree, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *named) == 0
+    return content, directory
+
+
+def main() -> int:
+    """Runs the command; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="faults to plant (all)")
+    parser.add_argument("--no-tests", action="store_true", help="leave out the unit tests")
+    parser.add_argument("--list", action="store_true", help="print the faults and end")
+    options = parser.parse_args()
+    if options.list:
+        print("\n".join(fault.name for fault in FAULTS))
+        return 0
+    if unknown := set(options.names) - {fault.name for fault in FAULTS}:
+        print(f"error: NAME: no fault {sorted(unknown)[0]!r}; see --list", file=sys.stderr)
+        return 2
+    checks = (*CHECKS, *(() if options.no_tests else ("tests",)))
+    print(f"{'fault':36}" + "".join(f"{check:>10}" for check in checks), flush=True)
+    survived = 0
+    with tempfile.TemporaryDirectory() as base:
+        honest: Path | None = None
+        for number, fault in enumerate([None, *(f for f in FAULTS if not options.names or f.name in options.names)]):
+            place = Path(base) / str(number)
+            place.mkdir()
+            content, directory = passes(fault, place, honest, not options.no_tests)
+            honest = honest or directory
+            must = () if fault is None else (*fault.caught_by, "tests")
+            cells = []
+            for check in checks:
+                missed = content[check] if check in must else fault is None and not content[check]
+                survived += missed
+                cells.append("passes" if content[check] else "caught")
+                if missed:
+                    cells[-1] += " !"
+            print(f"{fault.name if fault else '(none)':36}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
+            shutil.rmtree(place / "tree")
+    print(
+        f"{survived} checks did not do what they must (!)" if survived else "every fault was caught, and nothing else"
+    )
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
