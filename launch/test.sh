@@ -8,4 +8,6 @@ PYTHON=.venv/bin/python bash launch/install_mii.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-exec .venv/bin/python -m pytest "$@"
+# Two files of tests at a time: most of the time goes into starting ranks. One thread each, or they wait for each other.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -147,7 +147,7 @@ VICTIMS = (
 def test_killed_at_random_moments_and_resumed_a_run_is_the_one_that_was_never_killed(
     tmp_path: Path, whole: Run, harness: Harness, scale: Callable[[int, int], int]
 ) -> None:
-    count = scale(3, 30)
+    count = scale(2, 30)
     chance = random.Random(20261124)
     killed, told = 0, []
     for trial in range(3 * count):
