@@ -160,13 +160,20 @@ def _from_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _close(results_dir: Path, record: dict[str, Any], tally: Tally, status: str, error: str | None) -> dict[str, Any]:
-    """Completes ``record``, writes it and its row; returns the row."""
+def _close(
+    results_dir: Path,
+    record: dict[str, Any],
+    tally: Tally,
+    status: str,
+    error: str | None,
+    expected: int | None = None,
+) -> dict[str, Any]:
+    """Completes ``record``, writes it and its row; returns the row. A run that is ok has ``expected`` lines."""
     if status not in STATUSES:
         raise ValueError(f"status {status!r} is not one of {STATUSES}")
-    lines, requests = tally.completed + tally.rejected, record.get("requests")
-    if status == "ok" and isinstance(requests, int) and lines != requests:
-        status, error = "failed", f"completions.jsonl has {lines} lines for {requests} requests"
+    lines = tally.completed + tally.rejected
+    if status == "ok" and expected not in (None, lines):
+        status, error = "failed", f"completions.jsonl has {lines} lines for {expected} requests"
     record |= {"status": status, "error": error, "finished_at": utc_now()}
     resumed = "segments" in record
     if resumed:
@@ -181,7 +188,8 @@ def _close(results_dir: Path, record: dict[str, Any], tally: Tally, status: str,
         record["git_commit"] = git.get("commit")
     row = {name: record[name] for name in COLUMNS}
     # In this order a failure in between leaves the run open to close_unfinished(), which adds no second row.
-    append_row(results_dir, row, replaces=NOT_OK if resumed else ())
+    # An earlier row of a resumed run is replaced even if it is ok: its segment ended between its row and its record.
+    append_row(results_dir, row, replaces=STATUSES if resumed else ())
     replace(results_dir / record["run_id"] / "record.json", json_bytes(record, indent=2))
     return row
 
@@ -425,7 +433,9 @@ class RunRecorder:
         except OSError as error:
             raise cannot_write(path, error) from error
 
-    def finish(self, status: str, error: str | None = None, **figures: Any) -> dict[str, Any]:
+    def finish(
+        self, status: str, error: str | None = None, *, expected: int | None = None, **figures: Any
+    ) -> dict[str, Any]:
         """Closes the run: counts, rates, percentiles, ``record.json`` and one row in ``runs.csv``.
 
         Counts are of the completions on disk. Rates and percentiles need ``elapsed_s``. Percentiles are in
@@ -436,6 +446,7 @@ class RunRecorder:
         Args:
             status: one of :data:`STATUSES`.
             error: why a run is not ok.
+            expected: lines that ``completions.jsonl`` must have if the run is ok; it is ``failed`` otherwise.
             **figures: columns (``elapsed_s``, ``steps``, ...); all others go into ``record.json`` only.
 
         Returns:
@@ -462,7 +473,9 @@ class RunRecorder:
                 os.close(descriptor)
         self._completions = self._passes = None
         # Read back: a signal may have ended the run between a line's writing and whatever would have counted it.
-        self._row = _close(self.results_dir, self._record, Tally.of_file(self._completions_path), status, error)
+        self._row = _close(
+            self.results_dir, self._record, Tally.of_file(self._completions_path), status, error, expected
+        )
         return self._row
 
     def amend(self, status: str, error: str | None, **figures: Any) -> dict[str, Any]:

@@ -402,6 +402,7 @@ class _Run:
         row = self.recorder.finish(
             status,
             error,
+            expected=len(self.workload.requests),
             elapsed_s=elapsed_s,
             steps=statistics["steps"],
             preemptions=statistics["preemptions"],
