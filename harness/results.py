@@ -41,7 +41,6 @@ from harness.runs_table import COLUMNS, append_row, cell_text, read_table
 from harness.workload import Completion
 
 STATUSES = ("ok", "failed", "oom", "timeout", "interrupted", "invalid")
-NOT_OK = STATUSES[1:]
 RUNNING = "running"
 # Keys that change where and how often a job runs, not what it computes.
 UNHASHED_KEYS = ("results_dir", "resume", "sweep", "repeat", "timeout_s", "verify")
