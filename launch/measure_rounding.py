@@ -10,6 +10,7 @@ pass for a near-tie.
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def main() -> None:
     for bound in (1e-5, 1e-4, 1e-3, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25):
         print(f"the second best is within {bound:g} of the best at {(margins <= bound).float().mean():.3%} of them")
     for name in sys.argv[2:] or ("float64", "bfloat16", "float16"):
-        other = model.to(getattr(torch, name))
+        other = copy.deepcopy(model).to(getattr(torch, name))
         with torch.inference_mode():
             found = [other(ids, use_cache=False).logits[0, first:] for first, ids in rows]
         gaps, moved = [], []
@@ -56,7 +57,6 @@ def main() -> None:
             f"{name}: {(gap > 0).sum()} other tokens, gaps up to {gap.max():.2g}; "
             f"logits move by up to {torch.cat(moved).max():.2g} standard deviations"
         )
-        model = checkpoint.load_model(source, dtype=torch.float32, device="cpu")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ was not found, or is not the only one.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import subprocess
 import sys
@@ -22,10 +21,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harness.runs_table import read_rows  # noqa: E402
+from conftest import ROOT, variables
+
+from harness.runs_table import read_rows
 
 JOB = [
     "dataset.num_samples=6",
@@ -145,8 +145,7 @@ def copied(place: Path, fault: Fault | None) -> Path:
 
 def python(tree: Path, *arguments: str) -> int:
     """Runs Python on the code in ``tree`` and returns its exit status."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "HYDRA"))}
-    environment |= {"PYTHONPATH": str(tree), "DS_ACCELERATOR": "cpu"}
+    environment = variables(PYTHONPATH=str(tree))
     line = [sys.executable, *arguments]
     return subprocess.run(line, cwd=tree, env=environment, capture_output=True, timeout=900).returncode
 
