@@ -37,7 +37,7 @@ from harness.files import (
     write_all,
     yaml_bytes,
 )
-from harness.runs_table import COLUMNS, append_row, cell_text, read_table
+from harness.runs_table import COLUMNS, cell_text, put_row, read_table
 from harness.workload import Completion
 
 STATUSES = ("ok", "failed", "oom", "timeout", "interrupted", "invalid")
@@ -174,8 +174,7 @@ def _close(
     if status == "ok" and expected not in (None, lines):
         status, error = "failed", f"completions.jsonl has {lines} lines for {expected} requests"
     record |= {"status": status, "error": error, "finished_at": utc_now()}
-    resumed = "segments" in record
-    if resumed:
+    if "segments" in record:
         segments.end(record, results_dir / record["run_id"], lines)
         record |= segments.combined(record)
         record["notes"] = [*(record.get("notes") or []), segments.note(record)]
@@ -186,9 +185,9 @@ def _close(
         git = (record.get("environment") or {}).get("git") or {}
         record["git_commit"] = git.get("commit")
     row = {name: record[name] for name in COLUMNS}
-    # In this order a failure in between leaves the run open to close_unfinished(), which adds no second row.
-    # An earlier row of a resumed run is replaced even if it is ok: its segment ended between its row and its record.
-    append_row(results_dir, row, replaces=STATUSES if resumed else ())
+    # In this order a failure in between leaves the run open to close_unfinished() and to resume, which put their row
+    # in the place of this one.
+    put_row(results_dir, row)
     replace(results_dir / record["run_id"] / "record.json", json_bytes(record, indent=2))
     return row
 
@@ -487,10 +486,9 @@ class RunRecorder:
             UserError: a file cannot be written.
         """
         assert self._row is not None
-        before = self._record["status"]
         self._record |= plain(figures) | {"status": status, "error": error}
         self._row = {name: self._record[name] for name in COLUMNS}
-        append_row(self.results_dir, self._row, replaces=(before,))
+        put_row(self.results_dir, self._row)
         replace(self.directory / "record.json", json_bytes(self._record, indent=2))
         return self._row
 

@@ -10,7 +10,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +90,11 @@ def read_table(path: Path) -> tuple[list[str], list[list[str]], str]:
     return rows[0], rows[1:], mend
 
 
-def append_row(results_dir: str | Path, row: dict[str, Any], replaces: Collection[str] = ()) -> None:
+def put_row(results_dir: str | Path, row: dict[str, Any]) -> None:
     """Appends one row to ``<results_dir>/runs.csv`` under a lock, so that concurrent runs lose nothing.
 
     A table with an older header is rewritten with the columns it lacks; foreign columns stay at the end. A
-    run has one row: a second one with its ``run_id`` is not appended.
-
-    Args:
-        replaces: the row takes the place of the run's earlier one if that has one of these statuses.
+    run has one row: an earlier one with its ``run_id`` is taken out.
 
     Raises:
         UserError: the table cannot be locked, read or written.
@@ -109,8 +106,6 @@ def append_row(results_dir: str | Path, row: dict[str, Any], replaces: Collectio
             header, rows, mend = read_table(path)
             old = [dict(zip(header, cells, strict=False)) for cells in rows]
             there = [cells for cells in old if cells.get("run_id") == row["run_id"]]
-            if any(cells.get("status") not in replaces for cells in there):
-                return
             if tuple(header[: len(COLUMNS)]) == COLUMNS and not there:
                 line = _csv_text([[cell_text(name, row.get(name)) for name in header]])
                 table = open_append(path)

@@ -13,7 +13,7 @@ import pytest
 from made_runs import FACTS, ROOT, command, refused, run
 
 from harness import compare
-from harness.runs_table import COLUMNS, append_row, read_rows
+from harness.runs_table import COLUMNS, put_row, read_rows
 
 # --- bad input ---
 
@@ -182,7 +182,7 @@ def test_columns_of_a_parity_check_are_figures(tmp_path: Path, capsys: pytest.Ca
 def ten_thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a table of 10,000 runs, each of a config of its own, without their directories."""
     directory = tmp_path_factory.mktemp("many")
-    append_row(directory, dict.fromkeys(COLUMNS) | FACTS | {"run_id": "r0", "status": "ok", "engine": "fastgen"})
+    put_row(directory, dict.fromkeys(COLUMNS) | FACTS | {"run_id": "r0", "status": "ok", "engine": "fastgen"})
     (row,) = read_rows(directory / "runs.csv")
     with open(directory / "runs.csv", "w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS, lineterminator="\n")

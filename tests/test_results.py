@@ -416,6 +416,18 @@ sys.stdin.read()
     assert [row["error"] for row in read_rows(tmp_path / "runs.csv")] == ["rank 0 was killed (signal 9)"]
 
 
+def test_killed_between_row_and_record_both_say_the_same_in_the_end(tmp_path: Path) -> None:
+    recorder = start(tmp_path)
+    path = recorder.directory / "record.json"
+    running = path.read_bytes()
+    recorder.finish("ok", elapsed_s=1.0)
+    path.write_bytes(running)  # what a process killed before its last write leaves
+    close_unfinished(tmp_path, recorder.run_id, "failed", "rank 0 was killed (signal 9)")
+    (row,) = read_rows(tmp_path / "runs.csv")
+    assert (row["status"], row["elapsed_s"]) == ("failed", "")
+    assert (record_of(recorder)["status"], record_of(recorder)["elapsed_s"]) == ("failed", None)
+
+
 def test_finish_after_the_parent_closed_the_run(tmp_path: Path) -> None:
     recorder = start(tmp_path)
     close_unfinished(tmp_path, recorder.run_id, "timeout", "after 5 s")

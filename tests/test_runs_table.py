@@ -13,7 +13,7 @@ import pytest
 
 from harness import runs_table
 from harness.errors import UserError
-from harness.runs_table import COLUMNS, append_row, read_rows
+from harness.runs_table import COLUMNS, put_row, read_rows
 
 
 def row_of(run_id: str, **cells: Any) -> dict[str, Any]:
@@ -55,8 +55,8 @@ def test_columns_are_the_contract() -> None:
     ],
 )
 def test_cells(tmp_path: Path, name: str, value: Any, cell: str) -> None:
-    append_row(tmp_path, row_of("r1", **{name: value}))
-    append_row(tmp_path, row_of("r2"))
+    put_row(tmp_path, row_of("r1", **{name: value}))
+    put_row(tmp_path, row_of("r2"))
     rows = read_rows(tmp_path / "runs.csv")
     assert [row["run_id"] for row in rows] == ["r1", "r2"]
     assert rows[0][name] == cell
@@ -66,16 +66,16 @@ def test_cells(tmp_path: Path, name: str, value: Any, cell: str) -> None:
 # --- the table of runs ---
 
 
-def _append_rows(results_dir: str, writer: int, barrier: Any) -> None:
+def _put_rows(results_dir: str, writer: int, barrier: Any) -> None:
     barrier.wait()
     for number in range(25):
-        append_row(results_dir, row_of(f"w{writer}-{number}", error=f"writer {writer}, " + '"x", ' * 60))
+        put_row(results_dir, row_of(f"w{writer}-{number}", error=f"writer {writer}, " + '"x", ' * 60))
 
 
 def test_concurrent_runs_lose_and_tear_nothing(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(4)
-    writers = [context.Process(target=_append_rows, args=(str(tmp_path), n, barrier)) for n in range(4)]
+    writers = [context.Process(target=_put_rows, args=(str(tmp_path), n, barrier)) for n in range(4)]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -90,16 +90,20 @@ def test_concurrent_runs_lose_and_tear_nothing(tmp_path: Path) -> None:
 
 
 def test_a_run_has_one_row(tmp_path: Path) -> None:
-    append_row(tmp_path, row_of("r1", status="ok"))
-    append_row(tmp_path, row_of("r1", status="failed"))
-    assert [row["status"] for row in read_rows(tmp_path / "runs.csv")] == ["ok"]
+    put_row(tmp_path, row_of("r1", status="ok"))
+    put_row(tmp_path, row_of("r2", status="ok"))
+    put_row(tmp_path, row_of("r1", status="failed"))
+    assert [(row["run_id"], row["status"]) for row in read_rows(tmp_path / "runs.csv")] == [
+        ("r2", "ok"),
+        ("r1", "failed"),
+    ]
 
 
 def test_an_older_header_is_upgraded(tmp_path: Path) -> None:
     older = 'run_id,status,my notes,error,total_tokens\r\nold1,ok,"keep, this",,17\r\nold2,failed\r\n'
     (tmp_path / "runs.csv").write_bytes(b"\xef\xbb\xbf" + older.encode() + b"old3,ok,caf\xe9\r\n")
-    append_row(tmp_path, row_of("new", status="ok", energy_j=5))
-    append_row(tmp_path, row_of("newer", status="ok"))
+    put_row(tmp_path, row_of("new", status="ok", energy_j=5))
+    put_row(tmp_path, row_of("newer", status="ok"))
     with open(tmp_path / "runs.csv", newline="", encoding="latin-1") as file:
         header, *rows = list(csv.reader(file))
     assert tuple(header) == (*COLUMNS, "my notes")
@@ -117,8 +121,8 @@ def test_an_older_header_is_upgraded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("older", [False, True])
 def test_a_table_torn_anywhere_takes_the_next_row_whole(tmp_path: Path, older: bool) -> None:
     path = tmp_path / "runs.csv"
-    append_row(tmp_path, row_of("r1", error='a, "quoted" text', git_commit="abc"))
-    append_row(tmp_path, row_of("r2", error='say ""twice"", "now"', git_commit="def"))
+    put_row(tmp_path, row_of("r1", error='a, "quoted" text', git_commit="abc"))
+    put_row(tmp_path, row_of("r2", error='say ""twice"", "now"', git_commit="def"))
     whole = path.read_bytes()
     if older:
         whole = whole.replace(b"run_id,started_at,status", b"run_id,status,started_at", 1)
@@ -128,7 +132,7 @@ def test_a_table_torn_anywhere_takes_the_next_row_whole(tmp_path: Path, older: b
         if older and cut < body:
             continue
         path.write_bytes(whole[:cut])
-        append_row(tmp_path, row_of("r3", error="fine", git_commit="xyz"))
+        put_row(tmp_path, row_of("r3", error="fine", git_commit="xyz"))
         rows = read_rows(path)
         last = rows[-1]
         assert tuple(rows[0]) == COLUMNS, cut
@@ -142,7 +146,7 @@ def test_a_table_torn_anywhere_takes_the_next_row_whole(tmp_path: Path, older: b
 def test_a_file_that_is_no_table_is_left_alone(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "runs.csv").write_bytes(content)
     with pytest.raises(UserError, match="not a table"):
-        append_row(tmp_path, row_of("r1"))
+        put_row(tmp_path, row_of("r1"))
     assert (tmp_path / "runs.csv").read_bytes() == content
 
 
@@ -150,7 +154,7 @@ def test_a_linked_table_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "shared.csv").write_text("run_id,status\nold,ok\n")
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "runs.csv").symlink_to(tmp_path / "shared.csv")
-    append_row(tmp_path / "results", row_of("new"))
+    put_row(tmp_path / "results", row_of("new"))
     assert [row["run_id"] for row in read_rows(tmp_path / "shared.csv")] == ["old", "new"]
     assert (tmp_path / "results" / "runs.csv").is_symlink()
 
@@ -162,7 +166,7 @@ def test_a_lock_that_is_never_given_up_is_an_error(tmp_path: Path, monkeypatch: 
 
         def attempt() -> None:
             try:
-                append_row(tmp_path, row_of("r1"))
+                put_row(tmp_path, row_of("r1"))
             except UserError as error:
                 failures.append(error)
 
