@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -78,21 +79,34 @@ def handled(timeout_s: float | None, hung: Callable[[int], None], patience_s: fl
 
 
 def end_with_the_parent() -> None:
-    """Interrupts this rank when the process that started the launch is gone: nobody would wait for it any more."""
-    parent = os.environ.get(PARENT_VARIABLE)
-    if parent is None:
+    """Interrupts this rank when a process that started the launch is gone: nobody would wait for it any more."""
+    parents = _launchers()
+    if not parents:
         return
 
     def watch() -> None:
-        while _alive(int(parent)):
+        while all(map(_alive, parents)):
             time.sleep(1.0)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _alive(pid: int) -> bool:
+def _launchers() -> list[psutil.Process]:
+    """Returns our launcher, which sees to DeepSpeed's by itself; without it DeepSpeed's two, as far as on this host."""
+    ours = os.environ.get(PARENT_VARIABLE)
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        if ours is not None:
+            return [psutil.Process(int(ours))]
+        parents = psutil.Process().parents()[:2]
+        return [parent for parent in parents if any("deepspeed" in Path(word).name for word in parent.cmdline()[:5])]
+    except psutil.NoSuchProcess:  # gone already
+        os.kill(os.getpid(), signal.SIGINT)
+        return []
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

@@ -160,7 +160,9 @@ def one_thread() -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds ``--full``."""
-    parser.addoption("--full", action="store_true", help="all repetitions of the tests marked endurance (hours)")
+    parser.addoption(
+        "--full", action="store_true", help="all repetitions of the tests marked endurance (an hour or two)"
+    )
 
 
 @pytest.fixture
@@ -205,12 +207,12 @@ ANSWER = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-directory, sample, part, parts = sys.argv[1:]
+directory, sample, count, part, parts = sys.argv[1:]
 torch.set_num_threads(max(1, torch.get_num_threads() // int(parts)))
 tokenizer = AutoTokenizer.from_pretrained(directory)
 model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 answers = {}
-for index, line in enumerate(open(sample, encoding="utf-8")):
+for index, line in enumerate(open(sample, encoding="utf-8").readlines()[: int(count)]):
     if index % int(parts) == int(part):
         entry = json.loads(line)
         inputs = tokenizer(entry["prompt"], return_tensors="pt")
@@ -222,12 +224,14 @@ print(json.dumps(answers))
 
 
 @pytest.fixture(scope="session")
-def reference(demo_model: Path) -> dict[int, list[int]]:
-    """Returns, by index, the ids that Hugging Face's ``generate`` gives for every prompt of ``sample`` in fp32.
+def reference(demo_model: Path, request: pytest.FixtureRequest) -> dict[int, list[int]]:
+    """Returns, by index, the ids that Hugging Face's ``generate`` gives for prompts of ``sample`` in fp32.
 
-    Two processes share the prompts: with one thread each they are faster than one with two.
+    These are the first 24, or with ``--full`` all 72. Two processes share them: with one thread each they are faster
+    than one with two.
     """
-    arguments = [sys.executable, "-c", ANSWER, str(demo_model), str(SAMPLE)]
+    count = "72" if request.config.getoption("--full") else "24"
+    arguments = [sys.executable, "-c", ANSWER, str(demo_model), str(SAMPLE), count]
     helpers = [
         subprocess.Popen([*arguments, str(part), "2"], stdout=-1, env=variables(), text=True, cwd=ROOT)
         for part in range(2)

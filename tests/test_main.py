@@ -332,10 +332,14 @@ def test_ctrl_c_under_deepspeed_keeps_what_was_finished(tmp_path: Path) -> None:
     assert row["status"] == "interrupted"
 
 
-def test_a_killed_launch_leaves_no_stray_ranks(tmp_path: Path) -> None:
-    process = start(tmp_path)
+@pytest.mark.parametrize("killed", ["harness", "deepspeed", "deepspeed.launcher.launch"])
+def test_a_killed_launch_leaves_no_stray_ranks(tmp_path: Path, killed: str) -> None:
+    process = start(tmp_path, launcher=(sys.executable,) if killed == "harness" else deepspeed(1))
     family = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
+    if "launch" in killed:
+        next(child for child in family if killed in child.cmdline()).kill()
+    else:
+        process.kill()
     process.wait()
     _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive

@@ -13,14 +13,21 @@ from conftest import SAMPLE, Run, kernels_on_cpu
 TIGHT = 80 * 16 * 46_080
 
 TORCH = ["engine.kernels=torch"]  # where nothing is said: the native kernels, if the machine has AVX-512
-SOME, FEW = 24, 8  # requests: what differs between engines and ranks shows in the first few, if at all
+SOME, FEW, ALL = 24, 8, 72  # requests: what differs between engines and ranks shows in the first few, if at all
 
 
-def test_the_whole_sample_in_fp32(
-    harness: Callable[..., Run], reference: dict[int, list[int]], demo_model: Path
+@pytest.mark.endurance
+def test_the_sample_in_fp32(
+    harness: Callable[..., Run],
+    reference: dict[int, list[int]],
+    demo_model: Path,
+    scale: Callable[[int, int], int],
 ) -> None:
-    passes = ["engine.token_budget=48", "engine.max_sequences=32", "engine.order=dataset"]
-    run = harness("engine=fastgen", *passes, "parallel.dp=2", "model.dtype=float32")
+    assert len(reference) == scale(SOME, ALL)
+    passes = ["engine.token_budget=48", "engine.max_sequences=8", "engine.order=dataset"]
+    run = harness(
+        "engine=fastgen", *passes, "parallel.dp=2", "model.dtype=float32", f"dataset.num_samples={len(reference)}"
+    )
     assert run.status == 0, run.stderr
     assert (run.row["status"], run.row["kernels"]) == ("ok", kernels_on_cpu(demo_model, "float32"))
     assert run.token_ids == reference
@@ -37,8 +44,8 @@ def test_the_whole_sample_in_fp32(
         (FEW, ["engine=baseline", "parallel.dp=2"]),
         # 9 query and 3 key-value heads: AutoTP gives two ranks 2 and 1 of the latter, three ranks one each.
         (FEW, ["engine=fastgen", *TORCH, "parallel=tp2", "engine.token_budget=48", "engine.max_sequences=16"]),
-        (FEW, ["engine=fastgen", *TORCH, "parallel.tp=3"]),
-        (FEW, ["engine=fastgen", "parallel.tp=2", "parallel.dp=2"]),
+        (4, ["engine=fastgen", *TORCH, "parallel.tp=3"]),
+        (4, ["engine=fastgen", "parallel.tp=2", "parallel.dp=2"]),
         (FEW, ["engine=ds_inference", "parallel.tp=2", "engine.batch_size=5"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
@@ -63,11 +70,10 @@ def test_engines_and_ranks_in_fp32(
     assert (int(run.row["preemptions"] or 0) > 0) == (f"engine.kv_memory={TIGHT}" in overrides)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "tokens"), [([], 3000), ([*TORCH, f"dataset.num_samples={SOME}"], 600)], ids=["auto", "torch"]
-)
+@pytest.mark.endurance
+@pytest.mark.parametrize("overrides", [[], TORCH], ids=["auto", "torch"])
 def test_sample_in_bfloat16_differs_from_float32_by_rounding_only(
-    harness: Callable[..., Run], demo_model: Path, overrides: list[str], tokens: int
+    harness: Callable[..., Run], demo_model: Path, overrides: list[str], scale: Callable[[int, int], int]
 ) -> None:
     """Every token chosen in bf16 is, fp32 teacher-forced over the same ids, the best or all but the best.
 
@@ -76,7 +82,8 @@ def test_sample_in_bfloat16_differs_from_float32_by_rounding_only(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    run = harness("engine=fastgen", "model.dtype=bfloat16", *overrides)
+    count = scale(SOME, ALL)
+    run = harness("engine=fastgen", "model.dtype=bfloat16", *overrides, f"dataset.num_samples={count}")
     assert run.status == 0, run.stderr
     assert run.row["kernels"] == ("torch" if overrides else kernels_on_cpu(demo_model, "bfloat16"))
     tokenizer = AutoTokenizer.from_pretrained(demo_model)
@@ -89,6 +96,6 @@ def test_sample_in_bfloat16_differs_from_float32_by_rounding_only(
             logits = model(torch.tensor([prompt + ids[:-1]])).logits[0, len(prompt) - 1 :]
         gaps.append(logits.amax(-1) - logits[torch.arange(len(ids)), torch.tensor(ids)])
     gap = torch.cat(gaps)
-    assert len(gap) == int(run.row["output_tokens"]) > tokens
+    assert len(gap) == int(run.row["output_tokens"]) > scale(600, 3000)
     assert gap.max() < 0.4
     assert gap.mean() < 0.0014

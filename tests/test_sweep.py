@@ -78,9 +78,11 @@ def alive_with(text: str) -> list[list[str]]:
     return found
 
 
+@pytest.mark.endurance
 def test_a_sweep_survives_two_crashes_and_a_hang_and_then_runs_only_those(
-    harness: Harness, tmp_path: Path, odd_model: Path, demo_model: Path
+    harness: Harness, tmp_path: Path, odd_model: Path, demo_model: Path, scale: Callable[[int, int], int]
 ) -> None:
+    jobs = scale(9, 12)
     job = [
         f"model.path={odd_model}",
         f"model.tokenizer={demo_model}",
@@ -89,7 +91,7 @@ def test_a_sweep_survives_two_crashes_and_a_hang_and_then_runs_only_those(
         "dataset.num_samples=2",
         "generation.max_output_len=4",
         "timeout_s=15",
-        f"dataset.seed={','.join(str(seed) for seed in range(1, 13))}",
+        f"dataset.seed={','.join(str(seed) for seed in range(1, jobs + 1))}",
     ]
     own_modules = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
     first = harness("-m", *job, **own_modules)
@@ -102,14 +104,14 @@ def test_a_sweep_survives_two_crashes_and_a_hang_and_then_runs_only_those(
         return record["config"]["dataset"]["seed"]
 
     statuses = {seed_of(row): row["status"] for row in first.rows}
-    assert list(statuses) == list(range(1, 13))
+    assert list(statuses) == list(range(1, jobs + 1))
     assert {seed for seed, status in statuses.items() if status != "ok"} == {3, 6, 9}
     assert (statuses[3], statuses[6], statuses[9]) == ("failed", "failed", "timeout")
     errors = {seed_of(row): row["error"] for row in first.rows}
     assert "SIGABRT" in errors[3]
     assert "SIGKILL" in errors[6]
     assert "timeout_s=15" in errors[9]
-    assert "9 of 12 jobs ok" in first.stdout
+    assert f"{jobs - 3} of {jobs} jobs ok" in first.stdout
     assert "sweep.resume=true" in first.stdout
     log = (first.results / first.rows[0]["run_id"] / "launch.log").read_text()
     assert "total tokens/s" in log  # what the job would have printed is kept, and not on the sweep's terminal
@@ -118,10 +120,10 @@ def test_a_sweep_survives_two_crashes_and_a_hang_and_then_runs_only_those(
     (odd_model / "mended").touch()
     again = harness("-m", *job, "sweep.resume=true", **own_modules)
     assert again.status == 0, again.stdout + again.stderr
-    assert again.stdout.count("(ran before)") == 9
-    assert [seed_of(row) for row in again.rows[12:]] == [3, 6, 9]
-    assert {row["status"] for row in again.rows[12:]} == {"ok"}
-    assert "12 of 12 jobs ok" in again.stdout
+    assert again.stdout.count("(ran before)") == jobs - 3
+    assert [seed_of(row) for row in again.rows[jobs:]] == [3, 6, 9]
+    assert {row["status"] for row in again.rows[jobs:]} == {"ok"}
+    assert f"{jobs} of {jobs} jobs ok" in again.stdout
 
 
 def test_a_job_that_cannot_run_is_a_row_and_the_others_are_repeated(harness: Harness) -> None:
