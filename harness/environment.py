@@ -206,12 +206,12 @@ def _stat_value(path: Path, key: str) -> int:
 def peak_memory_bytes(device: str) -> int:
     """Returns the most memory (bytes) this process has held.
 
-    On the host that is resident memory; on ``"cuda"`` what torch allocated on the device, 0 when torch is
-    not loaded.
+    On the host that is resident memory; on ``"cuda"`` or ``"cuda:N"`` what torch allocated on the device, 0 when
+    torch is not loaded.
     """
-    if device == "cuda":
+    if device.startswith("cuda"):
         torch = sys.modules.get("torch")
-        return int(torch.cuda.max_memory_allocated()) if torch is not None else 0
+        return int(torch.cuda.max_memory_allocated(device)) if torch is not None else 0
     # On Linux ru_maxrss starts at the size of the process that launched this one, VmHWM does not.
     with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as lines:
         for line in lines:

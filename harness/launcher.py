@@ -81,6 +81,8 @@ def launch(composed: DictConfig, overrides: list[str], watcher: Callable[[Path],
     if composed.resume is not None:
         run_id = str(composed.resume)
         recorder, job = _taken_up(composed, resolved)
+        recorder.note(launcher=_myself())
+        recorder.release()  # rank 0 is the one to have it
     else:
         run_id = new_run_id(str(resolved["engine"].get("name")))
         recorder = RunRecorder.create(str(resolved["results_dir"]), run_id, resolved, sys.argv)
@@ -95,6 +97,7 @@ def launch(composed: DictConfig, overrides: list[str], watcher: Callable[[Path],
         except BaseException as error:
             recorder.finish("failed", f"{type(error).__name__}: {error}")
             raise
+        recorder.note(launcher=_myself())
     config = job.config
     log = recorder.directory / LAUNCH_LOG
     with nullcontext() if watcher is None else open(log, "wb") as output:
@@ -114,7 +117,9 @@ def launch(composed: DictConfig, overrides: list[str], watcher: Callable[[Path],
     record = read_record(config.results_dir, run_id) or {}
     status = record.get("status")
     if status == "ok":
-        exit_status = 0 if ending.returncode == 0 else 1
+        exit_status = INTERRUPTED if ending.interrupted else 0 if ending.returncode == 0 else 1
+        if exit_status == 1 and untold is None:
+            untold = f"the run was complete when a rank ended with status {ending.returncode}"
     elif status == "interrupted":
         exit_status = INTERRUPTED
     else:
@@ -135,9 +140,14 @@ def _taken_up(composed: DictConfig, resolved: dict[str, Any]) -> tuple[RunRecord
     try:
         recorder.check_work(**job.work)
         recorder.note()
-    finally:
-        recorder.release()  # rank 0 is the one to have it
+    except BaseException:
+        recorder.release()
+        raise
     return recorder, job
+
+
+def _myself() -> list[Any]:
+    return [socket.gethostname(), os.getpid()]
 
 
 def run_program(program: Path, ranks: int, accelerator: str, words: list[str], timeout_s: float | None) -> int:
@@ -224,7 +234,7 @@ class _Ending:
             fault = faults.Fault("failed", "the launch ended without a result", 1)
         else:
             fault = describe(self.returncode, self.kills, read_record(results_dir, run_id) or {})
-        if close_unfinished(results_dir, run_id, fault.status, fault.error) is None:
+        if close_unfinished(results_dir, run_id, fault.status, fault.error, launcher=_myself()) is None:
             return None
         return f"{fault.error} ({faults.way_on(f'{results_dir}/{run_id}', run_id)})"
 
@@ -278,6 +288,7 @@ def _watch(
                     tick()
         if process.poll() is None:
             _end(process, DEAF_S if timed_out else GRACE_S)
+        _end_strays(process.pid)
     return _Ending(process.returncode, timed_out, bool(stop_asked), timeout_s, kills)
 
 
@@ -297,6 +308,22 @@ def _end(process: subprocess.Popen[bytes], grace_s: float) -> None:
     for member in alive:
         _signal(member, signal.SIGKILL)
     process.wait()
+
+
+def _end_strays(session: int) -> None:
+    """Ends ranks that have outlived their launch, since the next one would share the machine with them."""
+    strays = [process for process in psutil.process_iter() if _session_of(process) == session and _is_rank(process)]
+    for rank in strays:
+        _signal(rank, signal.SIGINT)
+    for rank in psutil.wait_procs(strays, GRACE_S)[1]:
+        _signal(rank, signal.SIGKILL)
+
+
+def _session_of(process: psutil.Process) -> int | None:
+    try:
+        return os.getsid(process.pid)
+    except OSError:
+        return None
 
 
 def _tree(pid: int) -> list[psutil.Process]:

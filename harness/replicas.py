@@ -51,6 +51,7 @@ class Replicas:
         self._store: TCPStore | None = None
         self._receiver: threading.Thread | None = None
         self._leave = threading.Event()
+        self._broken: Exception | None = None
 
     def join(self) -> None:
         """Joins the other ranks' process group; returns when all have."""
@@ -122,6 +123,7 @@ class Replicas:
     def take(self, requests: list[Request]) -> Iterator[Request]:
         """Yields the requests that fall to this rank, each to one rank only; ``requests`` is the same on all."""
         while (number := self.store.add("taken", 1)) <= len(requests):
+            self.check()
             yield requests[number - 1]
 
     def send(self, completion: Completion) -> None:
@@ -142,6 +144,17 @@ class Replicas:
         self._receiver.start()
 
     def _receive(self, deliver: Callable[[Completion], None]) -> None:
+        try:
+            self._receive_all(deliver)
+        except Exception as error:  # raised where it ends the run: nobody would notice the end of this thread
+            self._broken = error
+
+    def check(self) -> None:
+        """Raises what has kept a completion of another rank from being delivered, a full disk for instance."""
+        if self._broken is not None:
+            raise self._broken
+
+    def _receive_all(self, deliver: Callable[[Completion], None]) -> None:
         from torch.distributed import TCPStore
 
         # A connection of its own: the engine's thread takes requests through the other.
@@ -167,13 +180,14 @@ class Replicas:
                 time.sleep(POLL_S)
 
     def wait(self) -> dict[int, dict[str, Any]]:
-        """Waits for the other ranks' results and returns them by rank; raises RankFailed."""
+        """Waits for the other ranks' results and returns them by rank; raises RankFailed, or as :meth:`check`."""
         assert self._receiver is not None
         while self._receiver.is_alive():
             self._receiver.join(POLL_S)  # in pieces, so that a signal is seen
             if self.rendezvous.failure is not None:
                 self.stop()
                 raise self.rendezvous.failure
+        self.check()
         return self.results
 
     def stop(self) -> None:

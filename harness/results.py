@@ -25,7 +25,7 @@ import filelock
 
 from harness import segments
 from harness.completions import Tally, mend_last_line, percentile, read_completions
-from harness.errors import UserError, quoted
+from harness.errors import UserError, one_line, quoted
 from harness.files import (
     cannot_write,
     cut_torn_line,
@@ -167,14 +167,19 @@ def _close(
     error: str | None,
     expected: int | None = None,
 ) -> dict[str, Any]:
-    """Completes ``record``, writes it and its row; returns the row. A run that is ok has ``expected`` lines."""
+    """Completes ``record``, writes it and its row; returns the row. A run that is ok has ``expected`` lines.
+
+    ``record`` is as it was where that fails, so that it can be tried again.
+    """
     if status not in STATUSES:
         raise ValueError(f"status {status!r} is not one of {STATUSES}")
     lines = tally.completed + tally.rejected
     if status == "ok" and expected not in (None, lines):
         status, error = "failed", f"completions.jsonl has {lines} lines for {expected} requests"
-    record |= {"status": status, "error": error, "finished_at": utc_now()}
+    unfinished = record
+    record = unfinished | {"status": status, "error": error, "finished_at": utc_now()}
     if "segments" in record:
+        record["segments"] = list(record["segments"])
         segments.end(record, results_dir / record["run_id"], lines)
         record |= segments.combined(record)
         record["notes"] = [*(record.get("notes") or []), segments.note(record)]
@@ -189,6 +194,8 @@ def _close(
     # in the place of this one.
     put_row(results_dir, row)
     replace(results_dir / record["run_id"] / "record.json", json_bytes(record, indent=2))
+    unfinished.clear()
+    unfinished.update(record)
     return row
 
 
@@ -221,7 +228,7 @@ class RunRecorder:
 
     @classmethod
     def create(
-        cls, results_dir: str | Path, run_id: str, config: dict[str, Any], command_line: list[str]
+        cls, results_dir: str | Path, run_id: str, config: dict[str, Any], command_line: list[str], hold: bool = False
     ) -> RunRecorder:
         """Makes ``<results_dir>/<run_id>`` with ``config.yaml`` and a ``record.json`` that says "running".
 
@@ -230,9 +237,10 @@ class RunRecorder:
             run_id: from :func:`new_run_id`.
             config: the resolved config as plain data.
             command_line: as the user typed it; that of the parent stays when a directory is taken over.
+            hold: whether to call :meth:`hold` before anything is read or written.
 
         Raises:
-            UserError: ``results_dir`` cannot be written, its ``runs.csv`` is not one, or the run is closed.
+            UserError: ``results_dir`` cannot be written, its ``runs.csv`` is not one, or the run is closed or held.
         """
         root, directory = Path(results_dir), run_directory(results_dir, run_id)
         config = plain(config)
@@ -243,6 +251,9 @@ class RunRecorder:
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             found = f"{quoted(str(results_dir))} cannot be written: {getattr(error, 'strerror', None) or error}"
             raise UserError("results_dir", found, "set another directory") from error
+        recorder = cls(root, {"run_id": run_id})
+        if hold:
+            recorder.hold()
         read_table(root / "runs.csv")  # better refused now than after the run
         earlier = read_record(root, run_id)
         remedy = "start the run under a new id"
@@ -250,7 +261,7 @@ class RunRecorder:
             raise UserError("run id", f"the record.json of {run_id} is damaged", remedy)
         if earlier is not None and earlier["status"] != RUNNING:
             raise UserError("run id", f"{run_id} is closed ({earlier['status']})", remedy)
-        record = {
+        recorder._record = {
             "run_id": run_id,
             "started_at": utc_now(),
             "status": RUNNING,
@@ -263,7 +274,6 @@ class RunRecorder:
             "hostname": socket.gethostname(),
         }
         replace(directory / "config.yaml", yaml_bytes(config))
-        recorder = cls(root, record)
         recorder._steps_before = int(max(segments.last_rows(directory / "passes.csv", ("step",)), default=0))
         recorder.note()
         return recorder
@@ -292,6 +302,9 @@ class RunRecorder:
             earlier = read_record(root, run_id) or {}  # what another process wrote while we waited
             if earlier.get("status") == "ok":
                 raise UserError("resume", f"{run_id} is complete", "start a new run")
+            if earlier.get("status") == "invalid" and earlier.get("rejected"):
+                found = f"all requests of {run_id} were rejected: {one_line(str(earlier.get('error')), 200)}"
+                raise UserError("resume", found, "start a new run")
             if wrong := (earlier.get("parity") or {}).get("wrong"):
                 raise UserError("resume", f"{wrong} of the outputs of {run_id} were found wrong", "start a new run")
             try:
@@ -466,10 +479,16 @@ class RunRecorder:
             self._flush_passes()
         except UserError as failure:  # a table of passes is not worth the row of the run
             self._record["passes_error"] = str(failure)
-        for descriptor in (self._completions, self._passes):
-            if descriptor is not None:
-                os.close(descriptor)
+        completions, passes = self._completions, self._passes
         self._completions = self._passes = None
+        try:
+            _close_file(passes)
+        except OSError as failure:
+            self._record["passes_error"] = str(cannot_write(self.directory / "passes.csv", failure))
+        try:
+            _close_file(completions)
+        except OSError as failure:
+            raise cannot_write(self._completions_path, failure) from failure
         # Read back: a signal may have ended the run between a line's writing and whatever would have counted it.
         self._row = _close(
             self.results_dir, self._record, Tally.of_file(self._completions_path), status, error, expected
@@ -493,13 +512,28 @@ class RunRecorder:
         return self._row
 
 
-def close_unfinished(results_dir: str | Path, run_id: str, status: str, error: str | None) -> dict[str, Any] | None:
+def _close_file(descriptor: int | None) -> None:
+    """Closes a file whose content is to outlast a power cut, since the row will say that it is there."""
+    if descriptor is None:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def close_unfinished(
+    results_dir: str | Path, run_id: str, status: str, error: str | None, **owner: Any
+) -> dict[str, Any] | None:
     """Closes a run whose ranks died without a word: for the process that launched them.
 
     Counts are of the completions on disk; the clock was never stopped, so that rates stay empty.
 
+    Args:
+        **owner: what the record must say for the run to be the caller's still; somebody may have gone on with it.
+
     Returns:
-        The row, or None when the run is closed already or there is no such run.
+        The row, or None when the run is closed already or another's, or there is no such run.
 
     Raises:
         UserError: a file cannot be written.
@@ -517,7 +551,7 @@ def close_unfinished(results_dir: str | Path, run_id: str, status: str, error: s
         pass
     try:
         record = read_record(results_dir, run_id)
-        if record is None or record["status"] != RUNNING:
+        if record is None or record["status"] != RUNNING or any(record.get(key) != owner[key] for key in owner):
             return None
         return _close(root, record, Tally.of_file(root / run_id / "completions.jsonl"), status, error)
     finally:

@@ -48,7 +48,7 @@ def compose(typed: DictConfig, overrides: list[str], rank: Rank | None) -> DictC
         before = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
         assert isinstance(before, DictConfig)
         config = before.copy()
-        config.repeat, config.verify, config.sweep = typed.repeat, typed.verify, typed.sweep
+        config.repeat, config.sweep = typed.repeat, typed.sweep
         if not _apply(overrides, config):
             config = typed.copy()
     except (OmegaConfBaseException, OSError, ValueError, AssertionError) as error:

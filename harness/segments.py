@@ -33,8 +33,6 @@ KEPT = (
         "load_s",
         "warmup_s",
         "time",
-        "engine_statistics",
-        "telemetry",
     ),
     *("config", "environment", "hostname", "device_name", "kernels", "notes", "engine_statistics", "telemetry"),
 )
@@ -42,6 +40,8 @@ KEPT = (
 WORK = ("model", "weights", "dtype", "dataset_sha256")
 # What the run keeps from its first segment on.
 LASTING = ("run_id", "started_at", "command_line")
+# What the run has several of, if its segments did not agree.
+JOINED = ("device_name", "kernels", "git_commit")
 
 
 def begin(
@@ -64,6 +64,8 @@ def begin(
             earlier |= {"status": "failed", "error": "ended without a word"}
         end(earlier, directory, completed)
     past = earlier["segments"]
+    # Before a rank has looked at the checkpoint, the record has what the config says, which may be another model's.
+    known = any(part.get("job_hash") for part in past)
     return {
         **{name: earlier[name] for name in LASTING if name in earlier},
         "status": "running",
@@ -76,7 +78,8 @@ def begin(
             "completed_before": completed,
             "changed": _changed(past[-1].get("config", {}), figures["config"]),
         },
-        "work": {name: earlier[name] for name in WORK if earlier.get(name) is not None} | earlier.get("work", {}),
+        "work": {name: earlier[name] for name in WORK if known and earlier.get(name) is not None}
+        | earlier.get("work", {}),
     }
 
 
@@ -129,7 +132,26 @@ def combined(record: dict[str, Any]) -> dict[str, Any]:
         for time in times:
             whole |= {name: whole.get(name, 0.0) + seconds for name, seconds in time.items()}
     figures["time"] = whole
+    for name in JOINED:
+        if len(values := _distinct(segments, name)) > 1:
+            figures[name] = " + ".join(values)
+    if len({json.dumps(_devices(segment), sort_keys=True) for segment in segments if segment.get("device_name")}) > 1:
+        figures["model_flops_utilisation"] = None  # of which peak?
     return figures
+
+
+def _distinct(segments: list[dict[str, Any]], name: str) -> list[str]:
+    """Returns the values of one of :data:`JOINED` in the order of the segments, each once."""
+    if name == "git_commit":
+        found = [((segment.get("environment") or {}).get("git") or {}).get("commit") for segment in segments]
+    else:
+        found = [segment.get(name) for segment in segments]
+    return list(dict.fromkeys(str(value) for value in found if value is not None))
+
+
+def _devices(segment: dict[str, Any]) -> list[Any]:
+    """Returns what the peak of a segment's devices depends on."""
+    return [*(segment.get(name) for name in ("tp", "dp", "device_name")), (segment.get("config") or {}).get("hardware")]
 
 
 def note(record: dict[str, Any]) -> str:
@@ -137,6 +159,7 @@ def note(record: dict[str, Any]) -> str:
     past = record["segments"]
     parts = [f"{'about ' if each['elapsed_is_estimated'] else ''}{each['elapsed_s']:,.1f} s" for each in past]
     changes = [f"{key}={now} (was {before})" for each in past for key, (before, now) in each.get("changed", {}).items()]
+    changes += [f"{name} {' + '.join(values)}" for name in JOINED if len(values := _distinct(past, name)) > 1]
     text = f"resumed; the clock is the sum of {len(past)} segments, {' + '.join(parts)}"
     return text + (f"; with {', '.join(changes)}" if changes else "")
 

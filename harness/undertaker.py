@@ -56,7 +56,8 @@ def close(results_dir: str, run_id: str, pid: int) -> None:
     fault = killed("rank 0", number, kills, record.get("config") or {}, record)
     line = f"{fault.error} ({way_on(run_directory(results_dir, run_id), run_id)})"
     try:
-        if close_unfinished(results_dir, run_id, fault.status, fault.error) is None:
+        owner = {name: record[name] for name in ("pid", "hostname")}
+        if close_unfinished(results_dir, run_id, fault.status, fault.error, **owner) is None:
             return
     except UserError as error:
         line = f"{fault.error}; and the record cannot be written: {error}"

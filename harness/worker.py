@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -84,12 +85,14 @@ def run(composed: DictConfig, rank: Rank) -> int:
     def hung(signum: int) -> None:
         fault = ending(signum)
         line = f"rank {rank.rank}: {fault.error}"
-        if recorder is not None:
-            recorder.finish(fault.status, fault.error, **({} if work is None else work.measured()))
-            line = fault.error + (f" ({faults.way_on(recorder.directory, recorder.run_id)})" if running else "")
-        complain(line)
-        rendezvous.fail(fault.error, fault.exit_status, fault.status)
-        os._exit(fault.exit_status)
+        try:
+            if recorder is not None:
+                line = fault.error + (f" ({faults.way_on(recorder.directory, recorder.run_id)})" if running else "")
+                recorder.finish(fault.status, fault.error, **({} if work is None else work.measured()))
+        finally:  # whatever it is that cannot be written
+            complain(line)
+            rendezvous.fail(fault.error, fault.exit_status, fault.status)
+            os._exit(fault.exit_status)
 
     try:
         with signals.handled(resolved.get("timeout_s"), hung):
@@ -127,8 +130,9 @@ def run(composed: DictConfig, rank: Rank) -> int:
     log.error("%s: %s", fault.status, fault.error)
     kept = f" ({faults.way_on(recorder.directory, recorder.run_id)})" if running else ""
     try:
-        peak = environment.peak_memory_bytes("cpu")
-        recorder.finish(fault.status, fault.error, peak_memory_bytes=peak, **measured)
+        row = recorder.finish(fault.status, fault.error, **measured)
+        if row["status"] == "ok":
+            kept = " (the run is complete)"
     except UserError as error:
         kept = f"{kept}; its row cannot be written either" if running else f"; nor can its row be written: {error}"
     complain(f"{fault.error}{kept}")
@@ -142,9 +146,7 @@ def _recorder(resolved: dict[str, Any]) -> RunRecorder:
     if launched is None and resolved["resume"] is not None:
         return RunRecorder.resume(results_dir, str(resolved["resume"]), resolved, sys.argv)
     run_id = launched or new_run_id(str(resolved["engine"].get("name")))
-    recorder = RunRecorder.create(results_dir, run_id, resolved, sys.argv)
-    recorder.hold()
-    return recorder
+    return RunRecorder.create(results_dir, run_id, resolved, sys.argv, hold=True)
 
 
 def _tell(rendezvous: Rendezvous, fault: Fault) -> None:
@@ -319,6 +321,8 @@ class _Run:
         """Writes and books a completion; another rank's come through a thread."""
         with self.booking:
             assert self.recorder is not None
+            if self.replicas is not None and not elsewhere:
+                self.replicas.check()
             self.recorder.add(completion)
             self._book(completion)
             self.display.request_done(completion, elsewhere)
@@ -437,17 +441,18 @@ class _Run:
 
         assert self.recorder is not None
         config = self.job.config
-        completions = {entry.index: entry for entry in self.recorder.done() if entry.finish_reason != "rejected"}
-        chosen = parity.sample(list(completions), config.verify, self.recorder.run_id)
-        by_index = {request.index: request for request in self.workload.requests}
-        requests = [by_index[index] for index in chosen]
-        prompts = self.engine.tokenize(requests)
-        del self.engine  # its memory is the reference's
-        self._say(f"checking {len(chosen)} requests against Hugging Face (verify={config.verify}; not in the clock)")
         error: str | None = None
         notes = list(self.recorder.record["notes"])
         figures: dict[str, Any] = {}
         try:
+            completions = {entry.index: entry for entry in self.recorder.done() if entry.finish_reason != "rejected"}
+            chosen = parity.sample(list(completions), config.verify, self.recorder.run_id)
+            by_index = {request.index: request for request in self.workload.requests}
+            requests = [by_index[index] for index in chosen]
+            prompts = self.engine.tokenize(requests)
+            del self.engine  # its memory is the reference's
+            asked = f"verify={config.verify}; not in the clock"
+            self._say(f"checking {len(chosen)} requests against Hugging Face ({asked})")
             found = parity.of_run(self.job, self.device, requests, prompts, [completions[index] for index in chosen])
             checked, exact, near, wrong = (found[name] for name in ("checked", "exact", "near_tie", "wrong"))
             figures = {
@@ -464,8 +469,10 @@ class _Run:
                 )
             elif wrong:
                 notes.append(f"{wrong} of {checked} checked outputs differ by more than rounding: quantized weights")
-        except (UserError, signals.Ended, MemoryError, RuntimeError) as failure:
-            why = "interrupted" if isinstance(failure, signals.Ended) else one_line(str(failure), 300)
+        except (Exception, signals.Ended) as failure:
+            why = one_line(str(failure), 300) if str(failure) else type(failure).__name__
+            if isinstance(failure, signals.Ended):
+                why = "interrupted"
             notes.append(f"verify={config.verify}: nothing was checked: {why}")
             log.info(notes[-1])
         return self.recorder.amend("ok" if error is None else "failed", error, notes=notes, **figures), error
@@ -475,6 +482,8 @@ class _Run:
         from harness.telemetry import combined
 
         figures: dict[str, Any] = {"clock_s": self.clock_s}
+        with contextlib.suppress(AttributeError, RuntimeError):  # no device yet, or one that does not answer any more
+            figures["peak_memory_bytes"] = environment.peak_memory_bytes(self.device)
         if self.telemetry is not None:
             self.telemetry.stop()
             figures["telemetry"] = combined([self.telemetry.summary()], self.job.accelerator)

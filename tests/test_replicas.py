@@ -12,6 +12,7 @@ sys.path.insert(0, os.getcwd())
 from harness import ranks
 from harness.rendezvous import RankFailed, Rendezvous
 from harness.replicas import Replicas
+from harness.errors import UserError
 from harness.workload import Completion, Request
 
 mode, place = sys.argv[-2:]
@@ -27,9 +28,32 @@ requests = [Request(index, "x", 1) for index in range(50)]
 def completion(request):
     return Completion(request.index, 1, 1, "length", [7], "text \\u2028", 0.5, 1.0)
 
+def deliver(completion):
+    if mode == "full" and len(found) == 2:
+        raise UserError("completions.jsonl", "no space left on device", "free space")
+    found.append(completion)
+
 if rank.first:
-    replicas.receive(lambda c: found.append(c))
+    replicas.receive(deliver)
 replicas.barrier()
+if mode == "full":
+    if rank.first:
+        try:
+            for request in replicas.take(requests):
+                time.sleep(0.01)
+            ended = "queue"
+        except UserError as error:
+            ended = str(error)
+        outcome = {"ended": ended, "found": len(found), "taken": replicas.store.add("taken", 0)}
+        open(place, "w").write(json.dumps(outcome))
+        replicas.store.add("over", 1)
+    else:
+        for request in replicas.take(requests):
+            replicas.send(completion(request))
+            time.sleep(0.01)
+        while not replicas.store.add("over", 0):
+            time.sleep(0.01)
+    sys.exit(0)
 for request in replicas.take(requests):
     mine.append(request.index)
     if not rank.first:
@@ -65,6 +89,13 @@ def test_each_request_is_taken_once_and_comes_back(tmp_path: Path) -> None:
     assert outcome["found"][0][1:] == [[7], "text \u2028"]
     assert outcome["results"] == {"1": {"elapsed_s": 1.5}}
     assert outcome["stopped"] == 0
+
+
+def test_a_completion_that_cannot_be_written_ends_the_run(tmp_path: Path) -> None:
+    outcome = launched(tmp_path, RANK, 2, "full")
+    assert outcome["ended"].startswith("completions.jsonl: no space left on device")
+    assert outcome["found"] == 2
+    assert outcome["taken"] < 50
 
 
 def test_a_failing_rank_is_heard_with_its_own_message(tmp_path: Path) -> None:

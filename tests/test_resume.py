@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,8 +20,10 @@ from test_main import RANDOM, TINY, check_against_ids, ranks_of, start
 
 from harness import segments
 from harness.completions import read_completions
-from harness.results import LOCK, read_record
+from harness.errors import UserError
+from harness.results import LOCK, RunRecorder, close_unfinished, read_record
 from harness.runs_table import read_rows
+from harness.workload import Completion
 
 Harness = Callable[..., Run]
 
@@ -416,3 +419,58 @@ def test_what_one_segment_does_not_know_the_whole_does_not() -> None:
     assert (found["peak_memory_bytes"], found["config_hash"], found["time"]) == (7, "a", {"x": 3.0})
     record["segments"][1]["config_hash"] = "b"
     assert segments.combined(record)["config_hash"] not in ("a", "b")
+
+
+def test_segments_on_several_machines_are_none_of_them() -> None:
+    one: dict[str, Any] = {"device_name": "H100", "kernels": "native", "tp": 1, "dp": 1, "time": {}, "elapsed_s": 2.0}
+    one |= {"elapsed_is_estimated": False}
+    same = {"segments": [one, one], "device_name": "H100", "model_flops_utilisation": 0.3}
+    assert not {"device_name", "model_flops_utilisation"} & segments.combined(same).keys()
+    assert "H100" not in segments.note(same)
+    found = segments.combined({"segments": [one, one | {"device_name": "A100"}]})
+    assert (found["device_name"], found["model_flops_utilisation"]) == ("H100 + A100", None)
+    assert segments.note({"segments": [one, one | {"device_name": "A100"}]}).endswith("; with device_name H100 + A100")
+    assert segments.combined({"segments": [one, one | {"dp": 8}]})["model_flops_utilisation"] is None
+
+
+def test_what_the_config_calls_the_model_is_no_fact(tmp_path: Path) -> None:
+    recorder = RunRecorder.create(tmp_path, "20260101-000000-fastgen-0001", {"model": {"name": "demo"}}, [])
+    recorder.finish("failed", "killed in its imports")
+    again = RunRecorder.resume(tmp_path, recorder.run_id, {"model": {"name": "demo"}}, [])
+    again.check_work(model="the checkpoint's own name")
+    again.release()
+
+
+def test_closing_that_fails_once_is_done_again_from_the_same_record(tmp_path: Path) -> None:
+    recorder = RunRecorder.create(tmp_path, "20260101-000000-fastgen-0001", {}, [])
+    recorder.finish("interrupted", "interrupted", clock_s=10.0)
+    again = RunRecorder.resume(tmp_path, recorder.run_id, {}, [])
+    again.note()
+    table = (tmp_path / "runs.csv").read_bytes()
+    (tmp_path / "runs.csv").unlink()
+    (tmp_path / "runs.csv").mkdir()
+    with pytest.raises(UserError):
+        again.finish("ok", elapsed_s=15.0)
+    (tmp_path / "runs.csv").rmdir()
+    (tmp_path / "runs.csv").write_bytes(table)
+    again.finish("ok", elapsed_s=15.0)
+    again.release()
+    record = read_record(tmp_path, recorder.run_id)
+    assert record is not None
+    assert [part["elapsed_s"] for part in record["segments"]] == [10.0, 5.0]
+    assert len([note for note in record["notes"] if note.startswith("resumed")]) == 1
+
+
+def test_a_run_that_another_launch_goes_on_with_is_not_closed(tmp_path: Path) -> None:
+    recorder = RunRecorder.create(tmp_path, "20260101-000000-fastgen-0001", {}, [])
+    recorder.note(launcher=["here", 1])
+    assert close_unfinished(tmp_path, recorder.run_id, "failed", "killed", launcher=["here", 2]) is None
+    assert close_unfinished(tmp_path, recorder.run_id, "failed", "killed", launcher=["here", 1]) is not None
+
+
+def test_a_run_all_of_whose_requests_were_rejected_is_not_gone_on_with(tmp_path: Path) -> None:
+    recorder = RunRecorder.create(tmp_path, "20260101-000000-fastgen-0001", {}, [])
+    recorder.add(Completion(0, 0, 0, "rejected", [], "", None, None, "too long"))
+    recorder.finish("invalid", "all 1 requests were rejected; the last: too long")
+    with pytest.raises(UserError, match=r"all requests of .* were rejected: .*too long; start a new run"):
+        RunRecorder.resume(tmp_path, recorder.run_id, {}, [])
