@@ -518,6 +518,9 @@ def _close_file(descriptor: int | None) -> None:
         return
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a special file, or a file system that knows of no such thing
+            raise
     finally:
         os.close(descriptor)
 
