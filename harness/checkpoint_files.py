@@ -109,6 +109,9 @@ def _directory(directory: Path, trust_remote_code: bool, need_weights: bool, all
         # With peft installed, transformers would load the model that this file names; without it, ignore the adapter.
         found = f"{adapter} makes it an adapter of another model"
         raise UserError("model.path", found, "merge it into its base model, or take that file away")
+    if need_weights and (parts := sorted(directory.glob("shard-[0-9]*-model-*"))):
+        found = f"{parts[0]} is one of the parts that transformers would read in place of model.safetensors"
+        raise UserError("model.path", found, "take those files away")
     architecture = _read_json(config)
     check_architecture(architecture, f"model.path, {config}, ")
     refuse_kernels(architecture, f"model.path, {config}, ", trust_remote_code)
@@ -235,7 +238,13 @@ def check_architecture(architecture: dict[str, Any], where: str) -> None:
 
 
 def refuse_kernels(value: object, where: str, trust_remote_code: bool) -> None:
-    """Raises UserError for a config that names compiled kernels on a hub: transformers would fetch and run them."""
+    """Raises UserError for a config that names compiled kernels on a hub: transformers would fetch and run them.
+
+    Nor may it name the files of its weights: others would be read than those that were looked at.
+    """
+    if isinstance(value, dict) and value.get("transformers_weights") is not None:
+        found = f"{quoted(value['transformers_weights'])} names the file of the weights"
+        raise UserError(f"{where}transformers_weights", found, "take it out, and name the file model.safetensors")
     if not isinstance(value, dict) or trust_remote_code:
         return
     for key, item in value.items():

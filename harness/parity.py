@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from harness import checkpoint
@@ -77,6 +78,7 @@ class Reference:
                 self.model = self.model.to(device)
         self.exact = self.dtype == "float32"
         self.stop_ids = stop_ids(self.model, generation)
+        self.model.generation_config = transformers.GenerationConfig()  # generate() fills ours with what it has
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
         self._keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
@@ -87,10 +89,7 @@ class Reference:
 
     def generate(self, prompt: Sequence[int], output_len: int) -> list[int]:
         """Returns the ids of Hugging Face's greedy ``generate``, EOS included."""
-        from transformers import GenerationConfig as Generation
-
-        # A config of its own: the checkpoint's may ask for sampling or penalties.
-        config = Generation(
+        config = transformers.GenerationConfig(
             do_sample=False,
             num_beams=1,
             max_new_tokens=output_len,
@@ -171,6 +170,9 @@ def _placed(architecture: dict[str, Any], dtype: str, device: str) -> tuple[str,
         chosen, bytes_needed = "float32", needed
     else:
         chosen, bytes_needed = dtype, checkpoint.required_bytes(architecture, getattr(torch, dtype).itemsize)
+    if bytes_needed is not None and bytes_needed > free:
+        needs = f"{bytes_needed / 2**30:.1f} GiB in {chosen}"
+        raise MemoryError(f"its weights are {needs}, {free / 2**30:.1f} GiB are free")
     if not on_cuda:
         return chosen, None
     alone = torch.cuda.mem_get_info(device)[0]

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 DEFAULT_RESULTS = "results"
 DEFAULT_LIMIT = 10
 EXIT_WRONG = 1
+TRUSTED = ("trust_remote_code", "allow_pickle")  # not for a run's record to decide, which may be anybody's
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         const="",
         help="ask the model: of each difference, or without --against of every token (the one in the run's record)",
     )
+    for name in TRUSTED:
+        text = f"with --model, for a run with model.{name}=true: you trust the checkpoint too"
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
     parser.add_argument("--dataset", metavar="FILE", help="where the run's dataset lies now (as in the record)")
     parser.add_argument(
         "--samples", type=_positive, metavar="N", help="with --model, without --against: judge N random requests (all)"
@@ -133,10 +137,10 @@ def _run(options: argparse.Namespace) -> Outcome:
         refuse_other_work(one, other)
         both.append(other)
     if options.model is None:
-        requests = runs.read_requests(one, options.dataset)
-        outcome = Outcome([recount(run, Known(requests.by_index)) for run in both], both)
-        if requests.unknown is not None:
-            outcome.notes.append(f"output lengths were not checked: {requests.unknown}")
+        requests = [runs.read_requests(run, options.dataset) for run in both]
+        outcome = Outcome([recount(run, Known(of.by_index)) for run, of in zip(both, requests, strict=True)], both)
+        if (unknown := requests[0].unknown) is not None:
+            outcome.notes.append(f"output lengths were not checked: {unknown}")
         if len(both) == 2:
             outcome.pair = compare(*both)
         return outcome
@@ -146,7 +150,7 @@ def _run(options: argparse.Namespace) -> Outcome:
 def _with_model(both: list[Run], options: argparse.Namespace) -> Outcome:
     """Returns what the model says of one run, or of the differences between two."""
     one = both[0]
-    source, generation = _source(one, options.model), one.group("generation", GenerationConfig)
+    source, generation = _source(one, options), one.group("generation", GenerationConfig)
     dtypes = [run.record.get("dtype") for run in both]
     quantized = any(run.record.get("quantization") for run in both)
     bound = bound_for(*dtypes, quantized=quantized, given=options.bound)
@@ -154,31 +158,43 @@ def _with_model(both: list[Run], options: argparse.Namespace) -> Outcome:
     from harness import checkpoint, environment
     from harness.parity import Reference, as_user_error
 
+    device = "cuda:0" if environment.accelerator() == "cuda" else "cpu"
+    drawn_by = one.record.get("kernels"), one.record.get("device")
+    if source.kind == "dummy" and (drawn_by[0] == "deepspeed" or drawn_by[1] not in (None, environment.accelerator())):
+        found = "the run's random weights, drawn by other kernels or on another kind of device, cannot be drawn again"
+        raise UserError("--model", found, "compare it with another run by --against alone")
     tokenizer = checkpoint.load_tokenizer(source)
-    requests = runs.read_requests(
-        one,
-        options.dataset,
-        vocab_size=source.architecture.get("vocab_size"),
-        count_tokens=lambda texts: [len(ids) for ids in tokenizer(texts).input_ids],
-        needed=True,
-    ).by_index
-    assert requests is not None
+    by_run = []
+    for run in both:
+        requests = runs.read_requests(
+            run,
+            options.dataset,
+            vocab_size=source.architecture.get("vocab_size"),
+            count_tokens=lambda texts: [len(ids) for ids in tokenizer(texts).input_ids],
+            needed=True,
+        ).by_index
+        assert requests is not None
+        by_run.append(requests)
+    requests = max(by_run, key=len)  # of the same dataset, so that the fewer are among them
     texts = [request.prompt for request in requests.values() if request.prompt_ids is None]
     encoded = iter(tokenizer(texts).input_ids if texts else [])
     prompts = {i: next(encoded) if r.prompt_ids is None else list(r.prompt_ids) for i, r in requests.items()}
-    device = "cuda:0" if environment.accelerator() == "cuda" else "cpu"
     with as_user_error("--model"):
         reference = Reference(source, str(dtypes[0] or "float32"), generation, device, _sharded(one))
         if not reference.exact and options.bound is None:
             bound *= COARSE_REFERENCE
-        known = Known(
-            requests,
-            prompts,
-            reference.stop_ids,
-            reference.vocab_size,
-            lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-        )
-        outcome = Outcome([recount(run, known) for run in both], both, bound=bound, reference=reference.description)
+        known = [
+            Known(
+                own,
+                prompts,
+                reference.stop_ids,
+                reference.vocab_size,
+                lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+            )
+            for own in by_run
+        ]
+        recounts = [recount(run, of) for run, of in zip(both, known, strict=True)]
+        outcome = Outcome(recounts, both, bound=bound, reference=reference.description)
         outcome.token_text = lambda token: tokenizer.decode([token])
         if len(both) == 2:
             outcome.pair = compare(*both)
@@ -188,12 +204,17 @@ def _with_model(both: list[Run], options: argparse.Namespace) -> Outcome:
     return outcome
 
 
-def _source(run: Run, directory: str) -> Any:
-    """Returns the run's model, or the one in ``directory``; raises UserError where it is not."""
+def _source(run: Run, options: argparse.Namespace) -> Any:
+    """Returns the run's model, or the one in ``--model DIR``; raises UserError where it is not."""
     from harness import checkpoint
     from harness.checkpoint_files import TOKENIZER_FILES
 
-    model = run.group("model", ModelConfig)
+    model, directory = run.group("model", ModelConfig), options.model
+    for name in TRUSTED:
+        if getattr(model, name) and not getattr(options, name):
+            remedy = f"if you trust the checkpoint, add --{name.replace('_', '-')}"
+            raise UserError("--model", f"{run.run_id} ran with model.{name}=true", remedy)
+        setattr(model, name, getattr(options, name))
     if directory:
         model.path = directory
         if Path(directory).is_file() or any((Path(directory) / name).is_file() for name in TOKENIZER_FILES):
@@ -224,25 +245,24 @@ def _sharded(run: Run) -> bool:
 
 
 def _explain(outcome: Outcome, pair: Pair, prompts: dict[int, list[int]], reference: Reference) -> None:
-    """Has the reference judge the first token that differs, of each request of which nothing but tokens differ."""
+    """Has the reference judge all tokens of both runs, of each request of which nothing but tokens differ."""
     from harness.display import Steps
     from harness.parity import Answer
 
     lines = [{line["index"]: line for line in run.completions} for run in outcome.runs]
     asked = [difference for difference in pair.differences if difference.reason is None and difference.index in prompts]
     answers = [
-        Answer(difference.index, prompts[difference.index], by_index[difference.index]["token_ids"][: place + 1])
+        Answer(difference.index, prompts[difference.index], by_index[difference.index]["token_ids"])
         for difference in asked
         for by_index in lines
-        if (place := difference.position) is not None
     ]
     with Steps("differences judged", sys.stderr) as steps:
         scores = list(reference.scores(answers, lambda done, of: steps.update(done // 2, of // 2)))
     for number, difference in enumerate(asked):
         assert difference.position is not None
-        outcome.gaps[difference.index] = tuple(  # type: ignore[assignment]
-            scores[2 * number + side].gaps[difference.position] for side in range(2)
-        )
+        one, other = (scores[2 * number + side].gaps for side in range(2))
+        outcome.gaps[difference.index] = one[difference.position], other[difference.position]
+        outcome.largest[difference.index] = max((*one, *other), key=lambda gap: math.inf if math.isnan(gap) else gap)
 
 
 def _judge(

@@ -450,6 +450,8 @@ class _Run:
             by_index = {request.index: request for request in self.workload.requests}
             requests = [by_index[index] for index in chosen]
             prompts = self.engine.tokenize(requests)
+            if self.job.source.kind == "dummy" and self.engine.kernels == "deepspeed":
+                raise UserError("verify", "these kernels draw dummy weights of their own", "use a checkpoint")
             del self.engine  # its memory is the reference's
             asked = f"verify={config.verify}; not in the clock"
             self._say(f"checking {len(chosen)} requests against Hugging Face ({asked})")

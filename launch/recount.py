@@ -86,10 +86,10 @@ def recount(directory: Path, dataset: Path, tokenizer: Path) -> list[str]:
         ]
         if said["elapsed_s"]:
             elapsed_s, rate = float(said["elapsed_s"]), float(said["total_tokens_per_s"] or "nan")
-            if not abs(rate * elapsed_s / counts["total_tokens"] - 1) < 1e-5:
+            if not abs(rate * elapsed_s - counts["total_tokens"]) <= 1e-5 * max(counts["total_tokens"], 1):
                 wrong.append(f"{where} says {rate} total tokens/s, which is not {counts['total_tokens']} / {elapsed_s}")
     once = "each index once" if not (missing or twice or foreign) else "not each index once"
-    print(f"{record['run_id']}: {len(lines):,} lines for {len(requests):,} requests, {once}")
+    print(f"{record['run_id']!a}: {len(lines):,} lines for {len(requests):,} requests, {once}")
     print(", ".join(f"{name} {count:,}" for name, count in counts.items()))
     return wrong
 
@@ -108,7 +108,7 @@ def main() -> int:
         print(f"error: not the files of a run: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     for text in wrong[:20]:
-        print(f"differs: {text}")
+        print(f"differs: {ascii(text)[1:-1]}")
     print("the recount differs from the run" if wrong else "the recount and the run agree")
     return 1 if wrong else 0
 

@@ -102,7 +102,6 @@ FAULTS = (
         "harness/results.py",
         '            write_all(self._completions, json_bytes(entry) + b"\\n")\n',
         '            write_all(self._completions, (json_bytes(entry) + b"\\n") * (completion.index != 3))\n',
-        ("run",),  # which is failed then, and says so: nothing is left that contradicts it
         tests="tests/test_replicas.py tests/test_main.py::test_two_replicas_share_one_queue",
     ),
     Fault(
@@ -160,7 +159,10 @@ def passes(fault: Fault | None, place: Path, honest: Path | None, tests: bool) -
     against = ["--against", str(honest)] if honest is not None else []
     content = {"run": status == 0 and row["status"] == "ok"}
     for check, arguments in (("recount", []), ("against", against), ("model", ["--model"])):
-        content[check] = python(ROOT, "-m", "harness.verify", str(directory), *arguments) == 0
+        verdict = python(ROOT, "-m", "harness.verify", str(directory), *arguments)
+        if verdict not in (0, 1):  # a verifier that breaks down has caught nothing
+            sys.exit(f"error: {fault.name if fault else 'no fault'}: harness.verify ({check}) ended with {verdict}")
+        content[check] = verdict == 0
     if tests:
         for_all = {each for one in FAULTS for each in one.tests.split()}
         named = sorted(for_all) if fault is None else fault.tests.split()

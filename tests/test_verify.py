@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Run, assert_refused, command, variables
+from conftest import ROOT, Run, assert_refused, command, save_model, variables
 
 from harness import verify
-from harness.completions import read_completions
+from harness.completions import Tally, read_completions
 from harness.config import GenerationConfig, ModelConfig
 from harness.errors import UserError
+from harness.runs_table import COLUMNS, put_row, read_rows
 from harness.verification.judging import Scores, bound_for, judge
 
 REQUESTS, CAP = 6, 8
 WORK = [f"dataset.num_samples={REQUESTS}", f"generation.max_output_len={CAP}", "model.dtype=float32"]
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 
 Lines = list[dict[str, Any]]
 Shown = tuple[int, str, str]
@@ -181,7 +184,7 @@ def test_lines_that_do_not_add_up(
         ({"completed": 5}, f"record.json says completed 5, the completions have {REQUESTS}"),
         ({"requests": 7}, f"record.json says 7 requests, the dataset gives {REQUESTS}"),
         ({"total_tokens_per_s": 1e6}, "record.json says total_tokens_per_s 1000000.0, which is not"),
-        ({"status": "failed"}, "runs.csv says ok, record.json failed"),
+        ({"status": "failed"}, "runs.csv says status ok, record.json failed"),
     ],
 )
 def test_a_record_that_says_other_than_its_lines(
@@ -293,6 +296,87 @@ def test_requests_of_one_run_only(honest: Run, copies: Path, shown: Callable[...
     assert status == 1
     assert "1 request in one run only" in out
     assert "one ends after 5 tokens, the other goes on" in out.replace("\n", " ")
+
+
+def test_a_run_of_fewer_requests(honest: Run, copies: Path, shown: Callable[..., Shown]) -> None:
+    def change(lines: Lines) -> None:
+        lines[:] = [line for line in lines if line["index"] < 3]
+
+    edit(copies, change)
+    record = json.loads((copies / "other" / "record.json").read_text())
+    lines = read_completions(copies / "other" / "completions.jsonl")
+    tally = Tally.of_file(copies / "other" / "completions.jsonl")
+    record["config"]["dataset"]["num_samples"] = record["requests"] = len(lines)
+    record |= tally.figures(record["elapsed_s"]) | {"parity": None}
+    (copies / "other" / "record.json").write_text(json.dumps(record))
+    put_row(copies, {name: record.get(name) for name in COLUMNS})
+    for pair in (["other", "--against", honest.row["run_id"]], [honest.row["run_id"], "--against", "other"]):
+        status, out, _ = shown(*pair)
+        assert status == 0 and f"{REQUESTS - 3} requests in one run only" in out, out
+
+
+def test_a_run_that_is_not_ok_is_not_right(copies: Path, shown: Callable[..., Shown]) -> None:
+    edit(copies, lambda lines: None, status="running")
+    status, out, _ = shown("other")
+    assert status == 1 and out.startswith("incomplete: ") and f"other is running: {REQUESTS} of {REQUESTS}" in out
+    edit(copies, lambda lines: None, status="ok", parity={"checked": 4, "wrong": 1})
+    status, out, _ = shown("other")
+    assert status == 1 and "its own check found 1 outputs wrong" in out
+
+
+@pytest.mark.parametrize("name", ["elapsed_s", "latency_p99_s", "requests", "device_name"])
+def test_a_row_that_says_other_than_its_record(copies: Path, shown: Callable[..., Shown], name: str) -> None:
+    row = next(row for row in read_rows(copies / "runs.csv") if row["run_id"] == "other")
+    put_row(copies, row | {name: "7.5"})
+    status, out, _ = shown("other")
+    assert status == 1 and f"runs.csv says {name} 7.5, record.json" in out
+
+
+def test_what_follows_a_near_tie_is_judged(honest: Run, copies: Path, shown: Callable[..., Shown]) -> None:
+    def change(lines: Lines) -> None:
+        line = next(line for line in lines if line["index"] == 1)
+        line["token_ids"][2] += 1
+        line["token_ids"][CAP // 2 :] = [5] * (len(line["token_ids"]) - CAP // 2)
+
+    edit(copies, change)
+    pair = ["other", "--against", honest.row["run_id"], "--model"]
+    found = json.loads(shown(*pair, "--json")[1])
+    (difference,) = found["differences"]
+    bound = 1.01 * max(difference["gaps"])  # as if the first difference were a near-tie
+    status, out, _ = shown(*pair, "--bound", str(bound))
+    assert status == 1 and "after a near-tie at token 2, a token is" in out.replace("\n", " ")
+
+
+@pytest.mark.parametrize("name", ["trust_remote_code", "allow_pickle"])
+def test_a_record_cannot_have_code_run(copies: Path, shown: Callable[..., Shown], name: str) -> None:
+    config = json.loads((copies / "other" / "record.json").read_text())["config"]
+    config["model"][name] = True
+    edit(copies, lambda lines: None, config=config)
+    status, _, err = shown("other", "--model")
+    assert status == 2 and err.startswith(f"error: --model: other ran with model.{name}=true; if you trust ")
+
+
+def test_a_checkpoints_penalties_are_not_the_references(tmp_path: Path, demo_model: Path) -> None:
+    """Greedy is greedy, and ``stop=length`` goes on past the end of sequence, whatever generation_config.json says."""
+    import torch
+
+    from harness import checkpoint
+    from harness.config import GenerationConfig, Stop
+    from harness.parity import Reference
+
+    directory = save_model(tmp_path / "model", "llama", torch.float32, **SIZES)
+    source = checkpoint.locate(ModelConfig(path=str(directory), tokenizer=str(demo_model)))
+    generation = GenerationConfig(stop=Stop.length)
+    plain = Reference(source, "float32", generation, "cpu").generate([1, 2, 3], 24)
+    odd = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "eos_token_id": plain[2], "do_sample": True}
+    (directory / "generation_config.json").write_text(json.dumps(odd))
+    reference = Reference(source, "float32", generation, "cpu")
+    assert reference.generate([1, 2, 3], 24) == plain
+    with torch.inference_mode():
+        ids = [1, 2, 3]
+        for _ in range(24):
+            ids.append(int(reference.model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert ids[3:] == plain
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from harness import checkpoint
 from harness.engines.base import Clock, Engine, EngineStatistics, Progress, rejection, stop_ids
@@ -34,6 +35,8 @@ class BaselineEngine(Engine):
             device_map=self._device_map(),
         )
         self.stop_ids = stop_ids(self.model, settings.generation)
+        # generate() would fill what our own config leaves open with the checkpoint's penalties and end of sequence.
+        self.model.generation_config = GenerationConfig()
 
     def _device_map(self) -> str | None:
         if not self.settings.device.startswith("cuda"):
@@ -118,9 +121,6 @@ class BaselineEngine(Engine):
 
     def _generate(self, input_ids: torch.Tensor, output_len: int, streamer: Any) -> torch.Tensor:
         """Returns prompt and output ids ``[tokens]`` on the CPU."""
-        from transformers import GenerationConfig
-
-        # A config of its own: the checkpoint's may ask for sampling or penalties.
         config = GenerationConfig(
             do_sample=False,
             num_beams=1,

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from harness.errors import printable
 from harness.evaluation.record import Difference
 
 
@@ -40,7 +41,7 @@ def _print(screen: Console, rows: list[tuple[str, str]]) -> None:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     screen.print()
     screen.print(table)
 

@@ -68,12 +68,27 @@ def _work(one: Run, other: Run) -> Iterator[tuple[str, Any, Any]]:
         yield name, one.record.get(name), other.record.get(name)
     if one.record.get("weights") == "dummy":
         yield "model.architecture", one.setting("model", "architecture"), other.setting("model", "architecture")
+        # What draws them decides what they are.
+        for name in ("dtype", "device"):
+            yield f"{name} of dummy weights", one.record.get(name), other.record.get(name)
+        mine, others = (f"{'deepspeed' if _by_deepspeed(run) else 'torch'}, {_place(run)}" for run in (one, other))
+        yield "way to draw dummy weights", mine, others
     yield "dataset", dataset, other.setting("dataset", "name")
     yield "dataset's sha256", one.record.get("dataset_sha256"), other.record.get("dataset_sha256")
     for key in LENGTHS.get(str(dataset), ()):
         yield f"dataset.{key}", one.setting("dataset", key), other.setting("dataset", key)
     for group, key, name in RULES:
         yield f"{name} ({group}.{key})", one.setting(group, key), other.setting(group, key)
+
+
+def _by_deepspeed(run: Run) -> bool:
+    return run.record.get("kernels") == "deepspeed"
+
+
+def _place(run: Run) -> str:
+    """Returns where a run's dummy weights were drawn; for tensor-parallel ranks, which cut them up, on the host."""
+    tp = run.record.get("tp")
+    return "on the host" if isinstance(tp, int) and tp > 1 else f"on {run.record.get('device')}"
 
 
 def compare(one: Run, other: Run) -> Pair:

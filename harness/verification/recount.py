@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from harness.completions import percentile
 from harness.errors import one_line
+from harness.runs_table import COLUMNS, cell_text
 from harness.verification.runs import Run
 from harness.workload import Request
 
@@ -83,19 +85,27 @@ def recount(run: Run, known: Known) -> Recount:
         return found
     for text in _sums("record.json", run.record, found.counts):
         add(Finding(None, text))
+    for text in _times(run.record, completed):
+        add(Finding(None, text))
+    parity = run.record.get("parity")
+    if isinstance(parity, dict) and parity.get("wrong") and not run.record.get("quantization"):
+        add(Finding(None, f"its own check found {one_line(str(parity['wrong']), 20)} outputs wrong"))
     if run.rows is None:
         found.notes.append(f"no runs.csv beside {run.run_id}: its row was not checked")
     elif len(run.rows) != 1:
         add(Finding(None, f"{len(run.rows)} rows of this run in runs.csv, expected 1"))
     else:
-        for text in _sums("runs.csv", run.rows[0], found.counts):
+        row = run.rows[0]
+        for text in _sums("runs.csv", row, found.counts):
             add(Finding(None, text))
-        if run.rows[0].get("status") != found.status:
-            add(
-                Finding(
-                    None, f"runs.csv says {one_line(run.rows[0].get('status', ''), 40)}, record.json {found.status}"
+        for name in COLUMNS:
+            recorded, cell = cell_text(name, run.record.get(name)), row.get(name)
+            if cell not in (None, recorded):
+                add(
+                    Finding(
+                        None, f"runs.csv says {name} {one_line(row[name], 60)}, record.json {one_line(recorded, 60)}"
+                    )
                 )
-            )
     return found
 
 
@@ -130,7 +140,9 @@ def _line(line: dict[str, Any], run: Run, index: int, known: Known) -> Iterator[
     yield from problems(line, stop, request, prompt_tokens, known.stop_ids, known.vocab_size)
     if line["finish_reason"] == "rejected":
         return
-    if known.decode is not None and known.decode([max(token, 0) for token in line["token_ids"]]) != line.get("text"):
+    ids = [max(token, 0) for token in line["token_ids"]]
+    known_ids = all(token < (known.vocab_size or 2**31) for token in ids)  # or the tokenizer would break down
+    if known.decode is not None and known_ids and known.decode(ids) != line.get("text"):
         yield "text is not what its token ids decode to"
     first, last, elapsed = line.get("first_token_s"), line.get("finished_s"), run.record.get("elapsed_s")
     times = [time for time in (0, first, last, elapsed) if isinstance(time, int | float)]
@@ -209,9 +221,21 @@ def _sums(where: str, said: dict[str, Any], counts: dict[str, int]) -> Iterator[
         if not elapsed:
             if rate is not None:
                 yield f"{where} says {name} {rate:g} of a run whose clock was not stopped"
-        elif rate is None or abs(rate * elapsed - counts[count]) > ROUNDING * max(counts[count], 1):
+        elif rate is None or not abs(rate * elapsed - counts[count]) <= ROUNDING * max(counts[count], 1):
             value = one_line(str(said.get(name)), 40)
             yield f"{where} says {name} {value}, which is not {counts[count]} / {elapsed:g} s"
+
+
+def _times(record: dict[str, Any], completed: list[dict[str, Any]]) -> Iterator[str]:
+    """Yields the percentiles of a record that are not those of its completions."""
+    if not _number(record.get("elapsed_s")):
+        return
+    for name, key in (("ttft", "first_token_s"), ("latency", "finished_s")):
+        times = [line[key] for line in completed if isinstance(line.get(key), int | float)]
+        for q in (50, 99):
+            said, found = _number(record.get(f"{name}_p{q}_s")), percentile(times, q)
+            if said != found and (said is None or found is None or not abs(said - found) <= ROUNDING * abs(found)):
+                yield f"record.json says {name}_p{q}_s {said}, the completions give {found}"
 
 
 def _number(value: Any) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ class Outcome:
         reference: what judged, for the user; None without a model.
         pair: the comparison of two runs.
         gaps: of both runs' tokens where they part, by request; standard deviations below the best.
+        largest: the largest gap of all tokens of such a request, in either run.
         judgements: of one run's completions.
         token_text: the text of a token, where there is a tokenizer.
     """
@@ -43,6 +45,7 @@ class Outcome:
     reference: str | None = None
     pair: Pair | None = None
     gaps: dict[int, tuple[float, float]] = field(default_factory=dict)
+    largest: dict[int, float] = field(default_factory=dict)
     judgements: list[Judgement] = field(default_factory=list)
     token_text: Callable[[int], str] | None = None
     notes: list[str] = field(default_factory=list)
@@ -88,8 +91,7 @@ class Outcome:
         return [one.index for one in self.pair.differences if one.reason is None]
 
     def _near_tie(self, difference: Difference) -> bool:
-        gaps = self.gaps.get(difference.index)
-        return gaps is not None and self.bound is not None and all(gap <= self.bound for gap in gaps)
+        return self.bound is not None and self.largest.get(difference.index, math.inf) <= self.bound
 
     @property
     def findings(self) -> list[str]:
@@ -98,9 +100,19 @@ class Outcome:
         return [(f"{one.run_id}: " if name else "") + str(found) for one in self.recounts for found in one.findings]
 
     @property
+    def incomplete(self) -> list[str]:
+        """The runs that are not ok, and what there is of them."""
+        return [
+            f"{run.run_id} is {one_line(str(run.record['status']), 20)}: {of.requests:,} of "
+            f"{one_line(str(run.record.get('requests')), 20)} requests"
+            for run, of in zip(self.runs, self.recounts, strict=True)
+            if not run.ok
+        ]
+
+    @property
     def right(self) -> bool:
-        """Whether nothing is wrong and nothing is left unexplained."""
-        return not (self.findings or self.wrong or self.unexplained)
+        """Whether the runs are complete, nothing is wrong and nothing is left unexplained."""
+        return not (self.findings or self.wrong or self.unexplained or self.incomplete)
 
     @property
     def verdict(self) -> str:
@@ -129,12 +141,14 @@ class Outcome:
                 self.pair.mixed_rejections
             )
             parts.append(f"{_requests(sum(map(len, self.pair.alone)))} in one run only{rejected}")
-        word = "right" if self.right else "wrong" if self.findings or self.wrong else "not explained"
+        parts += self.incomplete
+        word = "wrong" if self.findings or self.wrong else "not explained" if self.unexplained else "incomplete"
+        word = "right" if self.right else word
         return one_line(f"{word}: {'; '.join(parts)}", 1000)
 
     def _largest(self, index: int) -> float:
-        if index in self.gaps:
-            return max(self.gaps[index])
+        if index in self.largest:
+            return self.largest[index]
         return next((one.largest for one in self.judgements if one.index == index), 0.0)
 
     def _why(self, index: int) -> str:
@@ -145,6 +159,9 @@ class Outcome:
             gaps = self.gaps.get(index)
             if gaps is None:
                 return "not among the dataset's requests"
+            if self.bound is not None and max(gaps) <= self.bound:
+                after = f"after a near-tie at token {difference.position}, a token is"
+                return f"{after} {_gap(self.largest[index])} below the best, bound {self.bound:g}"
             return f"token {difference.position}: {_gap(max(gaps))} below the best, bound {self.bound:g}"
         judgement = next(one for one in self.judgements if one.index == index)
         assert judgement.wrong is not None
