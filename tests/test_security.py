@@ -328,8 +328,28 @@ def test_a_checkpoint_names_no_other(model: Path, demo_model: Path, tmp_path: Pa
         tokenizer("hello world").input_ids
         == load_tokenizer(locate(ModelConfig("x", str(demo_model))))("hello world").input_ids
     )
+    edit(model / "config.json", transformers_weights="elsewhere.safetensors.index.json")
+    assert "names the file of the weights" in refusal(model, demo_model)
+    edit(model / "config.json", transformers_weights=None)
+    (part := model / "shard-00000-model-00001-of-00001.safetensors").touch()
+    assert "one of the parts that transformers would read" in refusal(model, demo_model)
+    part.unlink()
     edit(model / "adapter_config.json", base_model_name_or_path=str(other), peft_type="LORA")
     assert "makes it an adapter of another model" in refusal(model, demo_model)
+
+
+def test_what_an_evaluation_shows_has_no_control_characters() -> None:
+    from io import StringIO
+
+    from rich.console import Console
+
+    from harness.evaluation.report import comparison
+
+    screen = Console(file=StringIO(), force_terminal=True, no_color=True)
+    comparison(screen, "id\x1b]0;owned", [], ["model.path=a\x9b2J"])
+    assert isinstance(screen.file, StringIO)
+    shown = screen.file.getvalue()
+    assert "\x1b]" not in shown and "\x9b" not in shown and "owned" in shown
 
 
 def test_a_recorded_config_is_data(tmp_path: Path) -> None:
