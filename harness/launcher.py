@@ -81,8 +81,6 @@ def launch(composed: DictConfig, overrides: list[str], watcher: Callable[[Path],
     if composed.resume is not None:
         run_id = str(composed.resume)
         recorder, job = _taken_up(composed, resolved)
-        recorder.note(launcher=_myself())
-        recorder.release()  # rank 0 is the one to have it
     else:
         run_id = new_run_id(str(resolved["engine"].get("name")))
         recorder = RunRecorder.create(str(resolved["results_dir"]), run_id, resolved, sys.argv)
@@ -139,10 +137,9 @@ def _taken_up(composed: DictConfig, resolved: dict[str, Any]) -> tuple[RunRecord
     recorder = RunRecorder.resume(str(resolved["results_dir"]), str(composed.resume), resolved, sys.argv)
     try:
         recorder.check_work(**job.work)
-        recorder.note()
-    except BaseException:
-        recorder.release()
-        raise
+        recorder.note(launcher=_myself())
+    finally:
+        recorder.release()  # rank 0 is the one to have it
     return recorder, job
 
 

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from harness import checkpoint
 from harness.checkpoint import Source
 from harness.config import GenerationConfig
-from harness.engines.base import stop_ids
+from harness.engines.base import greedy, stop_ids
 from harness.environment import available_memory_bytes
 from harness.errors import UserError, one_line
 from harness.verification.judging import COARSE_REFERENCE, Judgement, Scores, bound_for, finite, judge
@@ -78,7 +77,6 @@ class Reference:
                 self.model = self.model.to(device)
         self.exact = self.dtype == "float32"
         self.stop_ids = stop_ids(self.model, generation)
-        self.model.generation_config = transformers.GenerationConfig()  # generate() fills ours with what it has
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
         self._keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
@@ -89,18 +87,9 @@ class Reference:
 
     def generate(self, prompt: Sequence[int], output_len: int) -> list[int]:
         """Returns the ids of Hugging Face's greedy ``generate``, EOS included."""
-        config = transformers.GenerationConfig(
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=output_len,
-            use_cache=True,
-            eos_token_id=sorted(self.stop_ids) or None,
-            pad_token_id=min(self.stop_ids, default=0),
-        )
         ids = torch.tensor([list(prompt)], device=self.model.device)
-        with torch.inference_mode():
-            output = self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-        return output[0, len(prompt) :].tolist()
+        output: list[int] = greedy(self.model, ids, output_len, self.stop_ids)[len(prompt) :].tolist()
+        return output
 
     def scores(self, answers: Sequence[Answer], progress: Progress = lambda done, of: None) -> Iterator[Scores]:
         """Yields how the model sees each answer's ids, given its prompt and the ids before: one ``Scores`` each.

@@ -472,9 +472,8 @@ class _Run:
             elif wrong:
                 notes.append(f"{wrong} of {checked} checked outputs differ by more than rounding: quantized weights")
         except (Exception, signals.Ended) as failure:
-            why = one_line(str(failure), 300) if str(failure) else type(failure).__name__
-            if isinstance(failure, signals.Ended):
-                why = "interrupted"
+            interrupted = isinstance(failure, signals.Ended)
+            why = "interrupted" if interrupted else one_line(str(failure) or type(failure).__name__, 300)
             notes.append(f"verify={config.verify}: nothing was checked: {why}")
             log.info(notes[-1])
         return self.recorder.amend("ok" if error is None else "failed", error, notes=notes, **figures), error

@@ -15,6 +15,7 @@ from harness.results import PassRecord
 from harness.workload import Completion, Request
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from harness.checkpoint import Source
@@ -279,3 +280,37 @@ def stop_ids(model: PreTrainedModel, generation: GenerationConfig) -> frozenset[
     if ids is None:
         return frozenset()
     return frozenset([ids] if isinstance(ids, int) else ids)
+
+
+def greedy(
+    model: Any, input_ids: torch.Tensor, output_len: int, stop_ids: frozenset[int], streamer: Any = None
+) -> torch.Tensor:
+    """Returns what Hugging Face's ``generate`` makes of a prompt, greedily.
+
+    Args:
+        model: loses its own generation config, from which ``generate`` would fill what ours leaves open: penalties,
+            and an end of sequence under ``stop=length``. :func:`stop_ids` reads it, and comes first.
+        input_ids: ``[1, tokens]``, on the model's device.
+        output_len: ids to generate at most.
+
+    Returns:
+        Prompt and output ids, ``[tokens]``, on the model's device.
+    """
+    import torch
+    from transformers import GenerationConfig as Generation
+
+    model.generation_config = Generation()
+    config = Generation(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=output_len,
+        use_cache=True,
+        eos_token_id=sorted(stop_ids) or None,
+        pad_token_id=min(stop_ids, default=0),
+    )
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config, streamer=streamer
+        )
+    ids: torch.Tensor = output[0]
+    return ids

@@ -7,10 +7,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from harness import checkpoint
-from harness.engines.base import Clock, Engine, EngineStatistics, Progress, rejection, stop_ids
+from harness.engines.base import Clock, Engine, EngineStatistics, Progress, greedy, rejection, stop_ids
 from harness.engines.scoring import Score, Scored, force, grouped
 from harness.results import PassRecord
 from harness.workload import Completion, Request
@@ -35,8 +34,6 @@ class BaselineEngine(Engine):
             device_map=self._device_map(),
         )
         self.stop_ids = stop_ids(self.model, settings.generation)
-        # generate() would fill what our own config leaves open with the checkpoint's penalties and end of sequence.
-        self.model.generation_config = GenerationConfig()
 
     def _device_map(self) -> str | None:
         if not self.settings.device.startswith("cuda"):
@@ -121,22 +118,7 @@ class BaselineEngine(Engine):
 
     def _generate(self, input_ids: torch.Tensor, output_len: int, streamer: Any) -> torch.Tensor:
         """Returns prompt and output ids ``[tokens]`` on the CPU."""
-        config = GenerationConfig(
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=output_len,
-            use_cache=True,
-            eos_token_id=sorted(self.stop_ids) or None,
-            pad_token_id=min(self.stop_ids, default=0),
-        )
-        with torch.inference_mode():
-            ids = self.model.generate(
-                input_ids.to(self.model.device),
-                attention_mask=torch.ones_like(input_ids).to(self.model.device),
-                generation_config=config,
-                streamer=streamer,
-            )
-        return ids[0].cpu()
+        return greedy(self.model, input_ids.to(self.model.device), output_len, self.stop_ids, streamer).cpu()
 
 
 class _FirstToken:
