@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -251,20 +252,22 @@ def load_model(
     source: Source,
     *,
     dtype: torch.dtype,
-    attention: str = "sdpa",
+    attention: str | None = None,
     device: str = "cpu",
     device_map: Any = None,
     seed: int = 0,
+    layers: int | None = None,
 ) -> PreTrainedModel:
     """Returns the model, ready for inference: eval mode, no gradients.
 
     Args:
         source: from `locate`.
         dtype: type of the weights.
-        attention: a name that transformers' ``attn_implementation`` takes.
+        attention: a name that transformers' ``attn_implementation`` takes; None for its own choice.
         device: where the weights go, if ``device_map`` is None.
         device_map: accelerate's, e.g. ``"auto"`` for a model larger than one device.
         seed: of dummy weights; the same seed gives the same weights on the same kind of device.
+        layers: load the first so many alone, of a checkpoint.
 
     Raises:
         UserError: transformers cannot read the checkpoint, or its weights do not fit its config.
@@ -272,12 +275,12 @@ def load_model(
     if device_map is None and device != "cpu":
         device_map = {"": device}
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "device_map": device_map}
-    model = _load_dummy(source, seed, kwargs) if source.kind == "dummy" else _load_pretrained(source, kwargs)
+    model = _load_dummy(source, seed, kwargs) if source.kind == "dummy" else _load_pretrained(source, kwargs, layers)
     model.requires_grad_(False)
     return model.eval()
 
 
-def _load_pretrained(source: Source, kwargs: dict[str, Any]) -> PreTrainedModel:
+def _load_pretrained(source: Source, kwargs: dict[str, Any], layers: int | None) -> PreTrainedModel:
     import transformers
 
     auto: Any = transformers.AutoModelForCausalLM
@@ -302,6 +305,8 @@ def _load_pretrained(source: Source, kwargs: dict[str, Any]) -> PreTrainedModel:
         if hub:  # whose config nobody has read yet
             raw, _ = transformers.PretrainedConfig.get_config_dict(source.path)
             refuse_kernels(raw, f"model.path, {source.path}, ", source.trust_remote_code)
+        if layers is not None:
+            kwargs["config"] = _first_layers(source, layers)
         # Mismatches are let through here because the report below names them better than an exception.
         model, info = auto.from_pretrained(
             source.path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -310,11 +315,31 @@ def _load_pretrained(source: Source, kwargs: dict[str, Any]) -> PreTrainedModel:
     mismatched = [entry[0] for entry in info["mismatched_keys"]]
     # Older LLaMA checkpoints also hold each layer's rotary frequencies, which follow from the config.
     unexpected = [key for key in info["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq")]
+    if layers is not None:
+        unexpected = [key for key in unexpected if _layer_of(key) < layers]
     refuse_other_weights(source, info["missing_keys"], mismatched, unexpected)
     if source.kind == "gguf":  # the weights are plain now, and must look so to whoever saves or shards them
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
     return model
+
+
+def _first_layers(source: Source, layers: int) -> Any:
+    """Returns the checkpoint's config with so many layers."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
+    text = config.get_text_config(decoder=True)
+    text.num_hidden_layers = layers
+    if kinds := getattr(text, "layer_types", None):
+        text.layer_types = list(kinds)[:layers]
+    return config
+
+
+def _layer_of(key: str) -> int:
+    """Returns the number of the layer that a weight belongs to; -1 for one of the rest."""
+    found = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", key)
+    return int(found[1]) if found else -1
 
 
 def refuse_other_weights(

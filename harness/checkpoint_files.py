@@ -305,6 +305,25 @@ def rotary_types(architecture: dict[str, Any]) -> set[str]:
     return {str(rope_type) for rope_type in found if rope_type is not None}
 
 
+def rotary_threshold(architecture: dict[str, Any]) -> int | None:
+    """Returns the longest sequence that is computed with the rotary frequencies of a short one; None for any length.
+
+    Beyond it transformers chooses other frequencies for all that share a pass (``longrope``, ``dynamic``), so that one
+    sequence's length changes its neighbours' tokens, and a prompt's split its own.
+    """
+    limits: list[Any] = []
+    for entry in rotary_settings(architecture):
+        kind = entry.get("rope_type", entry.get("type"))
+        if kind in ("longrope", "su"):
+            found = architecture.get("original_max_position_embeddings") or entry.get(
+                "original_max_position_embeddings"
+            )
+            limits.append(found or architecture.get("max_position_embeddings"))
+        elif kind == "dynamic":
+            limits.append(architecture.get("max_position_embeddings"))
+    return min((limit for limit in limits if positive_integer(limit)), default=None)
+
+
 def _check_there(path: Path) -> None:
     if not path.is_file():
         raise UserError("model.path", f"{path} is missing, though the index names it", "copy the file")

@@ -1,171 +1,27 @@
-"""Tokens against Hugging Face: the reference model, and the check that ``verify=N`` makes at the end of a run."""
+"""Tokens against Hugging Face's: the check that ``verify=N`` makes at the end of a run."""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
-import inspect
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from harness import checkpoint
-from harness.checkpoint import Source
-from harness.config import GenerationConfig
-from harness.engines.base import greedy, stop_ids
-from harness.environment import available_memory_bytes
 from harness.errors import UserError, one_line
-from harness.verification.judging import COARSE_REFERENCE, Judgement, Scores, bound_for, finite, judge
+from harness.reference import Answer, Progress, Reference
+from harness.verification.judging import COARSE_REFERENCE, Judgement, bound_for, finite, judge
 from harness.verification.pairs import first_difference
 from harness.verification.recount import problems
 from harness.workload import Completion, Request
 
 if TYPE_CHECKING:
     from harness.job import Job
-
-MOST_LOGITS = 2**27  # of one forward pass; half a GiB in float32
-PASS_TOKENS = {"cpu": 2048, "cuda": 16384}
-MEMORY_SHARE = 0.8  # of what is free, for weights; the rest is for activations
-Progress = Callable[[int, int], None]  # completions done, of how many
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A completion to be scored: its prompt's ids and its own, which end with what the model was never fed."""
-
-    index: int
-    prompt: Sequence[int]
-    ids: Sequence[int]
-
-
-class Reference:
-    """Hugging Face's model, in float32 where that fits the memory, otherwise in the run's own type.
-
-    Args:
-        source: the checkpoint.
-        dtype: the run's type. Dummy weights are drawn in it, and then made float32: others would be drawn otherwise.
-        generation: for the stop rule.
-        device: ``cpu``, or ``cuda:N``; a model too large for it is spread over all devices by accelerate.
-        sharded: whether the run's ranks shared the model; dummy weights are then drawn on the host.
-
-    Raises:
-        UserError: the checkpoint cannot be read.
-    """
-
-    def __init__(
-        self, source: Source, dtype: str, generation: GenerationConfig, device: str, sharded: bool = False
-    ) -> None:
-        self.device = device
-        self.dtype, device_map = _placed(source.architecture, dtype, device)
-        dummy = source.kind == "dummy"
-        self.model: Any = checkpoint.load_model(
-            source,
-            dtype=getattr(torch, dtype if dummy else self.dtype),
-            device="cpu" if dummy and sharded else device,
-            device_map=None if dummy and sharded else device_map,
-        )
-        if dummy:
-            self.model = self.model.to(getattr(torch, self.dtype))
-            if sharded and device != "cpu":
-                self.model = self.model.to(device)
-        self.exact = self.dtype == "float32"
-        self.stop_ids = stop_ids(self.model, generation)
-        self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
-        self._keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-
-    @property
-    def description(self) -> str:
-        """What it is, for the user."""
-        return f"Hugging Face {self.dtype}"
-
-    def generate(self, prompt: Sequence[int], output_len: int) -> list[int]:
-        """Returns the ids of Hugging Face's greedy ``generate``, EOS included."""
-        ids = torch.tensor([list(prompt)], device=self.model.device)
-        output: list[int] = greedy(self.model, ids, output_len, self.stop_ids)[len(prompt) :].tolist()
-        return output
-
-    def scores(self, answers: Sequence[Answer], progress: Progress = lambda done, of: None) -> Iterator[Scores]:
-        """Yields how the model sees each answer's ids, given its prompt and the ids before: one ``Scores`` each.
-
-        Answers of like length share a pass, padded on the right, where no token of theirs sees the padding.
-        """
-        order = sorted(range(len(answers)), key=lambda number: len(answers[number].prompt) + len(answers[number].ids))
-        found: dict[int, Scores] = {}
-        most = min(PASS_TOKENS[torch.device(self.device).type], max(1, MOST_LOGITS // self.vocab_size))
-        batch: list[int] = []
-        for number in order:
-            width = len(answers[number].prompt) + len(answers[number].ids)
-            if batch and width * (len(batch) + 1) > most:
-                found |= zip(batch, self._scores([answers[i] for i in batch]), strict=True)
-                progress(len(found), len(answers))
-                batch = []
-            batch.append(number)
-        if batch:
-            found |= zip(batch, self._scores([answers[i] for i in batch]), strict=True)
-            progress(len(found), len(answers))
-        for number in range(len(answers)):
-            yield found[number]
-
-    @torch.inference_mode()
-    def _scores(self, answers: list[Answer]) -> list[Scores]:
-        known = [_within(answer.ids, self.vocab_size) for answer in answers]
-        rows = [
-            [*answer.prompt, *ids][: len(answer.prompt) + len(ids)] for answer, ids in zip(answers, known, strict=True)
-        ]
-        width = max(len(row) for row in rows)
-        first = min(len(answer.prompt) for answer in answers) - 1  # the position that foretells the first output token
-        padded = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=self.model.device)
-        keep = torch.arange(first, width, device=self.model.device)
-        options: dict[str, Any] = {"logits_to_keep": keep} if self._keeps else {}
-        logits = self.model(input_ids=padded, use_cache=False, **options).logits
-        logits = logits if self._keeps else logits[:, first:]
-        found = []
-        for row, (answer, ids) in enumerate(zip(answers, known, strict=True)):
-            begin = len(answer.prompt) - 1 - first
-            foreign = len(ids) < len(answer.ids)
-            found.append(_scored(logits[row, begin : begin + len(ids) + foreign], ids, foreign))
-        return found
-
-
-def _within(ids: Sequence[int], vocab_size: int) -> list[int]:
-    """Returns ``ids`` up to the first that the model does not have."""
-    return list(ids[: next((place for place, token in enumerate(ids) if not 0 <= token < vocab_size), len(ids))])
-
-
-def _scored(logits: Tensor, ids: list[int], foreign: bool) -> Scores:
-    """Returns the scores of ``ids``, ``[tokens]``, under ``logits``, ``[tokens, vocabulary]``; a foreign id follows."""
-    logits = logits.float()
-    best = logits.max(-1)
-    spread = logits.std(-1)
-    chosen = logits.gather(-1, torch.tensor(ids, dtype=torch.int64, device=logits.device)[:, None])[:, 0]
-    gaps = ((best.values[: len(ids)] - chosen) / spread[: len(ids)]).tolist()
-    return Scores(gaps + [float("inf")] * foreign, best.indices.tolist(), spread.tolist())
-
-
-def _placed(architecture: dict[str, Any], dtype: str, device: str) -> tuple[str, str | None]:
-    """Returns the type in which the reference fits the memory, and accelerate's map if it needs several devices."""
-    devices = [torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())]
-    on_cuda = device.startswith("cuda")
-    free = sum(devices) if on_cuda else available_memory_bytes()
-    needed = checkpoint.required_bytes(architecture, 4)
-    if needed is None or needed <= MEMORY_SHARE * free:
-        chosen, bytes_needed = "float32", needed
-    else:
-        chosen, bytes_needed = dtype, checkpoint.required_bytes(architecture, getattr(torch, dtype).itemsize)
-    if bytes_needed is not None and bytes_needed > free:
-        needs = f"{bytes_needed / 2**30:.1f} GiB in {chosen}"
-        raise MemoryError(f"its weights are {needs}, {free / 2**30:.1f} GiB are free")
-    if not on_cuda:
-        return chosen, None
-    alone = torch.cuda.mem_get_info(device)[0]
-    return chosen, None if bytes_needed is not None and bytes_needed <= MEMORY_SHARE * alone else "auto"
 
 
 def of_run(

@@ -206,6 +206,7 @@ class _Run:
     def prepare(self) -> None:
         """Loads and warms the engine; all of it outside the clock."""
         from harness import engines, workload
+        from harness.engines import proof
         from harness.telemetry import of_rank
 
         job, config = self.job, self.job.config
@@ -240,12 +241,13 @@ class _Run:
         self._say(f"loading {model} ({job.dtype}) for {config.engine.name} on {self.device}")
         started = time.perf_counter()
         try:
-            self.engine.load()
+            self.engine = proof.load(self.engine)
         finally:
             self.facts["phase"] = self.engine.phase
-        self.load_s = time.perf_counter() - started
+        proven = self.engine.proof or {}
+        self.load_s = time.perf_counter() - started - proven.get("seconds", 0.0)
         self.facts["phase"] = "run"
-        self._note(load_s=self.load_s, phase="run")
+        self._note(load_s=self.load_s, proof=self.engine.proof, phase="run")
         self.workload = workload.resolve(
             job.workload,
             config.generation,

@@ -19,8 +19,8 @@ from harness.engines.base import Clock, Engine, EngineSettings
 from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.fastgen.paged_attention import KvCache, build_plan, ragged_attention
 from harness.engines.fastgen.scheduler import Chunk, RaggedBatch, Sequence
-from harness.engines.fastgen.torch_runner import refuse_unusual_attention
 from harness.engines.kv_memory import kv_memory_bytes
+from harness.engines.plain_attention import refuse_unusual_attention
 from harness.errors import UserError
 from harness.results import PassRecord
 from harness.workload import Completion, Request

@@ -118,6 +118,7 @@ class Engine(ABC):
         self.statistics = EngineStatistics()
         self.phase = "load"  # "cache" while load() makes the KV cache: what to lower if memory runs out
         self.notes: list[str] = []  # what the record should say about choices made while loading
+        self.proof: dict[str, Any] | None = None  # how it was compared with the model (harness.engines.proof)
         self.on_pass: Callable[[PassRecord], None] = lambda record: None
         self.on_progress: Callable[[Progress], None] = lambda progress: None
 
@@ -125,6 +126,23 @@ class Engine(ABC):
     @abstractmethod
     def kernels(self) -> str:
         """Name of what computes the forward pass, for the record."""
+
+    @property
+    def provable(self) -> bool:
+        """Whether its passes are to be compared with Hugging Face's model before the clock."""
+        return True
+
+    @property
+    def suspect(self) -> tuple[str, str, str]:
+        """What to blame if they differ: the field, its value, and the way out."""
+        name = self.settings.engine.name
+        if self.settings.tp > 1:
+            return "parallel.tp", f"{self.settings.tp}: engine={name} does not compute this model", "use parallel.tp=1"
+        return "model", f"engine={name} does not compute it as Hugging Face does", "use engine=baseline"
+
+    def instead(self, reason: str) -> Engine | None:
+        """Returns the engine to take where this one's passes differ from the model's; None if there is none."""
+        return None
 
     @property
     def limits(self) -> dict[str, int]:
@@ -206,10 +224,14 @@ class Engine(ABC):
         """
         raise UserError("engine", f"{self.settings.engine.name} cannot score given tokens", SCORING)
 
+    def prove(self, items: Sequence[Scored]) -> Iterator[Score]:
+        """Yields scores of a proof's few short items, in passes that leave nothing out which a run's passes do."""
+        return self.score(items)
+
     def follow(self) -> None:
         """Computes the leader's passes on the other ranks that share its model, until what the leader began ends.
 
-        In place of :meth:`generate` or :meth:`score`.
+        In place of :meth:`generate`, :meth:`score` or :meth:`prove`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no tensor parallelism")
 
@@ -283,7 +305,7 @@ def stop_ids(model: PreTrainedModel, generation: GenerationConfig) -> frozenset[
 
 
 def greedy(
-    model: Any, input_ids: torch.Tensor, output_len: int, stop_ids: frozenset[int], streamer: Any = None
+    model: Any, input_ids: torch.Tensor, output_len: int, stop_ids: frozenset[int], **options: Any
 ) -> torch.Tensor:
     """Returns what Hugging Face's ``generate`` makes of a prompt, greedily.
 
@@ -292,6 +314,7 @@ def greedy(
             and an end of sequence under ``stop=length``. :func:`stop_ids` reads it, and comes first.
         input_ids: ``[1, tokens]``, on the model's device.
         output_len: ids to generate at most.
+        options: of ``generate``, such as a ``streamer``.
 
     Returns:
         Prompt and output ids, ``[tokens]``, on the model's device.
@@ -310,7 +333,7 @@ def greedy(
     )
     with torch.inference_mode():
         output = model.generate(
-            input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config, streamer=streamer
+            input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config, **options
         )
     ids: torch.Tensor = output[0]
     return ids

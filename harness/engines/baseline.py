@@ -22,6 +22,10 @@ class BaselineEngine(Engine):
     def kernels(self) -> str:
         return "huggingface"
 
+    @property
+    def provable(self) -> bool:
+        return False  # it is the model that others are compared with
+
     def load(self) -> None:
         """Loads the model; one larger than the device is spread over all there are by accelerate."""
         settings = self.settings
@@ -29,7 +33,6 @@ class BaselineEngine(Engine):
         self.model = checkpoint.load_model(
             settings.source,
             dtype=getattr(torch, settings.dtype),
-            attention="sdpa",
             device=settings.device,
             device_map=self._device_map(),
         )
@@ -118,7 +121,7 @@ class BaselineEngine(Engine):
 
     def _generate(self, input_ids: torch.Tensor, output_len: int, streamer: Any) -> torch.Tensor:
         """Returns prompt and output ids ``[tokens]`` on the CPU."""
-        return greedy(self.model, input_ids.to(self.model.device), output_len, self.stop_ids, streamer).cpu()
+        return greedy(self.model, input_ids.to(self.model.device), output_len, self.stop_ids, streamer=streamer).cpu()
 
 
 class _FirstToken:

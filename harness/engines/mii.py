@@ -274,6 +274,10 @@ class MiiEngine(Engine):
         engine = self.settings.engine
         return {"token_budget": engine.token_budget, "max_sequences": engine.max_sequences}
 
+    @property
+    def provable(self) -> bool:
+        return False  # it gives tokens, no logits: ``verify=N`` compares those
+
     def load(self) -> None:
         """Loads the checkpoint with MII; raises UserError for one that it cannot run."""
         from deepspeed.inference.v2.logging import inference_logger

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from harness.engines.plain_attention import Probe
+
 ATTENTION = "harness_static"
 
 
@@ -130,7 +132,7 @@ def static_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    static: StaticCache | None = None,
+    static: StaticCache | Probe | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface over a :class:`StaticCache`, handed to the model's ``forward`` as ``static``.
@@ -144,6 +146,8 @@ def static_attention(
     """
     if static is None:
         raise ValueError("static attention runs under engine=ds_inference only: no cache was handed to the model")
+    if isinstance(static, Probe):
+        return static.note(module, query, key, value, attention_mask, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     attended = static.attend(int(module.layer_idx), query, key, value, scale)  # type: ignore[arg-type]
     return attended.transpose(1, 2).contiguous(), None

@@ -165,6 +165,8 @@ class _Evaluation:
         job, rank = self.job, self.rank
         rank_setup.use_cores(job, rank)
         replicas = None
+        from harness.engines import proof
+
         if rank.world > 1:
             from harness.replicas import Replicas
 
@@ -174,7 +176,7 @@ class _Evaluation:
         self.model = checkpoint.model_name(job.config.model, job.source)
         self.engine = engines.create(settings)
         self._say(f"loading {self.model} ({job.dtype}) for {job.config.engine.name} on {settings.device}")
-        self.engine.load()
+        self.engine = proof.load(self.engine)
         self.notes += self.engine.notes
         return Pool(
             self.engine,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from harness import checkpoint
@@ -20,6 +20,8 @@ from harness.engines.scoring import Forced, Score, Scored, no_prefill
 from harness.errors import UserError
 from harness.results import PassRecord
 from harness.workload import Completion, Request
+
+PROOF_BUDGET = 32  # tokens a pass of a proof
 
 
 @dataclass(slots=True)
@@ -46,6 +48,27 @@ class FastGenEngine(Engine):
         return self.runner.name
 
     @property
+    def provable(self) -> bool:
+        # DeepSpeed's own loader draws dummy weights of its own, which nobody else has.
+        return not (self.kernels == "deepspeed" and self.settings.source.kind == "dummy")
+
+    @property
+    def suspect(self) -> tuple[str, str, str]:
+        """See :attr:`Engine.suspect`; kernels that are not PyTorch's have those to give way to."""
+        if self.kernels == "torch":
+            return super().suspect
+        return "engine.kernels", self.kernels, "use engine.kernels=torch"
+
+    def instead(self, reason: str) -> Engine | None:
+        """Returns the engine with PyTorch's kernels where ``engine.kernels=auto`` has taken others."""
+        engine = self.settings.engine
+        if engine.kernels is not Kernels.auto or self.kernels == "torch" or engine.quantization is not None:
+            return None
+        other = FastGenEngine(replace(self.settings, engine=replace(engine, kernels=Kernels.torch)))
+        other.notes.append(f"engine.kernels=auto took torch, not {self.kernels}: {reason}")
+        return other
+
+    @property
     def limits(self) -> dict[str, int]:
         engine = self.settings.engine
         return {"token_budget": engine.token_budget, "max_sequences": engine.max_sequences}
@@ -54,7 +77,7 @@ class FastGenEngine(Engine):
         """Loads the model and makes the KV cache."""
         settings = self.settings.engine
         self.tokenizer = checkpoint.load_tokenizer(self.settings.source)
-        self._load_runner()
+        self.runner.load()
         self.phase = "cache"
         context = self.settings.max_context
         per_sequence = -(-context // self.runner.block_size) if context else 1 << 20
@@ -95,15 +118,26 @@ class FastGenEngine(Engine):
             raise no_prefill(
                 f"engine=fastgen with {self.kernels} kernels" + (" over several ranks" if self.team else "")
             )
-        scheduler = self._scheduler(frozenset())
+        yield from self._score(items, prefill)
+        if self.team is not None:
+            self.team.release()
+
+    def prove(self, items: SequenceOf[Scored]) -> Iterator[Score]:
+        """Yields scores from passes so small that prompts are split and have others beside them."""
+        split = PROOF_BUDGET * 4
+        yield from self._score([item for item in items if len(item.context_ids) <= split], False, PROOF_BUDGET)
+        yield from self._score([item for item in items if len(item.context_ids) > split], False)
+        if self.team is not None:
+            self.team.release()
+
+    def _score(self, items: Iterable[Scored], prefill: bool, budget: int | None = None) -> Iterator[Score]:
+        scheduler = self._scheduler(frozenset(), budget)
 
         def refusal(forced: Forced) -> str | None:
             context, target = len(forced.context), len(forced.target)
             return self.unscorable(forced) or scheduler.refusal(context, target)
 
         yield from scoring.score(self.runner, scheduler, items, refusal, self.settings.lookahead, prefill)
-        if self.team is not None:
-            self.team.release()
 
     def arrange(self, requests: SequenceOf[Request]) -> list[Request]:
         """Returns the requests as ``engine.order`` says."""
@@ -180,10 +214,12 @@ class FastGenEngine(Engine):
         statistics.peak_sequences = scheduler.peak_sequences
         statistics.mean_tokens_per_pass = tokens / steps if steps else None
 
-    def _scheduler(self, stop_ids: frozenset[int]) -> Scheduler:
+    def _scheduler(self, stop_ids: frozenset[int], budget: int | None = None) -> Scheduler:
+        """Returns a new scheduler; ``budget`` lowers ``engine.token_budget``."""
         engine = self.settings.engine
         blocks = KvBlocks(self.total_blocks, self.runner.block_size)
-        return Scheduler(engine.token_budget, engine.max_sequences, blocks, stop_ids)
+        budget = min(budget or engine.token_budget, engine.token_budget)
+        return Scheduler(budget, min(engine.max_sequences, budget), blocks, stop_ids)
 
     def _runner(self) -> Runner:
         """Returns the fastest kernels that can run, or the ones asked for."""
@@ -226,18 +262,6 @@ class FastGenEngine(Engine):
         if reason:
             self.notes.append(f"engine.kernels=auto took torch, not {others} kernels: {reason}")
         return TorchRunner(self.settings)
-
-    def _load_runner(self) -> None:
-        """Loads the weights; where ``engine.kernels=auto`` chose wrongly, PyTorch computes the model."""
-        from harness.engines.fastgen.native_runner import LogitsDiffer
-
-        try:
-            self.runner.load()
-        except LogitsDiffer as error:
-            if self.settings.engine.kernels is not Kernels.auto:
-                raise
-            self.runner = self._torch_runner("the native", error.reason)
-            self.runner.load()
 
     def _native_runner(self) -> Runner:
         """Returns the C++ pass, or PyTorch's kernels where ``engine.kernels=auto`` has to do without it."""

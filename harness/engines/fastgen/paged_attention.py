@@ -11,7 +11,7 @@ against 10.5 ms for one SDPA call a sequence on contiguous keys and values.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from harness.engines.fastgen.scheduler import RaggedBatch
+from harness.engines.plain_attention import Probe
 
 MASKED = -1e30  # finite, so that a block of masked scores gives weight 0 and never NaN
 
@@ -79,16 +80,6 @@ class RaggedPlan:
     write_offset: Tensor
     decodes: Decodes | None
     prompts: list[Prompt]
-
-
-@dataclass(slots=True)
-class KvProbe:
-    """In a plan's place it only notes what each layer would store: ``[(kv_heads, head_dim)]``, one a layer.
-
-    A shard's heads are not the config's, and may differ from rank to rank.
-    """
-
-    shapes: list[tuple[int, int]] = field(default_factory=list)
 
 
 def build_plan(batch: RaggedBatch, caches: list[KvCache], device: torch.device) -> RaggedPlan:
@@ -172,7 +163,7 @@ def ragged_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    ragged: RaggedPlan | KvProbe | None = None,
+    ragged: RaggedPlan | Probe | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Stores a pass's keys and values and attends over the cache; transformers' attention interface.
@@ -190,9 +181,8 @@ def ragged_attention(
     """
     if ragged is None:
         raise ValueError("ragged attention runs under the FastGen runner only: no plan was handed to the model")
-    if isinstance(ragged, KvProbe):
-        ragged.shapes.append((key.shape[1], key.shape[3]))
-        return torch.zeros_like(query.transpose(1, 2)), None
+    if isinstance(ragged, Probe):
+        return ragged.note(module, query, key, value, attention_mask, kwargs)
     cache = ragged.caches[int(module.layer_idx)]  # type: ignore[arg-type]
     cache.keys[ragged.write_block, :, ragged.write_offset] = key[0].transpose(0, 1)
     cache.values[ragged.write_block, :, ragged.write_offset] = value[0].transpose(0, 1)

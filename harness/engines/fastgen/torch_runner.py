@@ -15,11 +15,11 @@ from torch import Tensor
 from harness.engines import auto_tp
 from harness.engines.base import EngineSettings, stop_ids
 from harness.engines.fastgen.packed_linear import can_pack, pack_linears
-from harness.engines.fastgen.paged_attention import KvCache, KvProbe, build_plan, ragged_attention
+from harness.engines.fastgen.paged_attention import KvCache, build_plan, ragged_attention
 from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
 from harness.engines.kv_memory import affordable_blocks
+from harness.engines.plain_attention import probe
 from harness.environment import available_memory_bytes
-from harness.errors import UserError
 
 ATTENTION = "harness_ragged"
 
@@ -36,6 +36,7 @@ class TorchRunner:
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self.block_size = settings.engine.kv_block_size
         self.caches: list[KvCache] = []
+        self.kv_shapes: list[tuple[int, int]] = []  # key-value heads of this rank and their size, for each layer
 
     def load(self) -> None:
         """Loads the weights; raises UserError for a model whose attention is not plain causal."""
@@ -43,9 +44,9 @@ class TorchRunner:
 
         AttentionInterface.register(ATTENTION, ragged_attention)
         self.model = auto_tp.load_whole(self.settings, ATTENTION)
-        refuse_unusual_attention(self.model.config, self.settings.max_context)
         if self.settings.tensor is not None:
             self.model = auto_tp.init_inference(self.model, self.settings).module
+        self.kv_shapes = probe(self.model, "ragged", self.device, self.settings.max_context, "fastgen")
         if can_pack(self.device, self.dtype):
             pack_linears(self.model)
 
@@ -55,7 +56,7 @@ class TorchRunner:
 
     def allocate(self, max_blocks: int) -> int:
         """Makes the cache: ``engine.kv_memory`` worth of blocks, at most ``max_blocks``."""
-        shapes = self._kv_shapes()
+        shapes = self.kv_shapes  # of this rank's shard
         block_size = self.block_size
         block_bytes = 2 * block_size * self.dtype.itemsize * sum(heads * head_dim for heads, head_dim in shapes)
         setting, free = self.settings.engine.kv_memory, self._free_memory()
@@ -97,14 +98,6 @@ class TorchRunner:
     def free(self, sequence: Sequence) -> None:
         """Nothing to do: the blocks are the scheduler's, and their next holder overwrites them."""
 
-    @torch.inference_mode()
-    def _kv_shapes(self) -> list[tuple[int, int]]:
-        """Returns the key-value heads of this rank and their size, for each layer."""
-        probe = KvProbe()
-        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        self.model(input_ids=token, position_ids=token, use_cache=False, ragged=probe)
-        return probe.shapes
-
     def _zeros(self, *shape: int) -> Tensor:
         if self.device.type != "cpu":
             return torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -115,20 +108,3 @@ class TorchRunner:
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info(self.device)[0]
         return available_memory_bytes() // self.settings.host_ranks
-
-
-def refuse_unusual_attention(config: object, max_context: int | None) -> None:
-    """Raises UserError for a model whose tokens do not simply see all tokens before them."""
-    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
-    window = getattr(config, "sliding_window", None)
-    if kinds == {"sliding_attention"} or (not kinds and window and getattr(config, "use_sliding_window", True)):
-        if window and max_context is not None and window >= max_context:
-            return
-    elif not kinds and not getattr(config, "attn_logit_softcapping", None):
-        return
-    raise UserError(
-        "model",
-        f"{getattr(config, 'model_type', '?')} has attention that engine=fastgen does not compute "
-        f"(layer types {sorted(kinds) or ['full_attention']}, sliding window {window})",
-        f"use engine=baseline{f', or model.max_context={window}' if window else ''}",
-    )
