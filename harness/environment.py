@@ -223,6 +223,16 @@ def peak_memory_bytes(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def forget_peak_memory(device: str) -> None:
+    """Has :func:`peak_memory_bytes` begin anew with what is held now, as far as the system allows it."""
+    if device.startswith("cuda"):
+        if (torch := sys.modules.get("torch")) is not None:
+            torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")  # proc(5): resets VmHWM
+
+
 def device_name(device: str) -> str:
     """Returns the GPU's name for ``"cuda"``, the CPU's model name otherwise; empty when it cannot be told."""
     if device == "cuda":

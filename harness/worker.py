@@ -437,27 +437,15 @@ class _Run:
     def _verify(self, row: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
         """Checks random requests against Hugging Face; returns the row then, and why the run is not ok if it is not.
 
-        The row is written already: whatever happens here, the run is not lost.
+        The row is written already: whatever happens here, no completion is lost. But a run that was to be checked and
+        was not is not ok: ``resume`` checks again.
         """
-        from harness import parity
-
         assert self.recorder is not None
-        config = self.job.config
-        error: str | None = None
         notes = list(self.recorder.record["notes"])
         figures: dict[str, Any] = {}
+        error: str | None
         try:
-            completions = {entry.index: entry for entry in self.recorder.done() if entry.finish_reason != "rejected"}
-            chosen = parity.sample(list(completions), config.verify, self.recorder.run_id)
-            by_index = {request.index: request for request in self.workload.requests}
-            requests = [by_index[index] for index in chosen]
-            prompts = self.engine.tokenize(requests)
-            if self.job.source.kind == "dummy" and self.engine.kernels == "deepspeed":
-                raise UserError("verify", "these kernels draw dummy weights of their own", "use a checkpoint")
-            del self.engine  # its memory is the reference's
-            asked = f"verify={config.verify}; not in the clock"
-            self._say(f"checking {len(chosen)} requests against Hugging Face ({asked})")
-            found = parity.of_run(self.job, self.device, requests, prompts, [completions[index] for index in chosen])
+            found = self._parity()
             checked, exact, near, wrong = (found[name] for name in ("checked", "exact", "near_tie", "wrong"))
             figures = {
                 "parity": found,
@@ -465,20 +453,44 @@ class _Run:
                 "parity_exact_share": exact / checked,
                 "parity_explained_share": near / checked,
             }
-            if wrong and config.engine.quantization is None:
-                first = next(one for one in found["requests"] if one["verdict"] == "wrong")
-                error = (
-                    f"{wrong} of {checked} checked outputs are wrong, the first is request {first['index']}: "
-                    f"{first['problem']}; see python -m harness.verify {self.recorder.run_id} --model"
-                )
-            elif wrong:
+            error = self._wrong(found) if wrong else None
+            if wrong and error is None:
                 notes.append(f"{wrong} of {checked} checked outputs differ by more than rounding: quantized weights")
         except (Exception, signals.Ended) as failure:
             interrupted = isinstance(failure, signals.Ended)
             why = "interrupted" if interrupted else one_line(str(failure) or type(failure).__name__, 300)
-            notes.append(f"verify={config.verify}: nothing was checked: {why}")
-            log.info(notes[-1])
+            error = f"verify={self.job.config.verify}: nothing was checked: {why}; the completions are all there"
+            log.info(error)
         return self.recorder.amend("ok" if error is None else "failed", error, notes=notes, **figures), error
+
+    def _parity(self) -> dict[str, Any]:
+        """Returns the record's section ``parity``, of as many random requests as the config asks for, or of all."""
+        from harness import parity
+
+        assert self.recorder is not None
+        config = self.job.config
+        completions = {entry.index: entry for entry in self.recorder.done() if entry.finish_reason != "rejected"}
+        chosen = parity.sample(list(completions), config.verify, self.recorder.run_id)
+        by_index = {request.index: request for request in self.workload.requests}
+        requests = [by_index[index] for index in chosen]
+        prompts = self.engine.tokenize(requests)
+        if self.job.source.kind == "dummy" and self.engine.kernels == "deepspeed":
+            raise UserError("verify", "these kernels draw dummy weights of their own", "use a checkpoint")
+        del self.engine  # its memory is the reference's
+        asked = f"verify={config.verify}; not in the clock"
+        self._say(f"checking {len(chosen)} requests against Hugging Face ({asked})")
+        return parity.of_run(self.job, self.device, requests, prompts, [completions[index] for index in chosen])
+
+    def _wrong(self, found: dict[str, Any]) -> str | None:
+        """Returns why a run with wrong outputs failed; None where quantized weights may have made them."""
+        assert self.recorder is not None
+        if self.job.config.engine.quantization is not None:
+            return None
+        first = next(one for one in found["requests"] if one["verdict"] == "wrong")
+        return (
+            f"{found['wrong']} of {found['checked']} checked outputs are wrong, the first is request {first['index']}: "
+            f"{first['problem']}; see python -m harness.verify {self.recorder.run_id} --model"
+        )
 
     def measured(self) -> dict[str, Any]:
         """Returns what a run that ends early has for its record, and ends the sampling."""

@@ -20,14 +20,12 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, needs_native, needs_native_bfloat16, save_model, variables
-from safetensors.torch import load_file, save_file
 from test_fastgen_engine import generate, hugging_face, requests, settings
 from torch import Tensor
 
 from harness.checkpoint_files import find
 from harness.config import EngineConfig, GenerationConfig, Kernels, Order, Stop
 from harness.engines.base import EngineSettings
-from harness.engines.fastgen import native_runner
 from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.fastgen.native import build, checks
 from harness.engines.fastgen.native_runner import NativeRunner
@@ -256,47 +254,6 @@ def test_a_cache_that_cannot_be_is_refused(memory: int | str, line: str) -> None
 
 
 # --- models that come out wrong -------------------------------------------------------------------------------------
-
-
-@needs_native
-@pytest.mark.parametrize("weight", ["model.norm.weight", "lm_head.weight"])
-def test_weights_that_are_not_numbers_are_found_at_load(tmp_path: Path, weight: str) -> None:
-    """All logits of every token, or one logit of each."""
-    save_model(tmp_path, "llama", torch.float32, **SIZES)
-    weights = load_file(tmp_path / "model.safetensors")
-    weights[weight][7] = float("nan")
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    runner = NativeRunner(settings_of(tmp_path))
-    with pytest.raises(
-        (FloatingPointError, UserError), match=r"its logits are not numbers|the logits differ .* by nan"
-    ):
-        runner.load()
-
-
-@needs_native
-@pytest.mark.parametrize("norm", ["input_layernorm", "post_attention_layernorm"])
-def test_a_pass_that_computes_something_else_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, norm: str
-) -> None:
-    whole = NativeRunner._layer
-
-    def without_a_norm(runner: NativeRunner, layer: Any) -> Any:
-        getattr(layer, norm).weight.zero_()
-        return whole(runner, layer)
-
-    monkeypatch.setattr(NativeRunner, "_layer", without_a_norm)
-    runner = NativeRunner(settings_of(save_model(tmp_path, "llama", torch.float32, **SIZES)))
-    with pytest.raises(UserError, match=r"^engine\.kernels: native: the logits differ .*; use engine\.kernels=torch$"):
-        runner.load()
-
-
-@needs_native
-def test_auto_takes_torch_when_the_pass_computes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_runner, "TOLERANCE", {"float32": 0.0})
-    engine = FastGenEngine(settings(kernels=Kernels.auto))
-    engine.load()
-    assert engine.kernels == "torch"
-    assert any("not the native kernels: the logits differ from Hugging Face's" in note for note in engine.notes)
 
 
 @needs_native

@@ -34,7 +34,7 @@ from harness.engines import proof_cache
 from harness.engines.base import Engine, EngineSettings
 from harness.engines.plain_attention import computed
 from harness.engines.scoring import Scored
-from harness.environment import available_memory_bytes
+from harness.environment import available_memory_bytes, forget_peak_memory
 from harness.errors import UserError
 from harness.reference import forced_logits
 
@@ -191,6 +191,7 @@ def _ask(settings: EngineSettings, source: Source) -> Expected:
         expected = replace(expected, bound=max(expected.bound, QUANTIZED))
     del model
     _free()
+    forget_peak_memory(settings.device)  # of the run, not of its proof
     return expected
 
 
