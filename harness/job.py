@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from harness import checkpoint, environment, workload
 from harness.checkpoint import Source
 from harness.config import Config, DType, Kernels, check, check_auto_tp, check_kv_heads, to_config
+from harness.engines.attention_checks import refuse_by_its_file
 from harness.engines.fastgen.deepspeed_checks import PICKLED, unsupported
 from harness.engines.fastgen.native import checks as native_checks
 from harness.errors import UserError
@@ -81,6 +82,8 @@ def prepare(composed: DictConfig, local_ranks: int | None = None) -> Job:
     check_kv_heads(config.parallel.tp, source.architecture.get("num_key_value_heads"))
     dtype = resolve_dtype(config.model.dtype, accelerator)
     max_context = checkpoint.context_length(source.architecture, config.model.max_context)
+    if config.engine.name in ("fastgen", "ds_inference"):
+        refuse_by_its_file(source.architecture, max_context, config.engine.name)
     parallel = config.parallel
     if config.engine.name != "mii" and not _ragged_kernels(config, accelerator, source, dtype, max_context):
         check_auto_tp(parallel.tp, source.architecture.get("model_type"))

@@ -15,12 +15,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from harness import checkpoint
 from harness.checkpoint import Source
 from harness.config import EngineConfig, GenerationConfig, Kernels, Order, Stop
+from harness.engines.attention_checks import refuse_unusual_attention
 from harness.engines.base import Clock, Engine, EngineSettings
 from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.fastgen.paged_attention import KvCache, build_plan, ragged_attention
 from harness.engines.fastgen.scheduler import Chunk, RaggedBatch, Sequence
 from harness.engines.kv_memory import kv_memory_bytes
-from harness.engines.plain_attention import refuse_unusual_attention
 from harness.errors import UserError
 from harness.results import PassRecord
 from harness.workload import Completion, Request
@@ -252,9 +252,8 @@ def test_a_cache_larger_than_the_memory_is_refused() -> None:
 def test_sliding_windows_below_the_context_are_refused() -> None:
     from transformers import Gemma2Config, LlamaConfig, MistralConfig
 
-    refuse_unusual_attention(LlamaConfig(), 4096)
-    refuse_unusual_attention(MistralConfig(sliding_window=None), 4096)
-    refuse_unusual_attention(MistralConfig(sliding_window=4096), 4096)
+    for config in (LlamaConfig(), MistralConfig(sliding_window=None), MistralConfig(sliding_window=4096)):
+        refuse_unusual_attention(config.to_dict(), 4096, "fastgen")
     for config in (MistralConfig(sliding_window=1024), Gemma2Config()):
         with pytest.raises(UserError, match=r"^model: .*engine=baseline"):
-            refuse_unusual_attention(config, 8192)
+            refuse_unusual_attention(config.to_dict(), 8192, "fastgen")

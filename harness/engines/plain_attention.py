@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from harness import faults
-from harness.checkpoint_files import rotary_threshold
+from harness.engines.attention_checks import BASELINE, refuse_unusual_attention
 from harness.errors import UserError, one_line
 
 # What a layer may hand to its attention and we may do without: it does not change the result, or the plan has it.
 IGNORED = ("dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "logits_to_keep", "is_causal")
-BASELINE = "use engine=baseline"
 
 
 @dataclass(slots=True)
@@ -84,7 +83,7 @@ def probe(model: Any, keyword: str, device: Any, max_context: int | None, engine
     for name, extra in found.extras.items():
         what = name if isinstance(extra, Tensor) else f"{name}={one_line(str(extra), 60)}"
         raise UserError("model", f"{family} have attention that engine={engine} does not compute ({what})", BASELINE)
-    refuse_unusual_attention(config, max_context, engine)
+    refuse_unusual_attention(config.get_text_config(decoder=True).to_dict(), max_context, engine)
     if window and not (max_context is not None and window >= max_context):
         what = f"sliding_window={window}"
         raise UserError("model", f"{family} have attention that engine={engine} does not compute ({what})", BASELINE)
@@ -110,30 +109,3 @@ def computed(engine: str, family: str, sharded: bool = False) -> Iterator[None]:
         why = one_line(f"{type(error).__name__}: {error}", 150)
         remedy = "use another model" if engine == "baseline" else BASELINE
         raise UserError("model", f"{family} models cannot be computed by engine={engine} ({why})", remedy) from error
-
-
-def refuse_unusual_attention(config: Any, max_context: int | None, engine: str = "fastgen") -> None:
-    """Raises UserError for a model whose config says that its tokens do not simply see all tokens before them."""
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    family = getattr(config, "model_type", "?")
-    if cap := getattr(text, "attn_logit_softcapping", None):
-        found = f"{family} has attention that engine={engine} does not compute (attn_logit_softcapping {cap:g})"
-        raise UserError("model", found, BASELINE)
-    kinds = set(getattr(text, "layer_types", None) or []) - {"full_attention"}
-    window = getattr(text, "sliding_window", None)
-    windowed = kinds == {"sliding_attention"} or (not kinds and window and getattr(text, "use_sliding_window", True))
-    covered = window and max_context is not None and window >= max_context
-    if (windowed or kinds) and not (windowed and covered):
-        found = (
-            f"{family} has attention that engine={engine} does not compute "
-            f"(layer types {sorted(kinds) or ['full_attention']}, sliding window {window})"
-        )
-        helps = windowed and window
-        raise UserError("model", found, f"{BASELINE}{f', or model.max_context={window}' if helps else ''}")
-    threshold = rotary_threshold(text.to_dict() if hasattr(text, "to_dict") else vars(text))
-    if threshold is not None and (max_context is None or max_context > threshold):
-        raise UserError(
-            "model",
-            f"{family} has rotary frequencies that depend on the longest sequence of a pass beyond {threshold} tokens",
-            f"use model.max_context={threshold}, or engine=baseline",
-        )

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from harness.engines import auto_tp
+from harness.engines.attention_checks import refuse_unusual_attention
 from harness.engines.base import EngineSettings, stop_ids
 from harness.engines.fastgen.native import build, library
 from harness.engines.fastgen.native.library import HALF, LONGEST_BLOCK, PANEL, VECTOR
 from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
 from harness.engines.kv_memory import affordable_blocks
-from harness.engines.plain_attention import refuse_unusual_attention
 from harness.environment import available_memory_bytes
 
 
@@ -50,7 +50,7 @@ class NativeRunner:
     def load(self) -> None:
         """Loads and packs the weights; raises UserError for what the user can mend."""
         model = auto_tp.load_whole(self.settings, None)
-        refuse_unusual_attention(model.config, self.settings.max_context)
+        refuse_unusual_attention(model.config.to_dict(), self.settings.max_context, "fastgen")
         self.ids = stop_ids(model, self.settings.generation)
         with torch.inference_mode():
             self._take(model)
