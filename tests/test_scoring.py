@@ -118,7 +118,7 @@ def test_a_preempted_sequence_is_scored_once() -> None:
     assert isinstance(engine, FastGenEngine)
     schedulers = []
     make = engine._scheduler
-    engine._scheduler = lambda stop: schedulers.append(make(stop)) or schedulers[-1]  # type: ignore[method-assign, func-returns-value]
+    engine._scheduler = lambda *given: schedulers.append(make(*given)) or schedulers[-1]  # type: ignore[method-assign, func-returns-value]
     rng = random.Random(1)
     wanted = [
         Scored(index, [rng.randrange(300) for _ in range(10)], [rng.randrange(300) for _ in range(60)])
