@@ -1,0 +1,278 @@
+"""What each engine makes of a tiny model, in the steps of a real run, against Hugging Face's ``generate``.
+
+As a script, under DeepSpeed's launcher, it takes its ranks through the models that it is given, two columns each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from families_sizes import PROMPT_IDS
+
+from harness import checkpoint, engines
+from harness.checkpoint_files import Source, find
+from harness.config import EngineConfig, GenerationConfig, Kernels, Stop, check_auto_tp, check_kv_heads
+from harness.engines.base import Clock, EngineSettings, greedy
+from harness.engines.fastgen.native import checks as native_checks
+from harness.errors import UserError, one_line
+from harness.verification.judging import BOUNDS
+from harness.workload import Request
+
+if TYPE_CHECKING:
+    from harness.tensor_parallel import TensorParallel
+
+T = TypeVar("T")
+
+LENGTHS = (1, 2, 7, 15, 29, 30, 61, 100)  # before, across and after the windows' end and the length of training
+PATIENCE_S = 60.0  # for a model on two ranks, of which one may wait for the other forever
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One way to run a model."""
+
+    engine: str
+    kernels: Kernels = Kernels.torch
+    dtype: str = "float32"
+    tp: int = 1
+
+    @property
+    def title(self) -> str:
+        kernels = f" {self.kernels.value}" if self.engine == "fastgen" else ""
+        return f"{self.engine}{kernels}{' bf16' * (self.dtype != 'float32')}{f' tp={self.tp}' * (self.tp > 1)}"
+
+    @property
+    def config(self) -> EngineConfig:
+        """Small budgets, so that prompts are split and requests share passes and batches."""
+        sizes = {"token_budget": 24, "max_sequences": 6, "kv_block_size": 8, "kv_memory": "64MiB", "batch_size": 4}
+        return EngineConfig(name=self.engine, kernels=self.kernels, **sizes)  # type: ignore[arg-type]
+
+
+FASTGEN, NATIVE, DS_INFERENCE = Column("fastgen"), Column("fastgen", Kernels.native), Column("ds_inference")
+SINGLE = (FASTGEN, NATIVE, DS_INFERENCE)
+BFLOAT16 = (Column("fastgen", dtype="bfloat16"), Column("ds_inference", dtype="bfloat16"))
+PARALLEL = (Column("fastgen", tp=2), Column("ds_inference", tp=2))
+COLUMNS = (*SINGLE, *PARALLEL, *BFLOAT16)
+
+
+def requests() -> list[Request]:
+    """Returns eight requests of unlike lengths."""
+    rng = random.Random(5)
+    prompts = [tuple(rng.choice(PROMPT_IDS) for _ in range(length)) for length in LENGTHS]
+    return [Request(index, "", rng.randint(6, 12), prompt_ids=ids) for index, ids in enumerate(prompts)]
+
+
+class Reference:
+    """The checkpoint as transformers loads it by default: its answers, and how it sees those of others.
+
+    Args:
+        rounded: give it the weights that a run in bfloat16 has.
+    """
+
+    def __init__(self, directory: Path, rounded: bool = False) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with checkpoint.quiet():
+            self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        if rounded:
+            for weight in self.model.parameters():
+                weight.data = weight.data.bfloat16().float()
+
+    def answers(self) -> list[list[int]]:
+        """Returns the ids for each of :func:`requests`, alone."""
+        import torch
+
+        found = []
+        for job in requests():
+            prompt = torch.tensor([job.prompt_ids])
+            with checkpoint.quiet():
+                ids = greedy(self.model, prompt, job.output_len or 0, frozenset())
+            found.append(ids.tolist()[prompt.shape[1] :])
+        return found
+
+    def largest_gap(self, job: Request, ids: list[int]) -> float:
+        """Returns how far, in standard deviations, the worst of ``ids`` is below the best id of its position.
+
+        ``generate`` is made to continue with them, since some models compute other logits in one pass over it all.
+        """
+        import torch
+        from transformers import GenerationConfig as Generation
+        from transformers import LogitsProcessorList
+
+        gaps: list[float] = []
+
+        def follow(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            token, row = ids[len(gaps)], scores[0].float()
+            spread = row[row.isfinite()].std()
+            gaps.append(float((row.max() - row[token]) / spread) if token < len(row) else float("inf"))
+            return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([token]), 0.0)
+
+        prompt = torch.tensor([job.prompt_ids])
+        config = Generation(do_sample=False, max_new_tokens=len(ids), pad_token_id=0)
+        with checkpoint.quiet(), torch.inference_mode():
+            self.model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([follow]),
+            )
+        return max(gaps, key=lambda gap: (gap != gap, gap), default=0.0)  # what is not a number is the worst
+
+
+def refuse_early(source: Source, column: Column) -> int | None:
+    """Refuses from config.json what ``harness.job.prepare`` refuses; returns the longest sequence."""
+    architecture = source.architecture
+    check_kv_heads(column.tp, architecture.get("num_key_value_heads"))
+    max_context = checkpoint.context_length(architecture, None)
+    check_auto_tp(column.tp, architecture.get("model_type"))
+    if column.kernels is Kernels.native:
+        reason = native_checks.unsupported(architecture, column.dtype, column.tp)
+        if reason is not None:
+            raise UserError("engine.kernels", f"native: {reason}", "use engine.kernels=torch or auto")
+    return max_context
+
+
+def run(directory: Path, column: Column, tensor: TensorParallel | None = None) -> list[list[int]]:
+    """Returns an engine's ids for each of :func:`requests`, by the steps of a run; [] on a rank that follows."""
+    source = find(str(directory), False, need_weights=True)
+    settings = EngineSettings(
+        engine=column.config,
+        generation=GenerationConfig(stop=Stop.length),
+        source=source,
+        dtype=column.dtype,
+        device="cpu",
+        max_context=refuse_early(source, column),
+        tensor=tensor,
+        host_ranks=column.tp,
+    )
+    engine = engines.create(settings)
+    engine.load()
+    engine.warm_up()
+    if not settings.leads:
+        engine.follow()
+        return []
+    jobs = requests()
+    found = {each.index: each for each in engine.generate(iter(engine.arrange(jobs)), Clock())}
+    for job in jobs:
+        assert found[job.index].finish_reason == "length", found[job.index].error
+    return [found[job.index].token_ids for job in jobs]
+
+
+def outcome(work: Callable[[], T]) -> str | T:
+    """Returns what ``work`` comes to, or says what has kept it from that."""
+    try:
+        with checkpoint.quiet():
+            return work()
+    except UserError as error:
+        text = str(error)
+        return f"refused: {text}" if "\n" not in text else f"TRACEBACK UserError of several lines: {one_line(text)}"
+    except Exception as error:
+        return f"TRACEBACK {type(error).__name__}: {one_line(str(error) or 'no message', 160)}"
+
+
+def judged(answers: list[list[int]], expected: list[list[int]] | None, reference: Reference, dtype: str) -> str:
+    """Returns ``right`` or ``WRONG n/8``; ids may differ by near-ties alone."""
+    wrong, worst = 0, 0.0
+    for number, job in enumerate(requests()):
+        ids = answers[number]
+        if expected is not None and ids == expected[number]:
+            continue
+        gap = reference.largest_gap(job, ids) if len(ids) == job.output_len else float("inf")
+        if not gap <= BOUNDS[dtype]:
+            wrong, worst = wrong + 1, max(worst, gap)
+    return f"WRONG {wrong}/{len(answers)} (gap {worst:.2g})" if wrong else "right"
+
+
+def outcomes(name: str, directory: Path, parallel: dict[str, Any], columns: Sequence[Column]) -> dict[str, str]:
+    """Returns what becomes of a saved model, by column, or why there is none to run.
+
+    Args:
+        parallel: what became of it on two ranks, by column.
+    """
+    built = outcome(lambda: Reference(directory).answers())
+    if isinstance(built, str):
+        return {"not built": built.removeprefix("TRACEBACK ")}
+    reference, rounded = Reference(directory), None
+    found: dict[str, str] = {}
+    for column in columns:
+        exact = column.dtype == "float32"
+        if not exact and found.get(Column(column.engine).title) != "right":
+            continue  # said already
+        answers = parallel[column.title] if column.tp > 1 else outcome(partial(run, directory, column))
+        if not exact and rounded is None:
+            rounded = Reference(directory, rounded=True)
+        judge = reference if exact else rounded
+        assert judge is not None
+        found[column.title] = (
+            answers if isinstance(answers, str) else judged(answers, built if exact else None, judge, column.dtype)
+        )
+    return found
+
+
+def on_ranks(directories: list[Path], place: Path) -> None:
+    """Runs each saved model on the ranks of this launch, and appends to ``place`` what comes of it, line by line.
+
+    A rank that fails alone leaves the other waiting: both end then, and whoever launched them goes on without it.
+    """
+    from harness import ranks
+    from harness.rendezvous import Rendezvous
+    from harness.replicas import Replicas
+
+    rank = ranks.current()
+    assert rank is not None
+    rendezvous = Rendezvous(rank, failed=lambda: None)
+    rendezvous.open()
+    rendezvous.meet({})
+    replicas = Replicas(rank, "cpu", rendezvous, tp=rank.world)
+    replicas.join()
+    for directory in directories:
+        for column in PARALLEL:
+            note = {"name": directory.name, "column": column.title}
+            guard = threading.Timer(PATIENCE_S, _give_up, (rank.first, place, note))
+            guard.daemon = True
+            guard.start()
+            mine = outcome(partial(run, directory, column, replicas.tensor))
+            everyone = replicas.gather(mine)
+            guard.cancel()
+            if rank.first:
+                others = [each for each in everyone if isinstance(each, str)]
+                _append(place, note | {"found": others[0] if others else mine})
+    replicas.leave()
+
+
+def _give_up(first: bool, place: Path, note: dict[str, Any]) -> None:
+    if first:
+        _append(place, note | {"found": "TRACEBACK hang: one rank failed alone, the other waits for it"})
+    os._exit(3)
+
+
+def _append(place: Path, entry: dict[str, Any]) -> None:
+    with place.open("a") as file:
+        print(json.dumps(entry), file=file)
+
+
+def read_parallel(place: Path) -> Iterator[tuple[str, str, Any]]:
+    """Yields name of the directory, column and what came of it."""
+    if place.exists():
+        for line in place.read_text().splitlines():
+            entry = json.loads(line)
+            yield entry["name"], entry["column"], entry["found"]
+
+
+if __name__ == "__main__":
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    on_ranks([Path(line) for line in Path(sys.argv[-2]).read_text().splitlines()], Path(sys.argv[-1]))

@@ -1,0 +1,146 @@
+"""Which families the engines compute as Hugging Face does: collected, shown, and written as Markdown.
+
+``python tests/families_table.py`` tries all of them, and writes ``harness/engines/FAMILIES.md``.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import families
+import families_check
+from families_check import BFLOAT16, COLUMNS, DS_INFERENCE, FASTGEN, NATIVE, PARALLEL, Column
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "harness" / "engines" / "FAMILIES.md"
+
+Outcomes = dict[str, dict[str, str]]  # by name, by column
+
+
+def collect(names: Iterable[str], place: Path, columns: Iterable[Column] = COLUMNS) -> Outcomes:
+    """Returns what becomes of each name.
+
+    Args:
+        place: a directory to write the models to.
+    """
+    columns = list(columns)
+    found: Outcomes = {}
+    directories: dict[str, Path] = {}
+    for name in names:
+        directory = place / name.replace("/", "--").replace(" ", "_")
+        built = families_check.outcome(partial(families.save, name, directory))
+        if isinstance(built, str):
+            found[name] = {"not built": built.removeprefix("TRACEBACK ")}
+        else:
+            directories[name] = directory
+    parallel = on_two_ranks(list(directories.values()), place) if set(columns) & set(PARALLEL) else {}
+    for name, directory in directories.items():
+        found[name] = families_check.outcomes(name, directory, parallel.get(directory.name, {}), columns)
+    return found
+
+
+def on_two_ranks(directories: list[Path], place: Path) -> dict[str, dict[str, Any]]:
+    """Returns what becomes of each directory's model on two ranks, by column; they start again where they hung."""
+    from conftest import deepspeed, variables
+
+    listed, lines = place / "parallel.txt", place / "parallel.jsonl"
+    found: dict[str, dict[str, Any]] = {directory.name: {} for directory in directories}
+    while left := [directory for directory in directories if len(found[directory.name]) < len(PARALLEL)]:
+        listed.write_text("\n".join(map(str, left)))
+        done = subprocess.run(
+            [*deepspeed(2, "--log_level", "critical"), str(Path(families_check.__file__)), str(listed), str(lines)],
+            cwd=ROOT,
+            env=variables(OMP_NUM_THREADS="1", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"),
+            capture_output=True,
+            text=True,
+        )
+        before = sum(map(len, found.values()))
+        for name, title, outcome in families_check.read_parallel(lines):
+            found[name].setdefault(title, outcome)
+        if sum(map(len, found.values())) == before:  # it ended without a word
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            for column in PARALLEL:
+                found[left[0].name].setdefault(column.title, f"TRACEBACK of the launch: {last}")
+    return found
+
+
+def failures(outcomes: Outcomes) -> list[str]:
+    """Returns a line for each outcome that must not be."""
+    return [
+        f"{name}, {title}: {outcome}"
+        for name, row in outcomes.items()
+        for title, outcome in row.items()
+        if outcome.startswith(("WRONG", "TRACEBACK"))
+    ]
+
+
+def shown(outcomes: Outcomes) -> str:
+    """Returns the outcomes as lines, those that are alike together, and counts by column."""
+    lines: list[str] = []
+    for name, row in outcomes.items():
+        alike: dict[str, list[str]] = {}
+        for title, outcome in row.items():
+            alike.setdefault(outcome, []).append(title)
+        lines += [f"{name:32} {', '.join(titles)}: {outcome}" for outcome, titles in alike.items()]
+    for title in ("not built", *(column.title for column in COLUMNS)):
+        kinds = Counter(row[title].split()[0].rstrip(":") for row in outcomes.values() if title in row)
+        counts = {"models": sum(kinds.values())} if title == "not built" else kinds
+        lines.append(f"{title:32} {', '.join(f'{number} {kind}' for kind, number in sorted(counts.items()))}")
+    return "\n".join(lines)
+
+
+def markdown(outcomes: Outcomes) -> str:
+    """Returns the document: families and variants that an engine takes, and those that none does."""
+    import transformers
+
+    titles = [column.title for column in (FASTGEN, NATIVE, DS_INFERENCE)]
+    lines = [
+        "# Families that the engines compute",
+        "",
+        f"Written by `tests/families_table.py` for transformers {transformers.__version__}: a tiny random model of",
+        "each causal LM, and of known traps (`family/variant`), its tokens compared with Hugging Face's `generate`.",
+        "",
+        "| family | fastgen torch | fastgen native | ds_inference | tp=2 |",
+        "|---|---|---|---|---|",
+    ]
+    taken = {name: row for name, row in outcomes.items() if "right" in row.values()}
+    for name, row in taken.items():
+        parallel = [column.engine for column in PARALLEL if row.get(column.title) == "right"]
+        cells = [_cell(row.get(title, "")) for title in titles]
+        cells.append("yes" if len(parallel) == len(PARALLEL) else ", ".join(parallel) or "no")
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    refused = [f"`{name}`" for name, row in outcomes.items() if name not in taken and "not built" not in row]
+    lines += ["", f"No engine but `baseline` takes: {', '.join(refused) or 'none'}.", ""]
+    unbuilt = [f"- `{name}`: {row['not built']}" for name, row in outcomes.items() if "not built" in row]
+    return "\n".join([*lines, *(["Not tried, for there is no such tiny model:", "", *unbuilt, ""] if unbuilt else [])])
+
+
+def _cell(outcome: str) -> str:
+    return "yes" if outcome == "right" else "no" if outcome.startswith("refused") else "**wrong**"
+
+
+def main() -> None:
+    """Tries all families; writes the document."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as place:
+        columns = [column for column in COLUMNS if column not in BFLOAT16]
+        outcomes = collect(families.entries(), Path(place), columns)
+    print(shown(outcomes))
+    DOCUMENT.write_text(markdown(outcomes))
+    sys.exit(bool(failures(outcomes)))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()

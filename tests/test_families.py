@@ -1,0 +1,42 @@
+"""Each causal LM of transformers on each engine: Hugging Face's tokens, or a refusal in one line; nothing between."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import families
+import families_table
+import pytest
+from conftest import needs_native_bfloat16
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FEW = ("llama", "mistral", "qwen2", "gemma2/short", "phi3/longrope", "bloom", "stablelm", "gpt_oss")
+
+
+@needs_native_bfloat16
+@pytest.mark.endurance
+def test_every_family_is_computed_rightly_or_refused(scale: Callable[[int, int], int], tmp_path: Path) -> None:
+    """In one process and on two ranks, in float32 and bfloat16; see the table with ``-s``."""
+    every = bool(scale(0, 1))
+    outcomes = families_table.collect(families.entries() if every else FEW, tmp_path)
+    print(f"\n{families_table.shown(outcomes)}")
+    plain = [name for name in outcomes if "/" not in name]
+    built = [name for name in plain if "not built" not in outcomes[name]]
+    assert len(built) >= 0.9 * len(plain)
+    assert not families_table.failures(outcomes)
+
+
+def test_the_document_lists_what_transformers_has() -> None:
+    """A newer transformers has new families: ``python tests/families_table.py`` tries them."""
+    if not families_table.DOCUMENT.exists():
+        pytest.skip("it has not been written yet")
+    listed = re.findall(r"^(?:\| |- |)`([^`/]+)`|, `([^`/]+)`|takes: `([^`/]+)`", _lists(), re.MULTILINE)
+    assert sorted("".join(groups) for groups in listed) == families.names()
+
+
+def _lists() -> str:
+    """Returns the document from its table on."""
+    return families_table.DOCUMENT.read_text().partition("| family |")[2]
