@@ -177,21 +177,42 @@ def build(name: str, seed: int = 0, sharp: float = 3.0) -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny(name), dtype=torch.float32)
-    embeddings = {id(each.weight) for each in model.modules() if isinstance(each, torch.nn.Embedding)}
+    model = AutoModelForCausalLM.from_config(tiny(name), dtype=torch.float32).eval()
+    for spread in (0.7, 0.1, 0.02, 0.004):
+        _draw(model, seed, sharp, spread)
+        if not _copies(model):
+            break
+    return model
+
+
+def _draw(model: Any, seed: int, sharp: float, spread: float) -> None:
+    """Draws all weights; ``spread`` is the standard deviation of embeddings that are the output's weights too."""
+    import torch
+
+    torch.manual_seed(seed)
     head = model.get_output_embeddings()
-    # A word that is its own answer would hide all that the layers do.
-    tied = head is not None and id(head.weight) in embeddings
+    embeddings = {id(each.weight) for each in model.modules() if isinstance(each, torch.nn.Embedding)}
     for key, weight in model.named_parameters():
-        if weight.ndim <= 1:
+        if head is not None and weight.shape == head.weight.shape[:1] and key.endswith("bias"):
+            torch.nn.init.normal_(weight, std=0.2 * spread)  # of the logits, which are as small
+        elif weight.ndim <= 1:
             torch.nn.init.normal_(weight, mean=0.0 if key.endswith("bias") else 1.0, std=0.2)
         elif id(weight) in embeddings:
-            torch.nn.init.normal_(weight, std=0.3 if tied else 0.7)
+            torch.nn.init.normal_(weight, std=spread if head is not None and weight is head.weight else 0.7)
         else:
             torch.nn.init.normal_(weight, std=1.2 * weight.shape[-1] ** -0.5)
             if re.search(r"q_proj|k_proj|\.query|\.key|qkv|c_attn", key):
                 weight.data *= sharp
-    return model.eval()
+
+
+def _copies(model: Any) -> bool:
+    """Returns whether the model's next word tends to be the last: that would hide all that its layers do."""
+    import torch
+
+    ids = torch.randint(PROMPT_IDS.start, PROMPT_IDS.stop, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        found = model(ids).logits.argmax(-1)
+    return bool((found == ids).float().mean() > 0.1)
 
 
 def save(name: str, directory: Path, seed: int = 0, sharp: float = 3.0) -> Path:

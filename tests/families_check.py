@@ -75,15 +75,18 @@ class Reference:
     """The checkpoint as transformers loads it by default: its answers, and how it sees those of others.
 
     Args:
-        rounded: give it the weights that a run in bfloat16 has.
+        dtype: of the model.
+        rounded: give a float32 model the weights that one in bfloat16 has.
     """
 
-    def __init__(self, directory: Path, rounded: bool = False) -> None:
+    def __init__(self, directory: Path, dtype: str = "float32", rounded: bool = False) -> None:
         import torch
         from transformers import AutoModelForCausalLM
+        from transformers import GenerationConfig as Generation
 
         with checkpoint.quiet():
-            self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+            self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+        self.model.generation_config = Generation()  # as greedy() does: nothing else may fill in what we leave open
         if rounded:
             for weight in self.model.parameters():
                 weight.data = weight.data.bfloat16().float()
@@ -180,42 +183,54 @@ def outcome(work: Callable[[], T]) -> str | T:
         return f"TRACEBACK {type(error).__name__}: {one_line(str(error) or 'no message', 160)}"
 
 
-def judged(answers: list[list[int]], expected: list[list[int]] | None, reference: Reference, dtype: str) -> str:
-    """Returns ``right`` or ``WRONG n/8``; ids may differ by near-ties alone."""
-    wrong, worst = 0, 0.0
-    for number, job in enumerate(requests()):
-        ids = answers[number]
-        if expected is not None and ids == expected[number]:
-            continue
-        gap = reference.largest_gap(job, ids) if len(ids) == job.output_len else float("inf")
-        if not gap <= BOUNDS[dtype]:
-            wrong, worst = wrong + 1, max(worst, gap)
-    return f"WRONG {wrong}/{len(answers)} (gap {worst:.2g})" if wrong else "right"
+def wrong(answers: list[list[int]], reference: Reference, bound: float) -> tuple[int, float]:
+    """Returns how many of the answers have a token worse than a near-tie, and the largest gap of all."""
+    gaps = [
+        reference.largest_gap(job, ids) if len(ids) == job.output_len else float("inf")
+        for job, ids in zip(requests(), answers, strict=True)
+    ]
+    return sum(not gap <= bound for gap in gaps), max(gaps, key=lambda gap: (gap != gap, gap))
 
 
-def outcomes(name: str, directory: Path, parallel: dict[str, Any], columns: Sequence[Column]) -> dict[str, str]:
+def judged(answers: list[list[int]], directory: Path, dtype: str, expected: list[list[int]] | None = None) -> str:
+    """Returns ``right`` or ``WRONG n/8``.
+
+    Args:
+        expected: ids that need no further judgement.
+    """
+    if answers == expected:
+        return "right"
+    reference, bound = Reference(directory, rounded=dtype != "float32"), BOUNDS[dtype]
+    number, worst = wrong(answers, reference, bound)
+    remark = ""
+    if number and dtype != "float32":
+        # A tiny model may be more sensitive than those that the bound was measured on: what are transformers' own?
+        _, own = wrong(Reference(directory, dtype).answers(), reference, bound)
+        number, worst = wrong(answers, reference, max(bound, 2 * own))
+        remark = f", Hugging Face's own in {dtype} {own:.2g}"
+    return f"WRONG {number}/{len(answers)} (gap {worst:.2g}{remark})" if number else "right"
+
+
+def outcomes(directory: Path, mild: Path, parallel: dict[str, Any], columns: Sequence[Column]) -> dict[str, str]:
     """Returns what becomes of a saved model, by column, or why there is none to run.
 
     Args:
+        mild: where the same model is with attention less sharp, for types that round.
         parallel: what became of it on two ranks, by column.
     """
-    built = outcome(lambda: Reference(directory).answers())
-    if isinstance(built, str):
-        return {"not built": built.removeprefix("TRACEBACK ")}
-    reference, rounded = Reference(directory), None
+    expected = outcome(lambda: Reference(directory).answers())
+    if isinstance(expected, str):
+        return {"not built": expected.removeprefix("TRACEBACK ")}
     found: dict[str, str] = {}
     for column in columns:
         exact = column.dtype == "float32"
         if not exact and found.get(Column(column.engine).title) != "right":
             continue  # said already
-        answers = parallel[column.title] if column.tp > 1 else outcome(partial(run, directory, column))
-        if not exact and rounded is None:
-            rounded = Reference(directory, rounded=True)
-        judge = reference if exact else rounded
-        assert judge is not None
-        found[column.title] = (
-            answers if isinstance(answers, str) else judged(answers, built if exact else None, judge, column.dtype)
-        )
+        place = directory if exact else mild
+        answers = parallel[column.title] if column.tp > 1 else outcome(partial(run, place, column))
+        if isinstance(answers, list):
+            answers = outcome(partial(judged, answers, place, column.dtype, expected if exact else None))
+        found[column.title] = answers
     return found
 
 

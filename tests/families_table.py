@@ -32,18 +32,20 @@ def collect(names: Iterable[str], place: Path, columns: Iterable[Column] = COLUM
     """
     columns = list(columns)
     found: Outcomes = {}
-    directories: dict[str, Path] = {}
-    for name in names:
-        directory = place / name.replace("/", "--").replace(" ", "_")
-        built = families_check.outcome(partial(families.save, name, directory))
+    sharp = {name: place / name.replace("/", "--").replace(" ", "_") for name in names}
+    mild = {name: place / "mild" / directory.name for name, directory in sharp.items()}
+    for name in sharp:
+        built = families_check.outcome(partial(families.save, name, sharp[name]))
         if isinstance(built, str):
             found[name] = {"not built": built.removeprefix("TRACEBACK ")}
-        else:
-            directories[name] = directory
-    parallel = on_two_ranks(list(directories.values()), place) if set(columns) & set(PARALLEL) else {}
-    for name, directory in directories.items():
-        found[name] = families_check.outcomes(name, directory, parallel.get(directory.name, {}), columns)
-    return found
+        elif set(columns) & set(BFLOAT16):
+            families.save(name, mild[name], sharp=1.0)
+    directories = [directory for name, directory in sharp.items() if name not in found]
+    parallel = on_two_ranks(directories, place) if set(columns) & set(PARALLEL) else {}
+    for name, directory in sharp.items():
+        if name not in found:
+            found[name] = families_check.outcomes(directory, mild[name], parallel.get(directory.name, {}), columns)
+    return {name: found[name] for name in sharp}
 
 
 def on_two_ranks(directories: list[Path], place: Path) -> dict[str, dict[str, Any]]:
