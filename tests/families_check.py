@@ -21,6 +21,8 @@ from families_sizes import PROMPT_IDS
 from harness import checkpoint, engines
 from harness.checkpoint_files import Source, find
 from harness.config import EngineConfig, GenerationConfig, Kernels, Stop, check_auto_tp, check_kv_heads
+from harness.engines import proof
+from harness.engines.attention_checks import refuse_by_its_file
 from harness.engines.base import Clock, EngineSettings, greedy
 from harness.engines.fastgen.native import checks as native_checks
 from harness.errors import UserError, one_line
@@ -137,6 +139,7 @@ def refuse_early(source: Source, column: Column) -> int | None:
     architecture = source.architecture
     check_kv_heads(column.tp, architecture.get("num_key_value_heads"))
     max_context = checkpoint.context_length(architecture, None)
+    refuse_by_its_file(architecture, max_context, column.engine)
     check_auto_tp(column.tp, architecture.get("model_type"))
     if column.kernels is Kernels.native:
         reason = native_checks.unsupported(architecture, column.dtype, column.tp)
@@ -158,8 +161,7 @@ def run(directory: Path, column: Column, tensor: TensorParallel | None = None) -
         tensor=tensor,
         host_ranks=column.tp,
     )
-    engine = engines.create(settings)
-    engine.load()
+    engine = proof.load(engines.create(settings))
     engine.warm_up()
     if not settings.leads:
         engine.follow()
