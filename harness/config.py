@@ -175,7 +175,7 @@ QUANTIZATIONS = ("wf6af16",)  # what DeepSpeed's ragged engine has: FP6 weights,
 # AutoTP cuts these as they must be; others (phi3, olmo2, falcon) it cuts wrongly without a word.
 AUTO_TP_FAMILIES = (
     *("cohere", "gemma", "gpt_neox", "granite", "llama", "mistral"),
-    *("olmo", "phi", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
+    *("olmo", "phi", "qwen2", "qwen3", "smollm3", "starcoder2"),
 )
 MAX_SEED = 2**63 - 1
 MAX_REPEAT = 10_000

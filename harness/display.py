@@ -230,7 +230,11 @@ def _lines(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, str]]
     if row["load_s"] is not None:
         memory = f", peak memory {row['peak_memory_bytes'] / 2**30:.2f} GiB" if row["peak_memory_bytes"] else ""
         warm = f", warm-up {row['warmup_s']:.1f} s" if row["warmup_s"] is not None else ""
-        lines.append(("Outside", f"load {row['load_s']:.1f} s{warm} (not in the clock){memory}"))
+        proof = record.get("proof") or {}
+        proving = f", proof {proof['seconds']:.1f} s" if proof.get("seconds") else ""
+        lines.append(("Outside", f"load {row['load_s']:.1f} s{proving}{warm} (not in the clock){memory}"))
+        if proof:
+            lines.append(("Proof", _proof(proof)))
     if parity := record.get("parity"):
         checked = f"{parity['checked']} of {row['completed']:,} outputs checked against Hugging Face"
         names = {"exact": "exact", "near_tie": "near-ties", "wrong": "wrong"}
@@ -240,6 +244,15 @@ def _lines(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, str]]
         lines.append(("Note", escape(note)))
     lines.append(("Files", escape(f"{record['directory']}/, and one row in {record['results_dir']}/runs.csv")))
     return lines
+
+
+def _proof(proof: dict[str, Any]) -> str:
+    layers = f"first {proof['layers']} layers" if proof["layers"] else "model"
+    return (
+        f"{proof['requests']} requests through the engine's own passes agree with Hugging Face's {layers}: logits "
+        f"{proof['largest_distance']:.1g} of their spread apart, bound {proof['bound']:.1g}"
+        f"{' (from an earlier run)' if proof.get('cached') else ''}"
+    )
 
 
 def _where_time_went(row: dict[str, Any], times: dict[str, float]) -> str:

@@ -241,7 +241,7 @@ class _Run:
         self._say(f"loading {model} ({job.dtype}) for {config.engine.name} on {self.device}")
         started = time.perf_counter()
         try:
-            self.engine = proof.load(self.engine)
+            self.engine = proof.load(self.engine, self._say)
         finally:
             self.facts["phase"] = self.engine.phase
         proven = self.engine.proof or {}

@@ -145,7 +145,7 @@ def static_attention(
         ``[rows, tokens, heads, head_dim]`` and None for the weights.
     """
     if static is None:
-        raise ValueError("static attention runs under engine=ds_inference only: no cache was handed to the model")
+        raise ValueError("the model does not hand its attention the cache of a batch")
     if isinstance(static, Probe):
         return static.note(module, query, key, value, attention_mask, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -176,7 +176,7 @@ class _Evaluation:
         self.model = checkpoint.model_name(job.config.model, job.source)
         self.engine = engines.create(settings)
         self._say(f"loading {self.model} ({job.dtype}) for {job.config.engine.name} on {settings.device}")
-        self.engine = proof.load(self.engine)
+        self.engine = proof.load(self.engine, self._say)
         self.notes += self.engine.notes
         return Pool(
             self.engine,

@@ -180,7 +180,7 @@ def ragged_attention(
         ``[1, tokens, heads, head_dim]`` and None for the weights.
     """
     if ragged is None:
-        raise ValueError("ragged attention runs under the FastGen runner only: no plan was handed to the model")
+        raise ValueError("the model does not hand its attention the plan of a pass")
     if isinstance(ragged, Probe):
         return ragged.note(module, query, key, value, attention_mask, kwargs)
     cache = ragged.caches[int(module.layer_idx)]  # type: ignore[arg-type]
