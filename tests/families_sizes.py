@@ -146,6 +146,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "axial_pos_embds_dim": [16, 48],
         "local_attn_chunk_length": 16,
         "lsh_attn_chunk_length": 16,
+        "num_buckets": 4,
+        "hash_seed": 0,  # its hashes are random otherwise
     },
     "vaultgemma": {"attn_logit_softcapping": 5.0},
     "xlstm": {"chunk_size": 64, "qk_dim_factor": 1.0},

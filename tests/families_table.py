@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,7 @@ def collect(names: Iterable[str], place: Path, columns: Iterable[Column] = COLUM
         if isinstance(built, str):
             found[name] = {"not built": built.removeprefix("TRACEBACK ")}
         elif set(columns) & set(BFLOAT16):
-            families.save(name, mild[name], sharp=1.0)
+            families_check.outcome(partial(families.save, name, mild[name], sharp=1.0))
     directories = [directory for name, directory in sharp.items() if name not in found]
     parallel = on_two_ranks(directories, place) if set(columns) & set(PARALLEL) else {}
     for name, directory in sharp.items():
@@ -119,9 +120,16 @@ def markdown(outcomes: Outcomes) -> str:
         cells.append("yes" if len(parallel) == len(PARALLEL) else ", ".join(parallel) or "no")
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     refused = [f"`{name}`" for name, row in outcomes.items() if name not in taken and "not built" not in row]
-    lines += ["", f"No engine but `baseline` takes: {', '.join(refused) or 'none'}.", ""]
-    unbuilt = [f"- `{name}`: {row['not built']}" for name, row in outcomes.items() if "not built" in row]
+    lines += ["", f"No engine but baseline takes: {', '.join(refused) or 'none'}.", ""]
+    reasons = {name: row["not built"].replace("`", "'") for name, row in outcomes.items() if "not built" in row}
+    unbuilt = [f"- `{name}`: {reason}" for name, reason in reasons.items()]
     return "\n".join([*lines, *(["Not tried, for there is no such tiny model:", "", *unbuilt, ""] if unbuilt else [])])
+
+
+def listed(document: str) -> list[str]:
+    """Returns the families that a document of :func:`markdown` names, without their variants."""
+    _, _, lists = document.partition("| family |")
+    return sorted(name for name in re.findall(r"`([^`]+)`", lists) if "/" not in name)
 
 
 def _cell(outcome: str) -> str:

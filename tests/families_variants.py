@@ -48,6 +48,8 @@ _OTHERS: dict[str, dict[str, Any]] = {
     "falcon/alibi": {"alibi": True},
     "falcon/new": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "falcon/sequential": {"parallel_attn": False, "bias": True},
+    # Only a config with its lengths elsewhere than at the top lets requests past them: others are cut at 32.
+    "got_ocr2/dynamic": {"text_config": {"max_position_embeddings": TRAINED, "rope_parameters": _ROTARY["dynamic"]}},
     "gpt2/scaled": {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
     "gpt2/unscaled": {"scale_attn_weights": False},
     "gpt_bigcode/many heads": {"multi_query": False},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,10 +32,4 @@ def test_the_document_lists_what_transformers_has() -> None:
     """A newer transformers has new families: ``python tests/families_table.py`` tries them."""
     if not families_table.DOCUMENT.exists():
         pytest.skip("it has not been written yet")
-    listed = re.findall(r"^(?:\| |- |)`([^`/]+)`|, `([^`/]+)`|takes: `([^`/]+)`", _lists(), re.MULTILINE)
-    assert sorted("".join(groups) for groups in listed) == families.names()
-
-
-def _lists() -> str:
-    """Returns the document from its table on."""
-    return families_table.DOCUMENT.read_text().partition("| family |")[2]
+    assert families_table.listed(families_table.DOCUMENT.read_text()) == families.names()
