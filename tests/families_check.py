@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LENGTHS = (1, 2, 7, 15, 29, 30, 61, 100)  # before, across and after the windows' end and the length of training
+STRAYS = 1  # requests in bfloat16 that may be further off than rounding moves logits
 PATIENCE_S = 60.0  # for a model on two ranks, of which one may wait for the other forever
 
 
@@ -204,13 +205,17 @@ def judged(answers: list[list[int]], directory: Path, dtype: str, expected: list
         return "right"
     reference, bound = Reference(directory, rounded=dtype != "float32"), BOUNDS[dtype]
     number, worst = wrong(answers, reference, bound)
-    remark = ""
-    if number and dtype != "float32":
-        # A tiny model may be more sensitive than those that the bound was measured on: what are transformers' own?
-        _, own = wrong(Reference(directory, dtype).answers(), reference, bound)
-        number, worst = wrong(answers, reference, max(bound, 2 * own))
-        remark = f", Hugging Face's own in {dtype} {own:.2g}"
-    return f"WRONG {number}/{len(answers)} (gap {worst:.2g}{remark})" if number else "right"
+    if not number:
+        return "right"
+    found = f"{number}/{len(answers)} (gap {worst:.2g})"
+    if dtype == "float32":
+        return f"WRONG {found}"
+    # A tiny model may be more sensitive than those that the bound was measured on: what are transformers' own?
+    _, own = wrong(Reference(directory, dtype).answers(), reference, bound)
+    number, _ = wrong(answers, reference, max(bound, 2 * own))
+    found += f", Hugging Face's own in {dtype} {own:.2g}"
+    # Where rounding sends a token to another expert, its gap has no bound; a wrong cast would show in most requests.
+    return f"WRONG {found}" if number > STRAYS else f"right but for {found}"
 
 
 def outcomes(directory: Path, mild: Path, parallel: dict[str, Any], columns: Sequence[Column]) -> dict[str, str]:
