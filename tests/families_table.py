@@ -1,6 +1,6 @@
 """Which families the engines compute as Hugging Face does: collected, shown, and written as Markdown.
 
-``python tests/families_table.py`` tries all of them, and writes ``harness/engines/FAMILIES.md``.
+``PYTHONPATH=. python tests/families_table.py`` tries all of them, and writes ``harness/engines/FAMILIES.md``.
 """
 
 from __future__ import annotations
@@ -152,5 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()

@@ -29,7 +29,7 @@ def test_every_family_is_computed_rightly_or_refused(scale: Callable[[int, int],
 
 
 def test_the_document_lists_what_transformers_has() -> None:
-    """A newer transformers has new families: ``python tests/families_table.py`` tries them."""
+    """A newer transformers has new families: ``PYTHONPATH=. python tests/families_table.py`` tries them."""
     if not families_table.DOCUMENT.exists():
         pytest.skip("it has not been written yet")
     assert families_table.listed(families_table.DOCUMENT.read_text()) == families.names()
