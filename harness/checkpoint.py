@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+# Where a family's config says how long a sequence may be; some keep it in the part of a larger model that reads text.
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 SIZES = (
     "hidden_size",
     "num_hidden_layers",
@@ -139,7 +141,12 @@ def context_length(architecture: dict[str, Any], max_context: int | None) -> int
     Raises:
         UserError: ``max_context`` is not positive or more than the model was built for.
     """
-    limit = positive_integer(architecture.get("max_position_embeddings")) or None
+    texts = [
+        architecture,
+        *(part for key in ("text_config", "decoder") if isinstance(part := architecture.get(key), dict)),
+    ]
+    stated = [positive_integer(text.get(key)) for text in texts for key in POSITIONS]
+    limit = next((positions for positions in stated if positions), None)
     if max_context is None:
         return limit
     if max_context < 1:

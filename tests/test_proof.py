@@ -223,7 +223,7 @@ def test_probes_reach_beyond_special_positions_and_stay_within_the_context() -> 
     assert proof.special_positions(config, 150) == [40, 100]
     assert proof.special_positions(config, None) == [40, 100, 200]
     items = proof.probes(50, [40, 100], 120)
-    assert [len(item.context_ids) for item in items] == [1, 6, 19, 42, 50, 83, 102]
+    assert [len(item.context_ids) for item in items] == [1, 6, 19, 38, 42, 50, 83, 98, 102]
     assert all(0 <= token < 50 for item in items for token in (*item.context_ids, *item.target_ids))
     assert [len(item.context_ids) for item in proof.probes(300, [], 30)] == [1, 6, 19, 26]
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from harness import checkpoint
+from harness.engines.attention_checks import BASELINE
 from harness.engines.base import EngineSettings
 from harness.errors import UserError, one_line
 from harness.tensor_parallel import TensorParallel
@@ -40,12 +41,19 @@ def load_whole(settings: EngineSettings, attention: str | None) -> Any:
     Raises:
         UserError: the checkpoint cannot be read.
     """
-    return checkpoint.load_model(
-        settings.source,
-        dtype=getattr(torch, settings.dtype),
-        attention=attention,
-        device=settings.device if settings.tensor is None else "cpu",
-    )
+    try:
+        return checkpoint.load_model(
+            settings.source,
+            dtype=getattr(torch, settings.dtype),
+            attention=attention,
+            device=settings.device if settings.tensor is None else "cpu",
+        )
+    except UserError as error:
+        if attention is None or not (isinstance(error.__cause__, KeyError) and error.__cause__.args == (attention,)):
+            raise
+        family, engine = settings.source.architecture.get("model_type"), settings.engine.name
+        why = f"{family} models cannot be computed by engine={engine}: they have a choice of attentions of their own"
+        raise UserError("model", why, BASELINE) from error
 
 
 def init_inference(model: Any, settings: EngineSettings, **options: Any) -> Any:

@@ -97,15 +97,22 @@ def computed(engine: str, family: str, sharded: bool = False) -> Iterator[None]:
     Args:
         engine: its name.
         family: of the model, its ``model_type``.
-        sharded: other ranks take part, whose end shows as a RuntimeError here.
+        sharded: other ranks take part, whose end shows as an error here that says nothing of the model.
     """
     try:
         yield
     except (UserError, MemoryError, FloatingPointError):
         raise
     except Exception as error:
-        if faults.out_of_memory(error) or (sharded and isinstance(error, RuntimeError)):
+        if faults.out_of_memory(error) or (sharded and _of_the_network(error)):
             raise
         why = one_line(f"{type(error).__name__}: {error}", 150)
-        remedy = "use another model" if engine == "baseline" else BASELINE
+        remedy = "use another model" if engine == "baseline" else "use parallel.tp=1" if sharded else BASELINE
         raise UserError("model", f"{family} models cannot be computed by engine={engine} ({why})", remedy) from error
+
+
+def _of_the_network(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, ConnectionError | torch.distributed.DistError) or any(
+        word in text for word in ("gloo", "nccl", "connection", "timed out")
+    )

@@ -50,7 +50,10 @@ QUANTIZED = 0.5  # weights of 6 bits are others; what is computed wrongly is at 
 MEMORY_SHARE = 0.8  # of what is free, for Hugging Face's model
 CPU_BYTES = 4 << 30  # of float32 weights: more would take a CPU longer than seconds
 FIRST_LAYERS = 2
-SPECIAL_KEYS = ("sliding_window", "attention_chunk_size", "chunk_size", "window_size", "attention_window_size")
+SPECIAL_KEYS = (
+    *("sliding_window", "attention_chunk_size", "chunk_size", "window_size", "attention_window_size"),
+    *("original_max_position_embeddings",),  # of phi3 and its kin, whose generate forgets its cache there
+)
 
 
 class Differs(UserError):
@@ -161,7 +164,8 @@ def probes(vocab_size: int, specials: Sequence[int], max_context: int | None) ->
         return [rng.randrange(min(3, vocab_size - 1), vocab_size) for _ in range(count)]
 
     room = (max_context or 1 << 30) - TARGETS
-    lengths = sorted({min(length, room) for length in (*LENGTHS, *(special + 2 for special in specials))} - {0})
+    around = [special + aside for special in specials for aside in (-2, 2)]  # decode steps cross it; the prompt does
+    lengths = sorted({min(length, room) for length in (*LENGTHS, *around)})
     return [Scored(number, ids(length), ids(TARGETS)) for number, length in enumerate(lengths) if length > 0]
 
 
