@@ -141,11 +141,8 @@ def context_length(architecture: dict[str, Any], max_context: int | None) -> int
     Raises:
         UserError: ``max_context`` is not positive or more than the model was built for.
     """
-    texts = [
-        architecture,
-        *(part for key in ("text_config", "decoder") if isinstance(part := architecture.get(key), dict)),
-    ]
-    stated = [positive_integer(text.get(key)) for text in texts for key in POSITIONS]
+    parts = [architecture, architecture.get("text_config"), architecture.get("decoder")]
+    stated = [positive_integer(part.get(key)) for part in parts if isinstance(part, dict) for key in POSITIONS]
     limit = next((positions for positions in stated if positions), None)
     if max_context is None:
         return limit
