@@ -201,11 +201,14 @@ def _lines(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, str]]
         ),
     ]
     if row["total_tokens_per_s"]:
+        most, least = ("at most ", "at least ") if record.get("elapsed_is_estimated") else ("", "")
         lines += [
             (
                 "Throughput",
-                f"[bold green]{row['total_tokens_per_s']:,.1f} total tokens/s[/] = {row['total_tokens']:,} tokens "
-                f"({row['prompt_tokens']:,} prompt + {row['output_tokens']:,} output) in {row['elapsed_s']:,.1f} s",
+                f"{most}[bold green]{row['total_tokens_per_s']:,.1f} total tokens/s[/] "
+                f"= {row['total_tokens']:,} tokens "
+                f"({row['prompt_tokens']:,} prompt + {row['output_tokens']:,} output) "
+                f"in {least}{row['elapsed_s']:,.1f} s",
             ),
             (
                 "",

@@ -115,6 +115,16 @@ def cut_torn_line(path: Path) -> None:
             file.truncate(end)
 
 
+def leads(path: Path, descriptor: int) -> bool:
+    """Returns whether ``path`` still leads to an open file; it does not once that was deleted, moved or replaced."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True  # nobody knows; writing will tell
+
+
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yields (line number from 1, line) of a regular file; nothing when there is no such file."""
     if path.is_file():

@@ -15,21 +15,24 @@ import os
 import re
 import secrets
 import socket
+import threading
 import time
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import filelock
 
-from harness import segments
+from harness import lifeline, segments
 from harness.completions import Tally, mend_last_line, percentile, read_completions
 from harness.errors import UserError, one_line, quoted
 from harness.files import (
     cannot_write,
     cut_torn_line,
     json_bytes,
+    leads,
     numbered_lines,
     open_append,
     plain,
@@ -37,6 +40,7 @@ from harness.files import (
     write_all,
     yaml_bytes,
 )
+from harness.run_lock import LAUNCH_LOCK, LOCK, RunLock
 from harness.runs_table import COLUMNS, cell_text, put_row, read_table
 from harness.workload import Completion
 
@@ -45,8 +49,7 @@ RUNNING = "running"
 # Keys that change where and how often a job runs, not what it computes.
 UNHASHED_KEYS = ("results_dir", "resume", "sweep", "repeat", "timeout_s", "verify")
 PASSES_FLUSH_S = 1.0
-LOCK = "run.lock"  # held by the one process that writes the run
-LOCK_TIMEOUT_S = 20.0  # for a run that has been ended and is still writing down how
+LOOK_S = 1.0  # whether the run's files are there
 CLOSE_TIMEOUT_S = 2.0
 LAUNCH_LOG = "launch.log"  # what a launch printed, where a sweep has the terminal
 
@@ -194,6 +197,8 @@ def _close(
     # in the place of this one.
     put_row(results_dir, row)
     replace(results_dir / record["run_id"] / "record.json", json_bytes(record, indent=2))
+    if record.get("clock_s", record["elapsed_s"]) is not None or "segments" in record:
+        lifeline.forget(results_dir / record["run_id"])
     unfinished.clear()
     unfinished.update(record)
     return row
@@ -218,17 +223,27 @@ class RunRecorder:
         self._record = record
         self._completions_path = self.directory / "completions.jsonl"
         self._begun = True
-        self._lock = filelock.FileLock(self.directory / LOCK, timeout=LOCK_TIMEOUT_S)
+        self._lock = RunLock(self.directory)
         self._completions: int | None = None
         self._passes: int | None = None
         self._pending_passes: list[str] = []
         self._steps_before = 0
         self._passes_flushed = time.monotonic()
         self._row: dict[str, Any] | None = None
+        self._files = threading.Lock()  # between closing the files and looking whether they are there
+        self._closing = threading.Event()
 
     @classmethod
     def create(
-        cls, results_dir: str | Path, run_id: str, config: dict[str, Any], command_line: list[str], hold: bool = False
+        cls,
+        results_dir: str | Path,
+        run_id: str,
+        config: dict[str, Any],
+        command_line: list[str],
+        *,
+        claim: bool = False,
+        hold: bool = False,
+        launcher: list[Any] | None = None,
     ) -> RunRecorder:
         """Makes ``<results_dir>/<run_id>`` with ``config.yaml`` and a ``record.json`` that says "running".
 
@@ -237,10 +252,13 @@ class RunRecorder:
             run_id: from :func:`new_run_id`.
             config: the resolved config as plain data.
             command_line: as the user typed it; that of the parent stays when a directory is taken over.
-            hold: whether to call :meth:`hold` before anything is read or written.
+            claim: whether to keep others from going on with the run until :meth:`release`, for a launching parent.
+            hold: whether to be the only process that writes the run, for rank 0.
+            launcher: what the record must say of the parent, so that nobody else's run is taken over.
 
         Raises:
-            UserError: ``results_dir`` cannot be written, its ``runs.csv`` is not one, or the run is closed or held.
+            UserError: ``results_dir`` cannot be written, its ``runs.csv`` is not one, or the run is closed, held or
+                another launch's.
         """
         root, directory = Path(results_dir), run_directory(results_dir, run_id)
         config = plain(config)
@@ -252,8 +270,7 @@ class RunRecorder:
             found = f"{quoted(str(results_dir))} cannot be written: {getattr(error, 'strerror', None) or error}"
             raise UserError("results_dir", found, "set another directory") from error
         recorder = cls(root, {"run_id": run_id})
-        if hold:
-            recorder.hold()
+        recorder._hold(*[LAUNCH_LOCK] * claim, *[LOCK] * hold)
         read_table(root / "runs.csv")  # better refused now than after the run
         earlier = read_record(root, run_id)
         remedy = "start the run under a new id"
@@ -261,6 +278,8 @@ class RunRecorder:
             raise UserError("run id", f"the record.json of {run_id} is damaged", remedy)
         if earlier is not None and earlier["status"] != RUNNING:
             raise UserError("run id", f"{run_id} is closed ({earlier['status']})", remedy)
+        if launcher is not None and (earlier or {}).get("launcher") != launcher:
+            raise UserError("run id", f"{run_id} is another launch's by now", "let that one end it")
         recorder._record = {
             "run_id": run_id,
             "started_at": utc_now(),
@@ -272,6 +291,7 @@ class RunRecorder:
             "config_hash": config_hash(config),
             "pid": os.getpid(),
             "hostname": socket.gethostname(),
+            "clock_boot": lifeline.boot(),
         }
         replace(directory / "config.yaml", yaml_bytes(config))
         recorder._steps_before = int(max(segments.last_rows(directory / "passes.csv", ("step",)), default=0))
@@ -297,7 +317,7 @@ class RunRecorder:
             raise UserError("resume", f"the record.json of {run_id} is missing or damaged", "start a new run")
         read_table(root / "runs.csv")
         recorder = cls(root, {"run_id": run_id})
-        recorder.hold()
+        recorder._hold(LAUNCH_LOCK, LOCK)
         try:
             earlier = read_record(root, run_id) or {}  # what another process wrote while we waited
             if earlier.get("status") == "ok":
@@ -323,6 +343,7 @@ class RunRecorder:
                     "config_hash": config_hash(config),
                     "pid": os.getpid(),
                     "hostname": socket.gethostname(),
+                    "clock_boot": lifeline.boot(),
                 },
                 list(command_line),
             )
@@ -332,26 +353,40 @@ class RunRecorder:
             raise
         return recorder
 
-    def hold(self) -> None:
-        """Makes this process the only one that writes this run, until it ends or calls :meth:`release`.
+    def _hold(self, *locks: str) -> None:
+        self._lock.hold(*locks, pid=(read_record(self.results_dir, self.run_id) or {}).get("pid") if locks else None)
 
-        Raises:
-            UserError: another process has the run, and does not end within :data:`LOCK_TIMEOUT_S`.
-        """
-        try:
-            self._lock.acquire()
-        except filelock.Timeout as error:
-            pid = (read_record(self.results_dir, self.run_id) or {}).get("pid")
-            found = f"{self.run_id} is still being run" + (f" (process {pid})" if pid else "")
-            raise UserError("resume", found, "wait for it, or end it first") from error
-        except (OSError, NotImplementedError) as error:
-            if not isinstance(error, NotImplementedError) and error.errno not in (errno.ENOSYS, errno.ENOLCK):
-                raise cannot_write(self.directory / LOCK, error) from error
-            # A file system without locks: nobody can be kept out.
+    def release(self, *locks: str) -> None:
+        """Lets another process write this run, or gives back only some of what is held."""
+        self._lock.release(*locks)
 
-    def release(self) -> None:
-        """Lets another process write this run."""
-        self._lock.release()
+    def clock_started(self, clock_s: float) -> None:
+        """Notes where this process's clock begins, for those who see its end if it cannot tell of it."""
+        lifeline.begun(self.directory, len(self._record.get("segments", [])), clock_s)
+
+    def gone(self) -> UserError | None:
+        """Returns what is to be said when the run's files are no longer where they were; None as long as they are."""
+        with self._files:
+            lost = self._completions is not None and not leads(self._completions_path, self._completions)
+        if not self.directory.is_dir():
+            path = self.directory
+        elif lost:
+            path = self._completions_path
+        else:
+            return None
+        remedy = f"if it was moved, move it back: resume={self.run_id} does the rest; if not, start a new run"
+        return UserError(str(path), "was deleted or moved during the run", remedy)
+
+    def watch_files(self, lost: Callable[[], None]) -> None:
+        """Has ``lost`` called, from a thread, when :meth:`gone` finds something, until :meth:`finish`."""
+
+        def watch() -> None:
+            while not self._closing.wait(LOOK_S):
+                if self.gone() is not None:
+                    lost()
+                    return
+
+        threading.Thread(target=watch, name="files", daemon=True).start()
 
     def done(self) -> list[Completion]:
         """Returns the completions on disk, each request's once.
@@ -396,8 +431,10 @@ class RunRecorder:
         self._record |= plain(figures)
         if not self._begun:
             replace(self.directory / "config.yaml", yaml_bytes(self._record["config"]))
-            self._begun = True
         replace(self.directory / "record.json", json_bytes(self._record, indent=2))
+        if not self._begun:
+            lifeline.forget(self.directory)  # the segment before this one's, which the record has now
+            self._begun = True
 
     def add(self, completion: Completion) -> None:
         """Appends one line to ``completions.jsonl``, on its way to the disk before this returns.
@@ -474,13 +511,19 @@ class RunRecorder:
         if on_disk is not None and on_disk["status"] != RUNNING:
             self._row = {name: on_disk.get(name) for name in COLUMNS}
             return self._row
+        self._closing.set()
+        if (gone := self.gone()) is not None:
+            if not self.directory.is_dir():
+                raise gone  # a new one with half of the files would be worse than none
+            status, error = "failed", str(gone)
         self._record |= plain(figures)
         try:
             self._flush_passes()
         except UserError as failure:  # a table of passes is not worth the row of the run
             self._record["passes_error"] = str(failure)
-        completions, passes = self._completions, self._passes
-        self._completions = self._passes = None
+        with self._files:
+            completions, passes = self._completions, self._passes
+            self._completions = self._passes = None
         try:
             _close_file(passes)
         except OSError as failure:
@@ -505,6 +548,8 @@ class RunRecorder:
             UserError: a file cannot be written.
         """
         assert self._row is not None
+        if (gone := self.gone()) is not None:
+            raise gone
         self._record |= plain(figures) | {"status": status, "error": error}
         self._row = {name: self._record[name] for name in COLUMNS}
         put_row(self.results_dir, self._row)

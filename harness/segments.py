@@ -1,8 +1,10 @@
 """A run that was gone on with: the segments between its starts and ends, on one clock that stands still in between.
 
 The clock of a segment begins where that of the one before it ended, so that the times in ``completions.jsonl`` and
-``passes.csv``, and ``elapsed_s``, are of the sum of all segments. Where a segment ended without a word (kill -9, no
-power), its end is the last sign of life in the run's files and :data:`SIGN_S` more: not less than it really took.
+``passes.csv``, and ``elapsed_s``, are of the sum of all segments. A segment that ended without a word (kill -9) ends
+when its rank 0 was seen to be dead (:mod:`harness.lifeline`), however long it had been stopped before that. Where
+nobody saw it (all processes killed at once, no power), the last sign of life is a lower bound, and marked as one; on
+the same boot of the host there is an upper bound too, the moment at which somebody goes on with the run.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from harness import lifeline
 from harness.files import numbered_lines
 
-SIGN_S = 1.0  # the longest time that a running run leaves no sign, as far as its engine's passes are shorter
 TAIL_BYTES = 1 << 16
+AT_LEAST, ABOUT = "at least ", "about "
 SUMS = ("steps", "preemptions", "energy_j")
 PEAKS = ("kv_peak_utilisation", "peak_memory_bytes")
 HASHES = ("config_hash", "job_hash")
@@ -96,10 +99,9 @@ def end(record: dict[str, Any], directory: Path, completed: int) -> None:
     until = record.get("elapsed_s")
     if until is None:
         until = record.get("clock_s")
-    estimated = until is None
+    estimated, at_most = False, None
     if until is None:
-        seen = last_sign_of_life(directory)
-        until = since if seen is None or seen <= since else seen + SIGN_S
+        until, estimated, at_most = _end_of_its_own(record, directory, since)
     before = segment["completed_before"]
     record.setdefault("segments", []).append(
         segment
@@ -108,10 +110,25 @@ def end(record: dict[str, Any], directory: Path, completed: int) -> None:
             "clock_to_s": until,
             "elapsed_s": until - since,
             "elapsed_is_estimated": estimated,
+            **({"elapsed_at_most_s": None if at_most is None else at_most - since} if estimated else {}),
             "completed": completed - before,
             **{name: record[name] for name in KEPT if record.get(name) is not None},
         }
     )
+
+
+def _end_of_its_own(record: dict[str, Any], directory: Path, since: float) -> tuple[float, bool, float | None]:
+    """Returns when a segment ended that did not stop its clock; whether that is a lower bound; and the upper one."""
+    least = max(since, last_sign_of_life(directory) or since)
+    life = lifeline.read(directory)
+    if life is None or life.segment != len(record.get("segments", [])):
+        # It notes the clock's start if it can; an earlier version of ours could not.
+        return least, least > since or record.get("clock_boot") is None, None
+    least = max(least, life.until_s)
+    if life.gone:
+        return least, False, None
+    at_most = lifeline.host_s() - life.zero_s if life.boot is not None and life.boot == lifeline.boot() else None
+    return least, True, at_most if at_most is None else max(at_most, least)
 
 
 def combined(record: dict[str, Any]) -> dict[str, Any]:
@@ -135,6 +152,7 @@ def combined(record: dict[str, Any]) -> dict[str, Any]:
     for name in JOINED:
         if len(values := _distinct(segments, name)) > 1:
             figures[name] = " + ".join(values)
+    figures["elapsed_is_estimated"] = any(segment.get("elapsed_is_estimated") for segment in segments)
     if len({json.dumps(_devices(segment), sort_keys=True) for segment in segments if segment.get("device_name")}) > 1:
         figures["model_flops_utilisation"] = None  # of which peak?
     return figures
@@ -157,11 +175,26 @@ def _devices(segment: dict[str, Any]) -> list[Any]:
 def note(record: dict[str, Any]) -> str:
     """Returns in a sentence what a reader of the headline has to know."""
     past = record["segments"]
-    parts = [f"{'about ' if each['elapsed_is_estimated'] else ''}{each['elapsed_s']:,.1f} s" for each in past]
+    parts = [f"{_accuracy(each)}{each['elapsed_s']:,.1f} s" for each in past]
     changes = [f"{key}={now} (was {before})" for each in past for key, (before, now) in each.get("changed", {}).items()]
     changes += [f"{name} {' + '.join(values)}" for name in JOINED if len(values := _distinct(past, name)) > 1]
     text = f"resumed; the clock is the sum of {len(past)} segments, {' + '.join(parts)}"
+    accuracies = {_accuracy(each) for each in past}
+    if ABOUT in accuracies:
+        text += "; nobody saw one of them end: elapsed_s may be too low, and the rates too high"
+    elif AT_LEAST in accuracies:
+        most = [each["elapsed_at_most_s"] if _accuracy(each) else each["elapsed_s"] for each in past]
+        bound = "" if None in most else f" and at most {sum(most):,.1f} s"
+        least = sum(each["elapsed_s"] for each in past)
+        text += f"; nobody saw one of them end: elapsed_s is at least {least:,.1f} s{bound}, the rates are upper bounds"
     return text + (f"; with {', '.join(changes)}" if changes else "")
+
+
+def _accuracy(segment: dict[str, Any]) -> str:
+    """Returns what stands before a segment's time; an estimate of an earlier version of ours is no bound."""
+    if not segment["elapsed_is_estimated"]:
+        return ""
+    return AT_LEAST if "elapsed_at_most_s" in segment else ABOUT
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
