@@ -2,21 +2,27 @@
 
 Under a bare ``deepspeed`` nobody but rank 0 knows of the record. So rank 0 starts this as a program, which detaches
 itself, waits for rank 0's end at the other end of a pipe, and leaves without a word if the record is closed then.
+Meanwhile it is the witness of rank 0's life, and continues ranks that are stopped when they are to end.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harness.watch import Sleepers
 
 ROOT = Path(__file__).resolve().parent.parent
 ZOMBIE_S = 2.0  # for a process whose files are closed to be dead
 
 
-def watch(results_dir: str | Path, run_id: str) -> None:
+def watch(results_dir: str | Path, run_id: str, timeout_s: float | None = None) -> None:
     """Starts the program for this process's run; does without where no process can be started."""
     import subprocess
 
@@ -28,19 +34,18 @@ def watch(results_dir: str | Path, run_id: str) -> None:
 
     os.register_at_fork(after_in_child=forked)
     words = [sys.executable, __file__, str(results_dir), run_id, str(os.getpid())]
+    words += [] if timeout_s is None else [str(timeout_s)]
     with contextlib.suppress(OSError):
         subprocess.Popen(words, stdin=reader, stdout=subprocess.DEVNULL).wait()  # it has detached itself by then
     os.close(reader)
 
 
-def close(results_dir: str, run_id: str, pid: int) -> None:
+def close(results_dir: str, run_id: str, pid: int, timeout_s: float | None = None) -> None:
     """Waits for the end of the other end of standard input, then closes the record if ``pid`` has left it open."""
-    from harness.faults import OomKills, killed, way_on
+    from harness.faults import OomKills, killed, timed_out, way_on
 
     kills = OomKills()
-    while os.read(0, 4096):
-        pass
-    number = _signal_of(pid)
+    number, sleepers = _outlive(Path(results_dir, run_id), pid, timeout_s)
 
     import socket
 
@@ -54,6 +59,8 @@ def close(results_dir: str, run_id: str, pid: int) -> None:
     if (record.get("pid"), record.get("hostname")) != (pid, socket.gethostname()):
         return
     fault = killed("rank 0", number, kills, record.get("config") or {}, record)
+    if sleepers.killed and timeout_s is not None:
+        fault = timed_out(timeout_s)
     line = f"{fault.error} ({way_on(run_directory(results_dir, run_id), run_id)})"
     try:
         owner = {name: record[name] for name in ("pid", "hostname")}
@@ -63,6 +70,37 @@ def close(results_dir: str, run_id: str, pid: int) -> None:
         line = f"{fault.error}; and the record cannot be written: {error}"
     with contextlib.suppress(OSError):  # the reader may have left
         complain(line)
+
+
+def _outlive(directory: Path, pid: int, timeout_s: float | None) -> tuple[int, Sleepers]:
+    """Looks after rank 0 until its end of standard input is closed, which its death does; returns the signal."""
+    import psutil
+
+    from harness.lifeline import Witness
+    from harness.watch import LOOK_S, STOPPED_S, Sleepers
+
+    witness, sleepers = Witness(directory), Sleepers()
+    due = None if timeout_s is None else time.monotonic() + timeout_s + STOPPED_S
+    launcher, port = None, None
+    with contextlib.suppress(psutil.Error):
+        launcher, port = psutil.Process(pid).parent(), psutil.Process(pid).environ().get("MASTER_PORT")
+
+    def wake() -> None:
+        for child in [] if launcher is None else launcher.children():
+            with contextlib.suppress(psutil.Error):
+                if "LOCAL_RANK" in (words := child.environ()) and words.get("MASTER_PORT") == port:
+                    sleepers.wake([child])
+
+    while not select.select([0], [], [], LOOK_S)[0] or os.read(0, 4096):
+        witness.look()
+        if due is not None and time.monotonic() > due:
+            with contextlib.suppress(psutil.Error):
+                wake()
+    witness.gone_now()
+    number = _signal_of(pid)  # before the launcher buries it
+    with contextlib.suppress(psutil.Error):
+        wake()  # the others, for which the launcher would wait
+    return number, sleepers
 
 
 def _signal_of(pid: int) -> int:
@@ -86,4 +124,4 @@ if __name__ == "__main__":
         os._exit(0)
     os.setsid()
     sys.path[0] = str(ROOT)  # our modules would shadow installed packages
-    close(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    close(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]) if len(sys.argv) > 4 else None)

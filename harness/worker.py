@@ -21,7 +21,7 @@ from harness.config import PLACES
 from harness.errors import INTERRUPTED, REFUSED, UserError, complain, one_line, printable, report
 from harness.faults import Fault
 from harness.job import Job
-from harness.launcher import PARENT_VARIABLE, RUN_ID_VARIABLE
+from harness.launcher import PARENT_VARIABLE, RUN_ID_VARIABLE, myself
 from harness.ranks import Rank
 from harness.rendezvous import RankFailed, Rendezvous
 from harness.results import UNHASHED_KEYS, RunRecorder, new_run_id
@@ -53,7 +53,7 @@ def run(composed: DictConfig, rank: Rank) -> int:
         except UserError as error:
             return report(error)
         if PARENT_VARIABLE not in os.environ:
-            undertaker.watch(recorder.results_dir, recorder.run_id)
+            undertaker.watch(recorder.results_dir, recorder.run_id, resolved.get("timeout_s"))
         _log_to(f"{recorder.directory}/run.log")
     running = False
     work: _Run | None = None
@@ -82,12 +82,18 @@ def run(composed: DictConfig, rank: Rank) -> int:
             )
         return Fault("interrupted", "interrupted", INTERRUPTED)
 
+    def lost() -> Fault | None:
+        gone = recorder.gone() if recorder is not None else None
+        return None if gone is None else Fault("failed", str(gone), REFUSED)
+
     def hung(signum: int) -> None:
-        fault = ending(signum)
+        gone = lost()
+        fault = gone or ending(signum)
         line = f"rank {rank.rank}: {fault.error}"
         try:
             if recorder is not None:
-                line = fault.error + (f" ({faults.way_on(recorder.directory, recorder.run_id)})" if running else "")
+                kept = f" ({faults.way_on(recorder.directory, recorder.run_id)})" if running and gone is None else ""
+                line = fault.error + kept
                 recorder.finish(fault.status, fault.error, **({} if work is None else work.measured()))
         finally:  # whatever it is that cannot be written
             complain(line)
@@ -97,6 +103,8 @@ def run(composed: DictConfig, rank: Rank) -> int:
     try:
         with signals.handled(resolved.get("timeout_s"), hung):
             signals.end_with_the_parent()
+            if recorder is not None:
+                recorder.watch_files(lost=lambda: os.kill(os.getpid(), signal.SIGTERM))
             rendezvous.open()
             job = jobs.prepare(composed, rank.local_world)
             ranks.check_world(rank, job.config.parallel.tp, job.config.parallel.dp)
@@ -127,6 +135,12 @@ def run(composed: DictConfig, rank: Rank) -> int:
         complain(f"rank {rank.rank}: {fault.error}")
         _tell(rendezvous, fault)
         return fault.exit_status
+    if (gone := lost()) is not None:
+        with contextlib.suppress(UserError):  # there may be nowhere to write it
+            recorder.finish(gone.status, gone.error, **measured)
+        complain(gone.error)
+        _tell(rendezvous, gone)
+        return gone.exit_status
     log.error("%s: %s", fault.status, fault.error)
     kept = f" ({faults.way_on(recorder.directory, recorder.run_id)})" if running else ""
     try:
@@ -146,7 +160,8 @@ def _recorder(resolved: dict[str, Any]) -> RunRecorder:
     if launched is None and resolved["resume"] is not None:
         return RunRecorder.resume(results_dir, str(resolved["resume"]), resolved, sys.argv)
     run_id = launched or new_run_id(str(resolved["engine"].get("name")))
-    return RunRecorder.create(results_dir, run_id, resolved, sys.argv, hold=True)
+    parent = None if launched is None else myself(int(os.environ[PARENT_VARIABLE]))
+    return RunRecorder.create(results_dir, run_id, resolved, sys.argv, hold=True, launcher=parent)
 
 
 def _tell(rendezvous: Rendezvous, fault: Fault) -> None:
@@ -293,6 +308,8 @@ class _Run:
                 mine = self.replicas.take(requests)
                 self.replicas.barrier()
             self.clock = clock = Clock(already_s)
+            if self.recorder is not None:
+                self.recorder.clock_started(clock())
             if self.telemetry is not None:
                 self.telemetry.clock_started(clock)
             for completion in self.engine.generate(mine, clock):
