@@ -21,7 +21,8 @@ from test_main import RANDOM, TINY, check_against_ids, ranks_of, start
 from harness import segments
 from harness.completions import read_completions
 from harness.errors import UserError
-from harness.results import LOCK, RunRecorder, close_unfinished, read_record
+from harness.results import RunRecorder, close_unfinished, read_record
+from harness.run_lock import LOCK
 from harness.runs_table import read_rows
 from harness.workload import Completion
 
@@ -120,6 +121,11 @@ def check(run: Run, whole: Run) -> None:
     assert run.token_ids == whole.token_ids
     for name in ("requests", "completed", "prompt_tokens", "output_tokens", "total_tokens"):
         assert run.row[name] == whole.row[name]
+    check_sums(run)
+
+
+def check_sums(run: Run) -> None:
+    """Asserts that a resumed run's row and segments add up to what is in its files."""
     check_against_ids(run)
     record = run.record
     parts = record["segments"]
