@@ -115,10 +115,11 @@ def cut_torn_line(path: Path) -> None:
             file.truncate(end)
 
 
-def leads(path: Path, descriptor: int) -> bool:
-    """Returns whether ``path`` still leads to an open file; it does not once that was deleted, moved or replaced."""
+def leads(path: Path, descriptor: int | None = None) -> bool:
+    """Returns whether ``path`` leads somewhere, to an open file if one is given, which may have been moved."""
     try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+        found = os.stat(path)
+        return descriptor is None or os.path.samestat(found, os.fstat(descriptor))
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:

@@ -49,7 +49,7 @@ RUNNING = "running"
 # Keys that change where and how often a job runs, not what it computes.
 UNHASHED_KEYS = ("results_dir", "resume", "sweep", "repeat", "timeout_s", "verify")
 PASSES_FLUSH_S = 1.0
-LOOK_S = 1.0  # whether the run's files are there
+LOOK_S = 0.5  # whether the run's files are there
 CLOSE_TIMEOUT_S = 2.0
 LAUNCH_LOG = "launch.log"  # what a launch printed, where a sweep has the terminal
 
@@ -368,7 +368,7 @@ class RunRecorder:
         """Returns what is to be said when the run's files are no longer where they were; None as long as they are."""
         with self._files:
             lost = self._completions is not None and not leads(self._completions_path, self._completions)
-        if not self.directory.is_dir():
+        if not leads(self.directory):
             path = self.directory
         elif lost:
             path = self._completions_path
@@ -381,8 +381,10 @@ class RunRecorder:
         """Has ``lost`` called, from a thread, when :meth:`gone` finds something, until :meth:`finish`."""
 
         def watch() -> None:
+            missed = 0
             while not self._closing.wait(LOOK_S):
-                if self.gone() is not None:
+                missed = missed + 1 if self.gone() is not None else 0
+                if missed == 2:  # a network's file system may lose sight of it for a moment
                     lost()
                     return
 
@@ -513,7 +515,7 @@ class RunRecorder:
             return self._row
         self._closing.set()
         if (gone := self.gone()) is not None:
-            if not self.directory.is_dir():
+            if not leads(self.directory):
                 raise gone  # a new one with half of the files would be worse than none
             status, error = "failed", str(gone)
         self._record |= plain(figures)

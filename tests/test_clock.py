@@ -303,15 +303,24 @@ def test_nothing_is_made_anew_where_a_directory_was(tmp_path: Path) -> None:
 # --- ranks that are stopped when the time is over ---
 
 
+ALONE, QUEUE, COLLECTIVE = ["parallel.dp=1"], ["parallel.dp=2"], ["parallel.tp=2", "engine.kernels=torch"]
+
+
 @pytest.mark.parametrize(
-    ("victim", "replicas", "bare"),
-    [(0, 1, False), (0, 2, False), (1, 2, False), (0, 1, True), (1, 2, True)],
-    ids=["the only one", "rank 0 of 2", "rank 1 of 2", "the only one, bare", "rank 1 of 2, bare"],
+    ("victim", "overrides", "bare"),
+    [
+        *((0, ALONE, False), (0, QUEUE, False), (1, QUEUE, False), (1, COLLECTIVE, False)),
+        *((0, ALONE, True), (1, QUEUE, True)),
+    ],
+    ids=["alone", "rank 0 of 2", "rank 1 of 2", "rank 1 of a model's 2", "alone, bare", "rank 1 of 2, bare"],
 )
-def test_a_stopped_rank_does_not_outlive_its_time(tmp_path: Path, victim: int, replicas: int, bare: bool) -> None:
-    timeout_s = 20 * replicas
-    launcher = deepspeed(replicas, *BARE) if bare else (sys.executable,)
-    process = start(tmp_path, f"timeout_s={timeout_s}", f"parallel.dp={replicas}", launcher=launcher)
+def test_a_stopped_rank_does_not_outlive_its_time(
+    tmp_path: Path, victim: int, overrides: list[str], bare: bool
+) -> None:
+    ranks = 1 if overrides is ALONE else 2
+    timeout_s = 20 * ranks
+    launcher = deepspeed(ranks, *BARE) if bare else (sys.executable,)
+    process = start(tmp_path, f"timeout_s={timeout_s}", *overrides, launcher=launcher)
     # Rank 0 writes it just before its own timer starts.
     timer = next(tmp_path.glob("*/config.yaml")).stat().st_mtime
     ranks_of(process)[victim].send_signal(signal.SIGSTOP)
