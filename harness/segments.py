@@ -37,7 +37,8 @@ KEPT = (
         "warmup_s",
         "time",
     ),
-    *("config", "environment", "hostname", "device_name", "kernels", "notes", "engine_statistics", "telemetry"),
+    *("config", "environment", "hostname", "device_name", "kernels", "loaded"),
+    *("notes", "engine_statistics", "telemetry"),
 )
 # What all segments must have in common, once it is known.
 WORK = ("model", "weights", "dtype", "dataset_sha256")

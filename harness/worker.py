@@ -221,7 +221,9 @@ class _Run:
     def prepare(self) -> None:
         """Loads and warms the engine; all of it outside the clock."""
         from harness import engines, workload
+        from harness import engines, workload
         from harness.engines import proof
+        from harness.identity import identity
         from harness.telemetry import of_rank
 
         job, config = self.job, self.job.config
@@ -280,6 +282,8 @@ class _Run:
             warmup_s=self.warmup_s,
             left_out=self.workload.left_out or None,
         )
+        if self.recorder is not None:
+            self._note(loaded=identity(self.recorder.record, job.source))
         self._say(f"running {len(self.workload.requests)} requests of {self.workload.name}")
 
     def go(self) -> None:
