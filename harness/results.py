@@ -141,7 +141,7 @@ def read_record(results_dir: str | Path, run_id: str) -> dict[str, Any] | None:
 # --- one run ---
 
 
-def _from_config(config: dict[str, Any]) -> dict[str, Any]:
+def columns_from_config(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the columns that the config alone settles, so that a run which fails at once has them too."""
 
     def get(group: str, key: str) -> Any:
@@ -284,7 +284,7 @@ class RunRecorder:
             "run_id": run_id,
             "started_at": utc_now(),
             "status": RUNNING,
-            **_from_config(config),
+            **columns_from_config(config),
             "command_line": list(command_line),
             **(earlier or {}),
             "config": config,
@@ -338,7 +338,7 @@ class RunRecorder:
                 directory,
                 len(done),
                 {
-                    **_from_config(plain(config)),
+                    **columns_from_config(plain(config)),
                     "config": plain(config),
                     "config_hash": config_hash(config),
                     "pid": os.getpid(),

@@ -16,17 +16,21 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from harness.config import GenerationConfig, ModelConfig, Weights
+from harness import checkpoint, identity
+from harness.checkpoint_files import Source, positive_integer
+from harness.config import GenerationConfig
 from harness.errors import INTERRUPTED, UserError, quoted, report
-from harness.verification import runs
+from harness.verification import models, runs
 from harness.verification.judging import COARSE_REFERENCE, bound_for, judge
 from harness.verification.pairs import Pair, compare, refuse_other_work
-from harness.verification.recount import Known, recount
+from harness.verification.prompts import at_hand, lengths, tokenized
+from harness.verification.recount import Finding, Known, Recount, recount
 from harness.verification.report import Outcome, show
 from harness.verification.runs import Run
+from harness.workload import Request
 
 if TYPE_CHECKING:
     from harness.parity import Reference
@@ -34,7 +38,6 @@ if TYPE_CHECKING:
 DEFAULT_RESULTS = "results"
 DEFAULT_LIMIT = 10
 EXIT_WRONG = 1
-TRUSTED = ("trust_remote_code", "allow_pickle")  # not for a run's record to decide, which may be anybody's
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         const="",
         help="ask the model: of each difference, or without --against of every token (the one in the run's record)",
     )
-    for name in TRUSTED:
+    for name in models.TRUSTED:
         text = f"with --model, for a run with model.{name}=true: you trust the checkpoint too"
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
     parser.add_argument("--dataset", metavar="FILE", help="where the run's dataset lies now (as in the record)")
@@ -137,25 +140,47 @@ def _run(options: argparse.Namespace) -> Outcome:
         refuse_other_work(one, other)
         both.append(other)
     if options.model is None:
-        requests = [runs.read_requests(run, options.dataset) for run in both]
-        outcome = Outcome([recount(run, Known(of.by_index)) for run, of in zip(both, requests, strict=True)], both)
-        if (unknown := requests[0].unknown) is not None:
-            outcome.notes.append(f"output lengths were not checked: {unknown}")
+        outcome = Outcome([_recount(run, options) for run in both], both)
         if len(both) == 2:
             outcome.pair = compare(*both)
         return outcome
     return _with_model(both, options)
 
 
+def _recount(run: Run, options: argparse.Namespace) -> Recount:
+    """Recounts a run with what is at hand without its model: its requests and, by its tokenizer, its prompts."""
+    try:
+        source, tokenizer = at_hand(run)
+    except UserError as error:
+        requests = runs.read_requests(run, options.dataset)
+        why = [f"prompt_tokens were not checked: {error}"]
+        why += [f"output lengths were not checked: {requests.unknown}"] if requests.unknown is not None else []
+        return recount(run, Known(requests.by_index, unknown=tuple(why)))
+    vocab_size = positive_integer(source.architecture.get("vocab_size")) or None
+    requests = runs.read_requests(
+        run, options.dataset, vocab_size=vocab_size, count_tokens=lambda texts: lengths(texts, tokenizer)
+    )
+    if requests.by_index is None:
+        found = recount(run, Known(unknown=(f"prompt_tokens and output lengths were not checked: {requests.unknown}",)))
+    else:
+        prompts = tokenized(requests.by_index, tokenizer)
+        found = recount(run, Known(requests.by_index, prompts, architecture=source.architecture))
+    if identity.checkpoints(run.record) and (wrong := models.other_name(run, source, "")):
+        found.findings.append(Finding(None, wrong))
+    return found
+
+
 def _with_model(both: list[Run], options: argparse.Namespace) -> Outcome:
     """Returns what the model says of one run, or of the differences between two."""
     one = both[0]
-    source, generation = _source(one, options), one.group("generation", GenerationConfig)
+    source = models.find(one, options.model, [name for name in models.TRUSTED if getattr(options, name)])
+    models.refuse_other_checkpoint(both, source, options.model)
+    generation = one.group("generation", GenerationConfig)
     dtypes = [run.record.get("dtype") for run in both]
     quantized = any(run.record.get("quantization") for run in both)
     bound = bound_for(*dtypes, quantized=quantized, given=options.bound)
     # What the files can tell has been told; what follows takes seconds to import, and may take minutes to load.
-    from harness import checkpoint, environment
+    from harness import environment
     from harness.parity import Reference, as_user_error
 
     device = "cuda:0" if environment.accelerator() == "cuda" else "cpu"
@@ -164,37 +189,20 @@ def _with_model(both: list[Run], options: argparse.Namespace) -> Outcome:
         found = "the run's random weights, drawn by other kernels or on another kind of device, cannot be drawn again"
         raise UserError("--model", found, "compare it with another run by --against alone")
     tokenizer = checkpoint.load_tokenizer(source)
-    by_run = []
-    for run in both:
-        requests = runs.read_requests(
-            run,
-            options.dataset,
-            vocab_size=source.architecture.get("vocab_size"),
-            count_tokens=lambda texts: [len(ids) for ids in tokenizer(texts).input_ids],
-            needed=True,
-        ).by_index
-        assert requests is not None
-        by_run.append(requests)
+    by_run = [_needed(run, source, tokenizer, options) for run in both]
     requests = max(by_run, key=len)  # of the same dataset, so that the fewer are among them
-    texts = [request.prompt for request in requests.values() if request.prompt_ids is None]
-    encoded = iter(tokenizer(texts).input_ids if texts else [])
-    prompts = {i: next(encoded) if r.prompt_ids is None else list(r.prompt_ids) for i, r in requests.items()}
+    prompts = tokenized(requests, tokenizer)
     with as_user_error("--model"):
         reference = Reference(source, str(dtypes[0] or "float32"), generation, device, _sharded(one))
         if not reference.exact and options.bound is None:
             bound *= COARSE_REFERENCE
-        known = [
-            Known(
-                own,
-                prompts,
-                reference.stop_ids,
-                reference.vocab_size,
-                lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-            )
-            for own in by_run
-        ]
-        recounts = [recount(run, of) for run, of in zip(both, known, strict=True)]
-        outcome = Outcome(recounts, both, bound=bound, reference=reference.description)
+        outcome = Outcome([], both, bound=bound, reference=reference.description)
+        for run, own in zip(both, by_run, strict=True):
+            known = Known(own, prompts, reference.stop_ids, reference.vocab_size, architecture=source.architecture)
+            known = replace(known, decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
+            outcome.recounts.append(recount(run, known))
+            if wrong := models.other_name(run, source, options.model):
+                outcome.recounts[-1].findings.append(Finding(None, wrong))
         outcome.token_text = lambda token: tokenizer.decode([token])
         if len(both) == 2:
             outcome.pair = compare(*both)
@@ -204,39 +212,17 @@ def _with_model(both: list[Run], options: argparse.Namespace) -> Outcome:
     return outcome
 
 
-def _source(run: Run, options: argparse.Namespace) -> Any:
-    """Returns the run's model, or the one in ``--model DIR``; raises UserError where it is not."""
-    from harness import checkpoint
-    from harness.checkpoint_files import TOKENIZER_FILES
-
-    model, directory = run.group("model", ModelConfig), options.model
-    for name in TRUSTED:
-        if getattr(model, name) and not getattr(options, name):
-            remedy = f"if you trust the checkpoint, add --{name.replace('_', '-')}"
-            raise UserError("--model", f"{run.run_id} ran with model.{name}=true", remedy)
-        setattr(model, name, getattr(options, name))
-    if directory:
-        model.path = directory
-        if Path(directory).is_file() or any((Path(directory) / name).is_file() for name in TOKENIZER_FILES):
-            model.tokenizer = None
-    try:
-        source = checkpoint.locate(model)
-    except UserError as error:
-        if error.field.startswith("model.path"):
-            raise UserError("--model", error.found, "give the run's model as --model DIR") from error
-        raise
-    recorded, found = run.record.get("model"), checkpoint.model_name(model, source)
-    if directory and model.weights is not Weights.dummy and recorded != found and _plain(recorded):
-        described = run.setting("model", "name")
-        if described in (recorded, found):  # one of the two is the model that conf/model describes, by its sizes
-            raise UserError(
-                "--model", f"{quoted(directory, 200)} is {found}, the run's model is {recorded}", "give that"
-            )
-    return source
-
-
-def _plain(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
+def _needed(run: Run, source: Source, tokenizer: Any, options: argparse.Namespace) -> dict[int, Request]:
+    """Returns a run's requests by index; raises UserError where its dataset is not at hand."""
+    requests = runs.read_requests(
+        run,
+        options.dataset,
+        vocab_size=source.architecture.get("vocab_size"),
+        count_tokens=lambda texts: lengths(texts, tokenizer),
+        needed=True,
+    ).by_index
+    assert requests is not None
+    return requests
 
 
 def _sharded(run: Run) -> bool:

@@ -17,6 +17,8 @@ from harness import verify
 from harness.completions import Tally, read_completions
 from harness.config import GenerationConfig, ModelConfig
 from harness.errors import UserError
+from harness.files import yaml_bytes
+from harness.results import config_hash
 from harness.runs_table import COLUMNS, put_row, read_rows
 from harness.verification.judging import Scores, bound_for, judge
 
@@ -266,11 +268,12 @@ def test_a_text_or_a_prompt_that_is_not_the_ids(copies: Path, shown: Callable[..
                 line["text"] += "!"
 
     edit(copies, change)
-    assert shown("other")[0] == 0
-    status, out, _ = shown("other", "--model", "--json")
-    findings = {one["index"]: one["found"] for one in json.loads(out)["runs"][0]["findings"]}
-    assert status == 1 and sorted(findings) == [0, 1, 2]
-    assert "but the prompt has" in findings[0] and findings[2] == "text is not what its token ids decode to"
+    for model, wrong in ([], [0, 1]), (["--model"], [0, 1, 2]):
+        status, out, _ = shown("other", *model, "--json")
+        findings = {one["index"]: one["found"] for one in json.loads(out)["runs"][0]["findings"]}
+        assert status == 1 and sorted(findings) == wrong
+        assert "but the prompt has" in findings[0] and "but the prompt has" in findings[1]
+    assert findings[2] == "text is not what its token ids decode to"
 
 
 def test_lines_of_two_requests_that_changed_places(copies: Path, shown: Callable[..., Shown]) -> None:
@@ -307,7 +310,9 @@ def test_a_run_of_fewer_requests(honest: Run, copies: Path, shown: Callable[...,
     lines = read_completions(copies / "other" / "completions.jsonl")
     tally = Tally.of_file(copies / "other" / "completions.jsonl")
     record["config"]["dataset"]["num_samples"] = record["requests"] = len(lines)
-    record |= tally.figures(record["elapsed_s"]) | {"parity": None}
+    record |= tally.figures(record["elapsed_s"]) | {"parity": None, "config_hash": config_hash(record["config"])}
+    (copies / "other" / "config.yaml").write_bytes(yaml_bytes(record["config"]))
+    (copies / "other" / "passes.csv").unlink()
     (copies / "other" / "record.json").write_text(json.dumps(record))
     put_row(copies, {name: record.get(name) for name in COLUMNS})
     for pair in (["other", "--against", honest.row["run_id"]], [honest.row["run_id"], "--against", "other"]):

@@ -10,6 +10,8 @@ from typing import Any
 from harness.completions import percentile
 from harness.errors import one_line
 from harness.runs_table import COLUMNS, cell_text
+from harness.verification import clock, limits, names
+from harness.verification.clock import number
 from harness.verification.runs import Run
 from harness.workload import Request
 
@@ -39,6 +41,8 @@ class Known:
         stop_ids: ids that end a request under the run's stop rule.
         vocab_size: ids are below it.
         decode: the text of ids, special tokens left out.
+        architecture: of the model, with the length of its context.
+        unknown: why something is not at hand, for the user.
     """
 
     requests: dict[int, Request] | None = None
@@ -46,6 +50,8 @@ class Known:
     stop_ids: frozenset[int] | None = None
     vocab_size: int | None = None
     decode: Callable[[list[int]], str] | None = None
+    architecture: dict[str, Any] | None = None
+    unknown: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -62,15 +68,13 @@ class Recount:
 
 def recount(run: Run, known: Known) -> Recount:
     """Counts a run anew from its token ids and compares with everything that it says of itself."""
-    found = Recount(run.run_id, str(run.record["status"]), len(run.completions))
-    add = found.findings.append
-    for finding in _indices(run, known):
-        add(finding)
+    found = Recount(run.run_id, str(run.record["status"]), len(run.completions), notes=list(known.unknown))
+    found.findings += _indices(run, known)
     completed = [line for line in run.completions if line["finish_reason"] != "rejected"]
     for line in run.completions:
         index = line["index"]
-        for text in _line(line, run, index, known):
-            add(Finding(index, text))
+        found.findings += [Finding(index, text) for text in _line(line, run, index, known)]
+    _rejections(run, known, found)
     prompt_tokens = sum(line["prompt_tokens"] for line in completed)
     output_tokens = sum(len(line["token_ids"]) for line in completed)
     found.counts = {
@@ -83,30 +87,43 @@ def recount(run: Run, known: Known) -> Recount:
     if found.status == "running":
         found.notes.append(f"{run.run_id} is not finished: it has no sums to check")
         return found
-    for text in _sums("record.json", run.record, found.counts):
-        add(Finding(None, text))
-    for text in _times(run.record, completed):
-        add(Finding(None, text))
+    texts = [*_sums("record.json", run.record, found.counts), *_times(run.record, completed)]
+    for more, notes in (clock.check(run, completed), names.check(run)):
+        texts += more
+        found.notes += notes
     parity = run.record.get("parity")
     if isinstance(parity, dict) and parity.get("wrong") and not run.record.get("quantization"):
-        add(Finding(None, f"its own check found {one_line(str(parity['wrong']), 20)} outputs wrong"))
+        texts.append(f"its own check found {one_line(str(parity['wrong']), 20)} outputs wrong")
     if run.rows is None:
         found.notes.append(f"no runs.csv beside {run.run_id}: its row was not checked")
     elif len(run.rows) != 1:
-        add(Finding(None, f"{len(run.rows)} rows of this run in runs.csv, expected 1"))
+        texts.append(f"{len(run.rows)} rows of this run in runs.csv, expected 1")
     else:
-        row = run.rows[0]
-        for text in _sums("runs.csv", row, found.counts):
-            add(Finding(None, text))
-        for name in COLUMNS:
-            recorded, cell = cell_text(name, run.record.get(name)), row.get(name)
-            if cell not in (None, recorded):
-                add(
-                    Finding(
-                        None, f"runs.csv says {name} {one_line(row[name], 60)}, record.json {one_line(recorded, 60)}"
-                    )
-                )
+        texts += _row(run.rows[0], run.record, found.counts)
+    found.findings += [Finding(None, text) for text in texts]
     return found
+
+
+def _rejections(run: Run, known: Known, found: Recount) -> None:
+    """Adds the requests that were rejected without need, or that this could not be told."""
+    rejected = sum(line["finish_reason"] == "rejected" for line in run.completions)
+    if not rejected:
+        return
+    if known.requests is None or known.prompts is None or known.architecture is None:
+        found.notes.append(f"whether the {rejected} rejected requests could have run was not checked")
+        return
+    wrong, notes = limits.check(run, known.requests, known.prompts, known.architecture)
+    found.findings += [Finding(index, text) for index, text in wrong]
+    found.notes += notes
+
+
+def _row(row: dict[str, str], record: dict[str, Any], counts: dict[str, int]) -> Iterator[str]:
+    """Yields what a row says other than the ids and the record."""
+    yield from _sums("runs.csv", row, counts)
+    for name in COLUMNS:
+        recorded, cell = cell_text(name, record.get(name)), row.get(name)
+        if cell not in (None, recorded):
+            yield f"runs.csv says {name} {one_line(row[name], 60)}, record.json {one_line(recorded, 60)}"
 
 
 def _indices(run: Run, known: Known) -> Iterator[Finding]:
@@ -215,9 +232,9 @@ def _sums(where: str, said: dict[str, Any], counts: dict[str, int]) -> Iterator[
     for name in COUNTS:
         if str(said.get(name)) != str(counts[name]):
             yield f"{where} says {name} {one_line(str(said.get(name)), 40)}, the completions have {counts[name]}"
-    elapsed = _number(said.get("elapsed_s"))
+    elapsed = number(said.get("elapsed_s"))
     for name, count in RATES.items():
-        rate = _number(said.get(name))
+        rate = number(said.get(name))
         if not elapsed:
             if rate is not None:
                 yield f"{where} says {name} {rate:g} of a run whose clock was not stopped"
@@ -228,18 +245,11 @@ def _sums(where: str, said: dict[str, Any], counts: dict[str, int]) -> Iterator[
 
 def _times(record: dict[str, Any], completed: list[dict[str, Any]]) -> Iterator[str]:
     """Yields the percentiles of a record that are not those of its completions."""
-    if not _number(record.get("elapsed_s")):
+    if not number(record.get("elapsed_s")):
         return
     for name, key in (("ttft", "first_token_s"), ("latency", "finished_s")):
         times = [line[key] for line in completed if isinstance(line.get(key), int | float)]
         for q in (50, 99):
-            said, found = _number(record.get(f"{name}_p{q}_s")), percentile(times, q)
+            said, found = number(record.get(f"{name}_p{q}_s")), percentile(times, q)
             if said != found and (said is None or found is None or not abs(said - found) <= ROUNDING * abs(found)):
                 yield f"record.json says {name}_p{q}_s {said}, the completions give {found}"
-
-
-def _number(value: Any) -> float | None:
-    try:
-        return None if value is None or value == "" else float(value)
-    except (TypeError, ValueError):
-        return None

@@ -22,6 +22,7 @@ from harness.verification.recount import Recount
 from harness.verification.runs import Run
 
 PLAIN_WIDTH = 110  # of a log file
+NOT_PROVEN = "not proven by these files: that the clock ran as recorded, and on which machine"
 
 
 @dataclass(slots=True)
@@ -253,7 +254,8 @@ class Outcome:
         return json.dumps(data, indent=2) + "\n"
 
     def _all_notes(self) -> list[str]:
-        return [*self.notes, *(note for one in self.recounts for note in one.notes)]
+        notes = [*self.notes, *(note for one in self.recounts for note in one.notes), NOT_PROVEN]
+        return list(dict.fromkeys(notes))  # of two runs, what goes for both is said once
 
 
 def show(outcome: Outcome, limit: int) -> str:
