@@ -1,14 +1,17 @@
-"""Plants faults into copies of the harness, one at a time, and sees that every check that should notices.
+"""Plants faults into copies of the harness and forges finished runs; sees that every check that should notices.
 
     python tests/check_mutations.py [NAME ...] [--no-tests] [--list]
 
 Each copy runs six requests of the sample in float32 with ``verify=6``. Then come the checks: the run's own end
 (``run``), ``harness.verify`` by itself (``recount``), ``--against`` a run of the honest code, and ``--model``; the
 verifier is this tree's, not the copy's. ``tests`` runs the unit tests that lie nearest, in the copy. Every check must
-pass without a fault.
+pass without a fault. What "forges ..." are edits to the files of the honest run, which only the verifier can notice.
 
-Exit status 0: all faults were caught by all the checks named for them; 1: one was not; 2: a fault's place in the code
-was not found, or is not the only one.
+``caught``: found wrong; ``refused``: the verifier said that the runs are not of the same work; ``-``: there was nothing
+to check, as in a copy that ends without completions, which its ``run`` has caught then.
+
+Exit status 0: all faults and forgeries were caught by all the checks named for them; 1: one was not; 2: a fault's place
+in the code was not found, or is not the only one.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from conftest import ROOT, variables
+from forgeries import FORGERIES, Forgery, forge
 
 from harness.runs_table import read_rows
 
@@ -37,6 +41,7 @@ JOB = [
 ]
 OWN_CHECK = "its own check found"  # how the verifier tells what verify=6 has found
 CHECKS = ("run", "recount", "against", "model")
+PASSES, CAUGHT, REFUSED, NOTHING = "passes", "caught", "refused", "-"
 ENGINE, SCHEDULER = "harness/engines/fastgen/engine.py", "harness/engines/fastgen/scheduler.py"
 FASTGEN, RESULTS = "tests/test_fastgen_engine.py", "tests/test_results.py"
 
@@ -153,71 +158,101 @@ def python(tree: Path, *arguments: str) -> int:
     return subprocess.run(line, cwd=tree, env=environment, capture_output=True, timeout=900).returncode
 
 
-def verified(directory: Path, *arguments: str) -> bool:
-    """Returns whether ``harness.verify`` finds nothing by itself, whatever the run has noticed of it before."""
+def verified(directory: Path, *arguments: str, may_refuse: bool = False) -> str:
+    """Returns what ``harness.verify`` finds by itself, whatever the run has noticed of it before."""
+    if not (directory / "completions.jsonl").is_file():
+        return NOTHING
     line = [sys.executable, "-m", "harness.verify", str(directory), "--json", *arguments]
     done = subprocess.run(line, cwd=ROOT, env=variables(), capture_output=True, text=True, timeout=900)
+    if may_refuse and done.returncode == 2 and done.stderr.startswith("error: --") and done.stderr.count("\n") == 1:
+        return REFUSED
     if done.returncode not in (0, 1):  # a verifier that breaks down has caught nothing
         sys.exit(f"error: {directory}: harness.verify {' '.join(arguments)}: {done.stderr.strip()}")
     found = json.loads(done.stdout)
     own = [one["found"] for run in found["runs"] for one in run["findings"]]
-    return not (found["wrong"] or found["unexplained"] or [text for text in own if not text.startswith(OWN_CHECK)])
+    noticed = found["wrong"] or found["unexplained"] or [text for text in own if not text.startswith(OWN_CHECK)]
+    return CAUGHT if noticed else PASSES
 
 
-def passes(fault: Fault | None, place: Path, honest: Path | None, tests: bool) -> tuple[dict[str, bool], Path]:
-    """Runs the copy and all checks; returns which were content, and the run's directory."""
+def planted(fault: Fault | None, place: Path, honest: Path | None, tests: bool) -> tuple[dict[str, str], Path]:
+    """Runs a copy and all checks; returns what each said, and the run's directory."""
     tree, results = copied(place, fault), place / "results"
     status = python(tree, "harness/main.py", *JOB, f"results_dir={results}")
-    (row,) = read_rows(results / "runs.csv")
-    directory = results / row["run_id"]
-    against = ["--against", str(honest)] if honest is not None else []
-    content = {"run": status == 0 and row["status"] == "ok"}
-    for check, arguments in (("recount", []), ("against", against), ("model", ["--model"])):
-        content[check] = verified(directory, *arguments)
+    rows = read_rows(results / "runs.csv") if (results / "runs.csv").is_file() else []
+    directory = results / (rows[0]["run_id"] if rows else "none")
+    right = status == 0 and [row["status"] for row in rows] == ["ok"]
+    said = {"run": PASSES if right else CAUGHT}
+    for check, arguments in _arguments(honest).items():
+        said[check] = verified(directory, *arguments)
     if tests:
         for_all = {each for one in FAULTS for each in one.tests.split()}
         named = sorted(for_all) if fault is None else fault.tests.split()
-        content["tests"] = python(tree, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *named) == 0
-    return content, directory
+        passed = python(tree, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *named) == 0
+        said["tests"] = PASSES if passed else CAUGHT
+    shutil.rmtree(tree)
+    return said, directory
+
+
+def forged(forgery: Forgery, place: Path, honest: Path) -> dict[str, str]:
+    """Forges a copy of the honest run and returns what each check said."""
+    shutil.copytree(honest.parent, place / "results")
+    directory = place / "results" / honest.name
+    forge(directory, forgery.change)
+    checks = _arguments(honest).items()
+    return {check: verified(directory, *arguments, may_refuse=True) for check, arguments in checks}
+
+
+def _arguments(honest: Path | None) -> dict[str, list[str]]:
+    """Returns how the verifier is called for each of its checks."""
+    return {"recount": [], "against": ["--against", str(honest)] if honest is not None else [], "model": ["--model"]}
+
+
+def missed(change: Fault | Forgery | None, said: dict[str, str]) -> list[str]:
+    """Returns the checks that did not say what they must."""
+    if change is None:
+        return [check for check in said if said[check] != PASSES]
+    must = [*change.caught_by, *(["tests"] if isinstance(change, Fault) else [])]
+    wrong = [check for check in said if check in must and said[check] == PASSES]
+    if NOTHING in said.values() and said.get("run") == PASSES:  # only a run that says so may leave nothing to check
+        wrong.append("run")
+    return list(dict.fromkeys(wrong))
 
 
 def main() -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="faults to plant (all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="faults to plant, forgeries to make (all)")
     parser.add_argument("--no-tests", action="store_true", help="leave out the unit tests")
-    parser.add_argument("--list", action="store_true", help="print the faults and end")
+    parser.add_argument("--list", action="store_true", help="print their names and end")
     options = parser.parse_args()
+    changes: list[Fault | Forgery] = [*FAULTS, *FORGERIES]
     if options.list:
-        print("\n".join(fault.name for fault in FAULTS))
+        print("\n".join(change.name for change in changes))
         return 0
-    if unknown := set(options.names) - {fault.name for fault in FAULTS}:
+    if unknown := set(options.names) - {change.name for change in changes}:
         print(f"error: NAME: no fault {sorted(unknown)[0]!r}; see --list", file=sys.stderr)
         return 2
     checks = (*CHECKS, *(() if options.no_tests else ("tests",)))
     print(f"{'fault':36}" + "".join(f"{check:>10}" for check in checks), flush=True)
-    survived = 0
+    failed = 0
     with tempfile.TemporaryDirectory() as base:
         honest: Path | None = None
-        for number, fault in enumerate([None, *(f for f in FAULTS if not options.names or f.name in options.names)]):
+        chosen = [change for change in changes if not options.names or change.name in options.names]
+        for number, change in enumerate([None, *chosen]):
             place = Path(base) / str(number)
             place.mkdir()
-            content, directory = passes(fault, place, honest, not options.no_tests)
-            honest = honest or directory
-            must = () if fault is None else (*fault.caught_by, "tests")
-            cells = []
-            for check in checks:
-                missed = content[check] if check in must else fault is None and not content[check]
-                survived += missed
-                cells.append("passes" if content[check] else "caught")
-                if missed:
-                    cells[-1] += " !"
-            print(f"{fault.name if fault else '(none)':36}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
-            shutil.rmtree(place / "tree")
-    print(
-        f"{survived} checks did not do what they must (!)" if survived else "every fault was caught, and nothing else"
-    )
-    return 1 if survived else 0
+            if isinstance(change, Forgery):
+                assert honest is not None
+                said = forged(change, place, honest)
+            else:
+                said, directory = planted(change, place, honest, not options.no_tests)
+                honest = honest or directory
+            wrong = missed(change, said)
+            failed += len(wrong)
+            cells = [said.get(check, NOTHING) + " !" * (check in wrong) for check in checks]
+            print(f"{change.name if change else '(none)':36}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
+    print(f"{failed} checks did not do what they must (!)" if failed else "every fault was caught, and nothing else")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
