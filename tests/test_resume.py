@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT, Run, assert_refused, command, deepspeed, variables
 from test_main import RANDOM, TINY, check_against_ids, ranks_of, start
 
-from harness import segments
+from harness import segments, verify
 from harness.completions import read_completions
 from harness.errors import UserError
 from harness.results import RunRecorder, close_unfinished, read_record
@@ -137,6 +137,7 @@ def check_sums(run: Run) -> None:
     tokens = sum(len(line["token_ids"]) + line["prompt_tokens"] for line in run.completions.values())
     assert float(run.row["total_tokens_per_s"]) == pytest.approx(tokens / record["elapsed_s"], rel=1e-5)
     assert "resumed" in record["notes"][-1]
+    assert verify.main([str(run.directory)]) == 0
 
 
 VICTIMS = (

@@ -93,6 +93,7 @@ def test_two_replicas_check_what_both_of_them_wrote(harness: Callable[..., Run])
     run = harness(*WORK, "parallel.dp=2", f"verify={REQUESTS + 5}")
     assert run.status == 0, run.stderr
     assert (run.row["parity_checked"], run.row["parity_exact_share"]) == (str(REQUESTS), "1")
+    assert verify.main([str(run.directory)]) == 0
 
 
 def test_an_honest_run_is_right(honest: Run, shown: Callable[..., Shown]) -> None:
