@@ -37,7 +37,7 @@ KEPT = (
         "warmup_s",
         "time",
     ),
-    *("config", "environment", "hostname", "device_name", "kernels", "loaded"),
+    *("config", "environment", "hostname", "device_name", "kernels", "loaded", "proof"),
     *("notes", "engine_statistics", "telemetry"),
 )
 # What all segments must have in common, once it is known.

@@ -221,7 +221,6 @@ class _Run:
     def prepare(self) -> None:
         """Loads and warms the engine; all of it outside the clock."""
         from harness import engines, workload
-        from harness import engines, workload
         from harness.engines import proof
         from harness.identity import identity
         from harness.telemetry import of_rank
