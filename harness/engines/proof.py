@@ -186,14 +186,14 @@ def _ask(settings: EngineSettings, source: Source) -> Expected:
         if sharded and settings.device != "cpu":
             model = model.to(settings.device)
         config = model.config.get_text_config(decoder=True)
-        vocab_size = model.get_input_embeddings().weight.shape[0]
-        items = probes(vocab_size, special_positions(config.to_dict(), settings.max_context), settings.max_context)
+        specials = special_positions(config.to_dict(), settings.max_context)
+        items = probes(config.vocab_size, specials, settings.max_context)
         packed = getattr(model, "hf_quantizer", None) is not None  # weights that cannot be made float32
         rounded = (
             [] if dtype is torch.float32 or packed else [_logprobs(_whole(model, item), item) for item in items[-2:]]
         )
         model = model if packed else model.float()
-        exact = _by_generate(model, items)
+        exact = _by_generate(model, items, stepwise=bool(specials))
     if not all(logits.isfinite().all() for logits in exact):
         raise UserError("model", "its logits are not numbers", "check the weights, or use model.dtype=float32")
     logprobs = [_logprobs(logits, item) for logits, item in zip(exact, items, strict=True)]
@@ -213,18 +213,19 @@ def _ask(settings: EngineSettings, source: Source) -> Expected:
     return expected
 
 
-def _by_generate(model: Any, items: list[Scored]) -> list[torch.Tensor]:
+def _by_generate(model: Any, items: list[Scored], stepwise: bool) -> list[torch.Tensor]:
     """Returns the logits of each probe's targets, as ``generate`` computes them for it alone.
 
-    One pass over all of a probe is faster, and is taken where it gives the same for the longest two: beyond any
-    special position, and before it.
+    One pass over all of a probe is faster, and is taken where it gives the same for the longest.
+
+    Args:
+        stepwise: do without it: some models' ``generate`` is not their whole pass where it crosses a special position.
     """
-    whole = [_whole(model, item) for item in items]
-    for place in (len(items) - 1, len(items) - 2)[: len(items)]:
-        stepwise = forced_logits(model, items[place].context_ids, items[place].target_ids)
-        if not ((stepwise - whole[place]).abs().amax(-1) <= EXACT * stepwise.std(-1)).all():
-            return [forced_logits(model, item.context_ids, item.target_ids) for item in items]
-    return whole
+    whole = [] if stepwise else [_whole(model, item) for item in items]
+    if whole:
+        alone = forced_logits(model, items[-1].context_ids, items[-1].target_ids)
+        stepwise = not ((alone - whole[-1]).abs().amax(-1) <= EXACT * alone.std(-1)).all()
+    return [forced_logits(model, item.context_ids, item.target_ids) for item in items] if stepwise else whole
 
 
 def _whole(model: Any, item: Scored) -> torch.Tensor:
