@@ -7,6 +7,7 @@ place of the attention notes what each layer hands over. What the model makes of
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from harness import faults
 from harness.engines.attention_checks import BASELINE, refuse_unusual_attention
 from harness.errors import UserError, one_line
+
+log = logging.getLogger("harness")
 
 # What a layer may hand to its attention and we may do without: it does not change the result, or the plan has it.
 IGNORED = ("dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "logits_to_keep", "is_causal")
@@ -106,6 +109,7 @@ def computed(engine: str, family: str, sharded: bool = False) -> Iterator[None]:
     except Exception as error:
         if faults.out_of_memory(error) or (sharded and _of_the_network(error)):
             raise
+        log.info("not computed by engine=%s", engine, exc_info=True)  # for run.log: it may be our own mistake
         why = one_line(f"{type(error).__name__}: {error}", 150)
         remedy = "use another model" if engine == "baseline" else "use parallel.tp=1" if sharded else BASELINE
         raise UserError("model", f"{family} models cannot be computed by engine={engine} ({why})", remedy) from error
