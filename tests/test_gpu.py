@@ -92,6 +92,8 @@ def test_bfloat16_on_cuda_completes(harness: Callable[..., Run], engine: str) ->
     assert run.status == 0, run.stderr
     assert run.row["dtype"] == "bfloat16"
     assert 0 < float(run.row["model_flops_utilisation"]) < 1
+    proof = run.record["proof"]
+    assert proof["layers"] is None and proof["largest_distance"] <= proof["bound"]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
