@@ -165,6 +165,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves the cases marked ``full`` to ``--full``."""
+    if not config.getoption("--full"):
+        for item in items:
+            if item.get_closest_marker("full") is not None:
+                item.add_marker(pytest.mark.skip(reason="with --full"))
+
+
 @pytest.fixture
 def scale(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
     """Returns a function that picks how often to repeat: ``scale(few, all)``, all of them with ``--full``."""
