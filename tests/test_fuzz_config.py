@@ -342,7 +342,7 @@ def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     def watch(*_: object) -> None:
         raise Launched
 
-    monkeypatch.setattr(launcher, "_watch", watch)
+    monkeypatch.setattr(launcher, "watch", watch)
     return harness.main
 
 

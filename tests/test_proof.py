@@ -300,8 +300,7 @@ def test_a_run_records_its_proof(harness: Callable[..., Run], tmp_path: Path, de
     assert run.status == 0, run.stderr
     found = run.record["proof"]
     assert found["requests"] == 5 and found["largest_distance"] < proof.EXACT and found["seconds"] > 0
-    run = harness(*words, results=tmp_path / "again", HARNESS_CACHE=str(tmp_path / "cache"))
-    assert run.record["proof"] == found | {"cached": True, "seconds": 0.0}
+    assert "comparing" in run.stdout and "agree with Hugging Face's model" in " ".join(run.stdout.split())
 
 
 def test_a_run_of_what_is_computed_wrongly_is_refused(harness: Callable[..., Run], tmp_path: Path) -> None:

@@ -86,11 +86,11 @@ def init_inference(model: Any, settings: EngineSettings, **options: Any) -> Any:
         raise UserError(
             field, f"DeepSpeed cannot take this model: {one_line(str(error), 200)}", "use parallel=single"
         ) from error
-    _keep_exact(engine.module, exact, settings.device)
+    _keep_exact(engine.module, exact)
     return engine
 
 
-def _keep_exact(model: Any, buffers: dict[str, torch.Tensor], device: str) -> None:
+def _keep_exact(model: Any, buffers: dict[str, torch.Tensor]) -> None:
     """Puts back the float32 buffers, which DeepSpeed has made 16 bits wide: rotary frequencies among them.
 
     Rounded to bfloat16 they turn a head by 0.09 rad too much or too little at position 500 already. What hangs on a
@@ -102,5 +102,5 @@ def _keep_exact(model: Any, buffers: dict[str, torch.Tensor], device: str) -> No
             module = model.get_submodule(owner)
         except AttributeError:  # a layer that was replaced as a whole
             continue
-        if key in module._buffers:
-            module._buffers[key] = buffer.to(device)
+        if (rounded := module._buffers.get(key)) is not None:
+            module._buffers[key] = buffer.to(rounded.device)
