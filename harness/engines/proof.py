@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
 import os
 import random
 import secrets
@@ -126,6 +127,10 @@ def _load(engine: Engine, say: Callable[[str], None]) -> None:
         _guarded_load(engine)
         engine.proof = kept | {"cached": True, "seconds": 0.0}
         return
+    family = _family(settings)
+    for name in ("transformers.modeling_utils", f"transformers.models.{family}.modeling_{family}"):
+        with contextlib.suppress(ImportError):  # seconds that loading takes in any case, and so no part of the proof's
+            importlib.import_module(name)
     started = time.perf_counter()
     part = f"the first {layers} layers of " if layers else ""
     say(f"comparing {engine.kernels} kernels with {part}Hugging Face's model (once for these weights and settings)")
@@ -189,9 +194,7 @@ def _ask(settings: EngineSettings, source: Source) -> Expected:
         specials = special_positions(config.to_dict(), settings.max_context)
         items = probes(config.vocab_size, specials, settings.max_context)
         packed = getattr(model, "hf_quantizer", None) is not None  # weights that cannot be made float32
-        rounded = (
-            [] if dtype is torch.float32 or packed else [_logprobs(_whole(model, item), item) for item in items[-2:]]
-        )
+        rounded = [_logprobs(_whole(model, item), item) for item in items if dtype is not torch.float32]
         model = model if packed else model.float()
         exact = _by_generate(model, items, stepwise=bool(specials))
     if not all(logits.isfinite().all() for logits in exact):
@@ -200,8 +203,7 @@ def _ask(settings: EngineSettings, source: Source) -> Expected:
     spreads = [logits.std(-1).tolist() for logits in exact]
     expected = Expected(items, logprobs, spreads, EXACT)
     if rounded:
-        first = len(items) - len(rounded)
-        worst = max(median(expected.distances(place, own)) for place, own in enumerate(rounded, first))
+        worst = max(median(expected.distances(place, own)) for place, own in enumerate(rounded))
         expected = replace(expected, bound=max(SLACK * worst, FLOORS[settings.dtype]))
     if packed and dtype is not torch.float32:
         expected = replace(expected, bound=UNMEASURED)
