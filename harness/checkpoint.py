@@ -332,7 +332,8 @@ def _first_layers(source: Source, layers: int) -> Any:
     """Returns the checkpoint's config with so many layers."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
+    extra = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+    config = AutoConfig.from_pretrained(source.path, trust_remote_code=source.trust_remote_code, **extra)
     text = config.get_text_config(decoder=True)
     text.num_hidden_layers = layers
     if kinds := getattr(text, "layer_types", None):

@@ -322,16 +322,23 @@ def _first_layers(settings: EngineSettings, layers: int | None, name: str) -> It
     place.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{place}.lock"):  # the ranks of a host share it
         if not place.is_dir():
-            dtype = getattr(torch, settings.dtype)
-            model = checkpoint.load_model(source, dtype=dtype, layers=layers)
-            model.save_pretrained(f"{place}.new")
-            os.replace(f"{place}.new", place)
-            del model
+            _write_first_layers(source, settings.dtype, layers, place)
     try:
         yield replace(source, kind="directory", path=str(place), gguf_file=None, architecture=architecture)
     finally:
         shutil.rmtree(place, ignore_errors=True)
         Path(f"{place}.lock").unlink(missing_ok=True)
+
+
+def _write_first_layers(source: Source, dtype: str, layers: int, place: Path) -> None:
+    try:
+        model = checkpoint.load_model(source, dtype=getattr(torch, dtype), layers=layers)
+    except UserError as error:
+        found = f"its first {layers} layers cannot be loaded alone, to compare the engine with ({error.found})"
+        raise UserError("model", found, "use engine=baseline") from error
+    with checkpoint.quiet():
+        model.save_pretrained(f"{place}.new")
+    os.replace(f"{place}.new", place)
 
 
 def _free() -> None:
