@@ -236,7 +236,7 @@ def _lines(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, str]]
         proof = record.get("proof") or {}
         proving = f", proof {proof['seconds']:.1f} s" if proof.get("seconds") else ""
         lines.append(("Outside", f"load {row['load_s']:.1f} s{proving}{warm} (not in the clock){memory}"))
-        if proof:
+        if proof.get("requests"):
             lines.append(("Proof", _proof(proof)))
     if parity := record.get("parity"):
         checked = f"{parity['checked']} of {row['completed']:,} outputs checked against Hugging Face"

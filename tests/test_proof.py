@@ -234,7 +234,9 @@ def test_a_cache_without_room_for_all_of_them_is_said(monkeypatch: pytest.Monkey
     assert engine.proof is not None and engine.proof["requests"] == 3 and engine.notes == []
     monkeypatch.setattr(proof, "LENGTHS", (60,))
     engine = proof.load(FastGenEngine(settings(kv_block_size=16, kv_memory=block, max_sequences=7)))
-    assert engine.proof is not None and engine.proof["requests"] == 3  # as it was kept
+    assert engine.proof is not None and engine.proof["requests"] == 0  # a part of a proof is not kept as one
+    assert engine.notes == ["the engine was not compared with Hugging Face's model: there is no room for a request"]
+    assert not list(proof_cache.root().glob("*.json"))
 
 
 # --- several ranks, and a whole run ---------------------------------------------------------------------------------

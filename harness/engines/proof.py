@@ -147,8 +147,8 @@ def _load(engine: Engine, say: Callable[[str], None]) -> None:
         _free()
         _guarded_load(engine)
     engine.proof = found
-    if key:
-        proof_cache.write(key, found)
+    if key and asked is not None and found["requests"] == len(asked.items):
+        proof_cache.write(key, found)  # one of a cache too small for some of them says nothing of a larger one's
 
 
 def _guarded_load(engine: Engine) -> None:
