@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from harness.config import parse_bytes
+from harness.environment import available_memory_bytes
 from harness.errors import UserError
+
+if TYPE_CHECKING:
+    from harness.engines.base import EngineSettings
+
+
+def free_memory(settings: EngineSettings) -> int:
+    """Returns the bytes that this rank may still take: of its GPU, or its share of the host's."""
+    if settings.device == "cpu":
+        return available_memory_bytes() // settings.host_ranks
+    import torch
+
+    return torch.cuda.mem_get_info(settings.device)[0]
 
 
 def is_fraction(setting: float | int | str) -> bool:

@@ -34,9 +34,10 @@ from harness.checkpoint import Source
 from harness.checkpoint_files import positive_integer, rotary_threshold, weight_files
 from harness.engines import proof_cache
 from harness.engines.base import Engine, EngineSettings
+from harness.engines.kv_memory import free_memory
 from harness.engines.plain_attention import computed
 from harness.engines.scoring import Scored
-from harness.environment import available_memory_bytes, forget_peak_memory
+from harness.environment import forget_peak_memory
 from harness.errors import UserError
 from harness.reference import forced_logits
 
@@ -289,8 +290,8 @@ def _layers_that_fit(settings: EngineSettings) -> int | None:
     """Returns of how many layers Hugging Face's model fits beside nothing else, in seconds; None for all of them."""
     source, on_cpu = settings.source, settings.device == "cpu"
     needed = checkpoint.required_bytes(source.architecture, 4) or _bytes_on_disk(source)
-    free = available_memory_bytes() // settings.host_ranks if on_cpu else torch.cuda.mem_get_info(settings.device)[0]
-    limit = min(CPU_BYTES, MEMORY_SHARE * free) if on_cpu else MEMORY_SHARE * free
+    free = MEMORY_SHARE * free_memory(settings)
+    limit = min(CPU_BYTES, free) if on_cpu else free
     if needed <= limit:
         return None
     kinds = source.architecture.get("layer_types") or []

@@ -20,8 +20,7 @@ from harness.engines.base import EngineSettings, stop_ids
 from harness.engines.fastgen.native import build, library
 from harness.engines.fastgen.native.library import HALF, LONGEST_BLOCK, PANEL, VECTOR
 from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
-from harness.engines.kv_memory import affordable_blocks
-from harness.environment import available_memory_bytes
+from harness.engines.kv_memory import affordable_blocks, free_memory
 
 
 class NativeRunner:
@@ -63,7 +62,7 @@ class NativeRunner:
         """Makes the cache: ``engine.kv_memory`` worth of blocks, at most ``max_blocks``."""
         model, block_size = self.model, self.block_size
         block_bytes = 2 * model.layer_count * model.kv_heads * model.head_dim * block_size * self.dtype.itemsize
-        setting, free = self.settings.engine.kv_memory, available_memory_bytes() // self.settings.host_ranks
+        setting, free = self.settings.engine.kv_memory, free_memory(self.settings)
         blocks = affordable_blocks(setting, free, max_blocks, block_size, block_bytes)
         positions = blocks * block_size
         self._make_cache(blocks, min(positions, self.settings.max_context or positions))

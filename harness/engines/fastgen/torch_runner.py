@@ -17,9 +17,8 @@ from harness.engines.base import EngineSettings, stop_ids
 from harness.engines.fastgen.packed_linear import can_pack, pack_linears
 from harness.engines.fastgen.paged_attention import KvCache, build_plan, ragged_attention
 from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
-from harness.engines.kv_memory import affordable_blocks
+from harness.engines.kv_memory import affordable_blocks, free_memory
 from harness.engines.plain_attention import probe
-from harness.environment import available_memory_bytes
 
 ATTENTION = "harness_ragged"
 
@@ -59,7 +58,7 @@ class TorchRunner:
         shapes = self.kv_shapes  # of this rank's shard
         block_size = self.block_size
         block_bytes = 2 * block_size * self.dtype.itemsize * sum(heads * head_dim for heads, head_dim in shapes)
-        setting, free = self.settings.engine.kv_memory, self._free_memory()
+        setting, free = self.settings.engine.kv_memory, free_memory(self.settings)
         blocks = affordable_blocks(setting, free, max_blocks, block_size, block_bytes)
         self.caches = [
             KvCache(*(self._zeros(blocks, heads, block_size, head_dim) for _ in range(2))) for heads, head_dim in shapes
@@ -103,8 +102,3 @@ class TorchRunner:
             return torch.zeros(shape, dtype=self.dtype, device=self.device)
         # torch.zeros writes every page; NumPy's come from the system zeroed, and count only once they are used.
         return torch.from_numpy(np.zeros(math.prod(shape) * self.dtype.itemsize, np.uint8)).view(self.dtype).view(shape)
-
-    def _free_memory(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.mem_get_info(self.device)[0]
-        return available_memory_bytes() // self.settings.host_ranks
