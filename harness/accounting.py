@@ -62,7 +62,7 @@ class ModelFlops:
         self.per_pair = 4 * (architecture.get("num_hidden_layers") or 0) * heads * head_dim
         self.total = 0
         peak = job.config.hardware.peak_flops.get(job.dtype)
-        self.peak = peak * job.config.parallel.tp * job.config.parallel.dp if peak else None
+        self.peak = peak * job.ranks if peak else None
 
     def add(self, completion: Completion) -> None:
         """Books one completion."""

@@ -126,7 +126,7 @@ def _run(options: argparse.Namespace, words: list[str], rank: ranks.Rank | None)
     chosen = session.Options(asked, options.against, within, options.prefill)
     if rank is None:
         job = session.check(composed, chosen)
-        if job.config.parallel.tp * job.config.parallel.dp > 1:
+        if job.ranks > 1:
             return _launch(job, words)
         rank = ranks.Rank()
     return session.run(composed, rank, chosen)
@@ -156,10 +156,9 @@ def _launch(job: Job, words: list[str]) -> int:
     """Starts the ranks, which do all the rest; returns their exit status."""
     from harness import launcher
 
-    parallel, accelerator = job.config.parallel, job.accelerator
-    launcher.check_devices(parallel.tp, parallel.dp, accelerator)
-    ranks_asked = parallel.tp * parallel.dp
-    return launcher.run_program(Path(__file__).resolve(), ranks_asked, accelerator, words, job.config.timeout_s)
+    launcher.check_devices(job.tp, job.dp, job.accelerator)
+    words = [*words, *launcher.split_words(job)]
+    return launcher.run_program(Path(__file__).resolve(), job.ranks, job.accelerator, words, job.config.timeout_s)
 
 
 if __name__ == "__main__":

@@ -122,10 +122,13 @@ class GenerationConfig:
 
 @dataclass
 class ParallelConfig:
-    """Ranks: ``tp`` shards one model, ``dp`` runs replicas; the launch has ``tp * dp`` ranks."""
+    """Ranks: ``tp`` shards one model, ``dp`` runs replicas; the launch has ``tp * dp`` ranks.
 
-    tp: int = 1
-    dp: int = 1
+    None is chosen by what fits (:mod:`harness.split`); a run's own config has the numbers.
+    """
+
+    tp: int | None = None
+    dp: int | None = None
 
 
 @dataclass
@@ -332,7 +335,7 @@ def _check_engine(config: Config, accelerator: str) -> None:
         raise UserError(
             "engine.kernels", "native computes on a CPU, and this run is on cuda", "use engine.kernels=auto"
         )
-    if engine.cuda_graph and (config.parallel.tp > 1 or engine.kernel_inject):
+    if engine.cuda_graph and ((config.parallel.tp or 1) > 1 or engine.kernel_inject):
         raise UserError(
             "engine.cuda_graph",
             "true: DeepSpeed captures no graph of a model that is sharded or has injected kernels",
@@ -388,7 +391,7 @@ def _check_quantization(config: Config, accelerator: str) -> None:
 
 
 def _check_parallel(config: Config) -> None:
-    tp = config.parallel.tp
+    tp, dp = config.parallel.tp or 1, config.parallel.dp or 1
     kv_heads = config.model.architecture.get("num_key_value_heads") if config.model.path is None else None
     check_kv_heads(tp, kv_heads)
     if config.engine.name == "baseline" and tp > 1:
@@ -397,10 +400,10 @@ def _check_parallel(config: Config) -> None:
             f"{tp}: the baseline spreads a large model over devices with accelerate's device_map",
             "use parallel=single",
         )
-    if config.engine.name == "mii" and config.parallel.dp > 1:
+    if config.engine.name == "mii" and dp > 1:
         raise UserError(
             "parallel.dp",
-            f"{config.parallel.dp}: MII's pipeline is one replica a launch",
+            f"{dp}: MII's pipeline is one replica a launch",
             "use parallel.dp=1, or engine=fastgen",
         )
 

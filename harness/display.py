@@ -197,7 +197,10 @@ def _lines(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, str]]
         ),
         (
             "On",
-            escape(f"{row['device_name']}, {ranks} rank{'s' if ranks > 1 else ''} (tp={row['tp']}, dp={row['dp']})"),
+            escape(
+                f"{row['device_name']}, {ranks} rank{'s' if ranks > 1 else ''} (tp={row['tp']}, dp={row['dp']})"
+                + _chosen(record.get("split"))
+            ),
         ),
     ]
     if row["total_tokens_per_s"]:
@@ -247,6 +250,11 @@ def _lines(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, str]]
         lines.append(("Note", escape(note)))
     lines.append(("Files", escape(f"{record['directory']}/, and one row in {record['results_dir']}/runs.csv")))
     return lines
+
+
+def _chosen(split: dict[str, Any] | None) -> str:
+    """Returns why the ranks are split as they are, where that was not given."""
+    return f", chosen: {split['why']}" if split and None in split["asked"].values() else ""
 
 
 def _proof(proof: dict[str, Any]) -> str:

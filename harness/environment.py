@@ -112,6 +112,18 @@ def cuda_devices() -> int:
     return count.value
 
 
+def device_memory_bytes() -> int | None:
+    """Returns the memory (bytes) of the smallest GPU that this process sees; None where nobody can tell."""
+    sizes = []
+    if (driver := cuda_driver()) is not None:  # asked first: it knows CUDA_VISIBLE_DEVICES and slices of a GPU
+        for number in range(cuda_devices()):
+            handle, size = ctypes.c_int(0), ctypes.c_size_t(0)
+            known = driver.cuDeviceGet(ctypes.byref(handle), number) == 0
+            if known and driver.cuDeviceTotalMem_v2(ctypes.byref(size), handle) == 0:
+                sizes.append(size.value)
+    return min(sizes or [gpu["memory_bytes"] for gpu in gpus()], default=None)
+
+
 def supports_bfloat16_on_cpu() -> bool:
     """Returns whether the CPU multiplies bfloat16 in hardware; False where /proc/cpuinfo is missing."""
     return not cpu_flags().isdisjoint(("avx512_bf16", "amx_bf16"))

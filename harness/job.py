@@ -7,27 +7,43 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness import checkpoint, environment, workload
+from harness import checkpoint, environment, ranks, split, workload
 from harness.checkpoint import Source
-from harness.config import Config, DType, Kernels, check, check_auto_tp, check_kv_heads, to_config
+from harness.checkpoint_files import attention_heads
+from harness.config import (
+    Config,
+    DType,
+    Kernels,
+    ParallelConfig,
+    check,
+    check_auto_tp,
+    check_kv_heads,
+    parse_bytes,
+    to_config,
+)
 from harness.engines.attention_checks import refuse_by_its_file
 from harness.engines.fastgen.deepspeed_checks import PICKLED, unsupported
 from harness.engines.fastgen.native import checks as native_checks
+from harness.engines.kv_memory import is_fraction
 from harness.errors import UserError
 from harness.explain import explain
+from harness.ranks import Rank
 from harness.results import config_hash
+from harness.split import Launch, Memory, Needs, Split
 from harness.workload import Workload
 
 RANK_BYTES = (
     300 * 2**20
 )  # that a process holds for itself once torch and DeepSpeed are imported (measured: 313 to 324 MiB)
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FP6_BYTES = 0.75
+DEVICE_BYTES = 2 * 2**30  # of a GPU, for CUDA's context, NCCL's buffers and what a pass computes
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +51,38 @@ class Job:
     """What a run needs to know before anything heavy is imported.
 
     Attributes:
+        config: with numbers for ``parallel``, whatever was asked.
+        settings: the same as plain data, for ``config.yaml`` and the record.
+        split: what the ranks were asked to be, and why they are what they are.
         dtype: torch type of weights and activations, ``auto`` resolved.
         max_context: longest prompt plus output in tokens, None where the model states none.
         job_hash: 12 hex digits, equal for runs of the same config on the same dataset, kind of device and code.
     """
 
     config: Config
+    settings: dict[str, Any]
+    split: Split
     accelerator: str
     dtype: str
     workload: Workload
     source: Source
     max_context: int | None
     job_hash: str
+
+    @property
+    def tp(self) -> int:
+        """Ranks that share one model."""
+        return self.split.tp
+
+    @property
+    def dp(self) -> int:
+        """Replicas."""
+        return self.split.dp
+
+    @property
+    def ranks(self) -> int:
+        """All ranks of the run."""
+        return self.tp * self.dp
 
     @property
     def work(self) -> dict[str, Any]:
@@ -65,11 +101,14 @@ def resolved(composed: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in data.items()}
 
 
-def prepare(composed: DictConfig, local_ranks: int | None = None) -> Job:
-    """Checks config, dataset, model and memory; raises UserError for the first that is wrong.
+def prepare(composed: DictConfig, rank: Rank | None = None) -> Job:
+    """Checks config, dataset, model and memory, and settles how the ranks are split.
 
     Args:
-        local_ranks: ranks on this host; None for all of them.
+        rank: this process in the launch that runs the job; None where it is to start one.
+
+    Raises:
+        UserError: for the first that is wrong.
     """
     try:
         config = to_config(composed)
@@ -79,28 +118,134 @@ def prepare(composed: DictConfig, local_ranks: int | None = None) -> Job:
     check(config, accelerator)
     requests = workload.read(config.dataset)
     source = checkpoint.locate(config.model)
-    check_kv_heads(config.parallel.tp, source.architecture.get("num_key_value_heads"))
     dtype = resolve_dtype(config.model.dtype, accelerator)
     max_context = checkpoint.context_length(source.architecture, config.model.max_context)
     if config.engine.name in ("fastgen", "ds_inference"):
         refuse_by_its_file(source.architecture, max_context, config.engine.name)
-    parallel = config.parallel
-    if config.engine.name != "mii" and not _ragged_kernels(config, accelerator, source, dtype, max_context):
-        check_auto_tp(parallel.tp, source.architecture.get("model_type"))
-    _check_native(config, source, dtype)
-    ranks = local_ranks or parallel.tp * parallel.dp
-    if accelerator == "cpu":  # a device's free memory is not known before torch is there
-        _check_ranks(ranks, parallel.tp)
-        _check_memory(source, dtype, -(-ranks // parallel.tp))
-    return Job(
+    job = Job(
         config=config,
+        settings=resolved(composed),
+        split=Split((config.parallel.tp, config.parallel.dp), 1, 1, ""),
         accelerator=accelerator,
         dtype=dtype,
         workload=requests,
         source=source,
         max_context=max_context,
-        job_hash=_job_hash(resolved(composed), accelerator, requests),
+        job_hash="",
     )
+    chosen = _choose(job, rank)
+    config = _with_split(config, chosen.tp, chosen.dp)
+    check(config, accelerator)
+    _check_sharding(replace(job, config=config, split=chosen))
+    local_ranks = chosen.tp * chosen.dp if rank is None else rank.local_world
+    if accelerator == "cpu":  # a device's free memory is not known before torch is there
+        _check_ranks(local_ranks, chosen.tp)
+        _check_memory(source, dtype, -(-local_ranks // chosen.tp))
+    settings = job.settings | {"parallel": asdict(config.parallel)}
+    return replace(
+        job, config=config, settings=settings, split=chosen, job_hash=_job_hash(settings, accelerator, requests)
+    )
+
+
+def with_split(composed: DictConfig, tp: int, dp: int) -> DictConfig:
+    """Returns ``composed`` with these numbers given."""
+    given = composed.copy()
+    given.parallel.tp, given.parallel.dp = tp, dp
+    return given
+
+
+def _with_split(config: Config, tp: int, dp: int) -> Config:
+    return replace(config, parallel=ParallelConfig(tp, dp))
+
+
+def _choose(job: Job, rank: Rank | None) -> Split:
+    """Returns how the ranks are split, by the memory there is and the sums of the engines; raises UserError."""
+    launch, memory, needs = _launch(rank, job.accelerator, job.config.engine.name), _memory(job), _needs(job)
+    chosen = split.choose(
+        job.split.asked,
+        launch,
+        lacks=lambda tp, ranks_here: split.shortage(tp, ranks_here, memory, needs),
+        refusal=lambda tp, dp: _refusal(job, tp, dp),
+        fits=split.UNKNOWN if needs is None or memory.size is None else split.FITS,
+    )
+    return replace(chosen, why=chosen.why + _idle(launch, chosen, job.accelerator))
+
+
+def _launch(rank: Rank | None, accelerator: str, engine: str) -> Launch:
+    """Returns the ranks that a job has, or can have."""
+    if rank is not None:
+        return Launch(rank.world, rank.local_world)
+    if (outer := ranks.current()) is not None:  # the first rank of a launch drives several, each of its own
+        return Launch(outer.world, outer.local_world, fixed=False)
+    # Shards on a CPU would share the memory that they have to read anyway, and one baseline spreads over all GPUs.
+    alone = accelerator == "cpu" or engine == "baseline"
+    return Launch(None, 1 if alone else environment.cuda_devices())
+
+
+def _idle(launch: Launch, chosen: Split, accelerator: str) -> str:
+    """Returns how to use the GPUs that a run which started by itself has left."""
+    if accelerator != "cuda" or launch.ranks is not None or not chosen.chosen:
+        return ""
+    devices = environment.cuda_devices()
+    idle = devices - chosen.tp * chosen.dp
+    return f"; deepspeed --num_gpus {devices} harness/main.py uses the other {idle} GPUs too" if idle > 0 else ""
+
+
+def _memory(job: Job) -> Memory:
+    if job.accelerator == "cpu":
+        return Memory(environment.available_memory_bytes(), True, RANK_BYTES)
+    return Memory(environment.device_memory_bytes() or job.config.hardware.memory_bytes, False, DEVICE_BYTES)
+
+
+def _needs(job: Job) -> Needs | None:
+    """Returns what a replica takes; None where the model's sizes are not known."""
+    count = checkpoint.parameters(job.source.architecture)
+    if count is None:
+        return None
+    engine, element = job.config.engine, BYTES[job.dtype]
+    longest, part, given = 2**62, 1.0, None
+    if engine.name == "ds_inference":  # its cache is as large as its batch
+        longest = engine.batch_tokens
+    elif engine.name == "baseline":
+        longest = 1
+    elif is_fraction(engine.kv_memory):
+        part = parse_bytes(engine.kv_memory)
+    else:
+        given = int(parse_bytes(engine.kv_memory))
+    return Needs(
+        sharded=int(count.matmul * (element if engine.quantization is None else FP6_BYTES)),
+        whole=(count.total - count.matmul) * element,
+        token=checkpoint.kv_bytes_per_token(job.source.architecture, element),
+        kv_heads=attention_heads(job.source.architecture)[1],
+        tokens=split.useful_tokens(job.workload.requests, job.max_context, longest),
+        part=part,
+        given=given,
+    )
+
+
+def _refusal(job: Job, tp: int, dp: int) -> UserError | None:
+    """Returns why the run cannot be split so, whatever the memory; None when it can."""
+    architecture = job.source.architecture
+    heads = [architecture.get(key) for key in ("num_attention_heads", "num_key_value_heads")]
+    if any(isinstance(count, int) and count % tp for count in heads):
+        found = f"{tp} does not divide its {heads[0]} attention and {heads[1] or heads[0]} key/value heads"
+        return UserError("parallel.tp", found)
+    tried = replace(job, config=_with_split(job.config, tp, dp), split=replace(job.split, tp=tp, dp=dp))
+    try:
+        check(tried.config, job.accelerator)
+        _check_sharding(tried)
+    except UserError as error:
+        return error
+    return None
+
+
+def _check_sharding(job: Job) -> None:
+    """Raises UserError for a model that so many ranks cannot share."""
+    config, source = job.config, job.source
+    check_kv_heads(job.tp, source.architecture.get("num_key_value_heads"))
+    if config.engine.name != "mii" and not _ragged_kernels(job):
+        check_auto_tp(job.tp, source.architecture.get("model_type"))
+    _check_native(job)
 
 
 def _job_hash(data: dict[str, Any], accelerator: str, requests: Workload) -> str:
@@ -117,17 +262,17 @@ def resolve_dtype(dtype: DType, accelerator: str) -> str:
     return "float32"
 
 
-def _ragged_kernels(config: Config, accelerator: str, source: Source, dtype: str, max_context: int | None) -> bool:
+def _ragged_kernels(job: Job) -> bool:
     """Returns whether DeepSpeed's ragged kernels shard the model; raises UserError if they are asked for and cannot."""
-    engine = config.engine
-    if engine.name != "fastgen" or accelerator != "cuda" or engine.kernels is Kernels.torch:
+    engine, source = job.config.engine, job.source
+    if engine.name != "fastgen" or job.accelerator != "cuda" or engine.kernels is Kernels.torch:
         return False
     reason = unsupported(
         source.architecture,
-        dtype,
-        config.parallel.tp,
+        job.dtype,
+        job.tp,
         engine.quantization,
-        max_context,
+        job.max_context,
         dummy=source.kind == "dummy",
         remote_code=source.trust_remote_code,
     )
@@ -138,14 +283,15 @@ def _ragged_kernels(config: Config, accelerator: str, source: Source, dtype: str
     return reason is None
 
 
-def _check_native(config: Config, source: Source, dtype: str) -> None:
+def _check_native(job: Job) -> None:
     """Raises UserError if the native kernels are asked for and cannot compute the model."""
+    config, source = job.config, job.source
     if config.engine.name != "fastgen" or config.engine.kernels is not Kernels.native or not source.architecture:
         return
     reason = native_checks.unsupported(
         source.architecture,
-        dtype,
-        config.parallel.tp,
+        job.dtype,
+        job.tp,
         dummy=source.kind == "dummy",
         remote_code=source.trust_remote_code,
     )

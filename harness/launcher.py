@@ -86,7 +86,7 @@ def launch(composed: DictConfig, overrides: list[str], watcher: Callable[[Path],
         except BaseException as error:
             recorder.finish("failed", f"{type(error).__name__}: {error}")
             raise
-        recorder.note(launcher=myself())
+        recorder.settle(job.settings, launcher=myself(), split=job.split.record)
     try:
         return _launched(recorder, job, overrides, watcher)
     finally:
@@ -101,7 +101,7 @@ def _launched(
     log = recorder.directory / LAUNCH_LOG
     with nullcontext() if watcher is None else open(log, "wb") as output:
         ending = watch(
-            command(config.parallel.tp * config.parallel.dp, job.accelerator, overrides),
+            command(job.ranks, job.accelerator, [*overrides, *split_words(job)]),
             variables()
             | {RUN_ID_VARIABLE: run_id, PARENT_VARIABLE: str(os.getpid()), "DS_ACCELERATOR": job.accelerator},
             config.timeout_s,
@@ -136,7 +136,7 @@ def _launched(
 
 def _checked(composed: DictConfig) -> jobs.Job:
     job = jobs.prepare(composed)
-    check_devices(job.config.parallel.tp, job.config.parallel.dp, job.accelerator)
+    check_devices(job.tp, job.dp, job.accelerator)
     return job
 
 
@@ -146,15 +146,20 @@ def _taken_up(composed: DictConfig, resolved: dict[str, Any]) -> tuple[RunRecord
     Until the ranks have ended it is ours, so that nobody else begins one before rank 0 is there.
     """
     job = _checked(composed)
-    recorder = RunRecorder.resume(str(resolved["results_dir"]), str(composed.resume), resolved, sys.argv)
+    recorder = RunRecorder.resume(str(resolved["results_dir"]), str(composed.resume), job.settings, sys.argv)
     try:
         recorder.check_work(**job.work)
-        recorder.note(launcher=myself())
+        recorder.note(launcher=myself(), split=job.split.record)
     except BaseException:
         recorder.release()
         raise
     recorder.release(LOCK)  # rank 0 is the one to write
     return recorder, job
+
+
+def split_words(job: jobs.Job) -> list[str]:
+    """Returns the overrides that tell the ranks how they are split, which each would have to find out anew."""
+    return [f"parallel.tp={job.tp}", f"parallel.dp={job.dp}"]
 
 
 def myself(pid: int | None = None) -> list[Any]:

@@ -47,7 +47,7 @@ def of_run(
         torch.cuda.empty_cache()
     config = job.config
     with as_user_error("verify"), Steps("requests checked", sys.stderr) as steps:
-        reference = Reference(job.source, job.dtype, config.generation, device, config.parallel.tp > 1)
+        reference = Reference(job.source, job.dtype, config.generation, device, job.tp > 1)
         lines = [dataclasses.asdict(completion) for completion in completions]
         return check(reference, requests, prompts, lines, job.dtype, steps.update)
 

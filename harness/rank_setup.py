@@ -42,7 +42,7 @@ def engine_settings(job: Job, rank: Rank, replicas: Replicas | None) -> EngineSe
         device="cpu" if job.accelerator == "cpu" else f"cuda:{rank.local_rank}",
         max_context=job.max_context,
         # What one replica has taken, no other can: only a lone rank may take many at a time.
-        lookahead=256 if config.parallel.dp == 1 else 4,
+        lookahead=256 if job.dp == 1 else 4,
         tensor=replicas.tensor if replicas is not None else None,
         host_ranks=rank.local_world,
     )

@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -156,25 +156,34 @@ class Rendezvous:
             found = f"{port} on {socket.gethostname()}: {os.strerror(error.errno) if error.errno else error}"
             raise UserError("--master_port", found, "give another: --master_port N") from error
 
-    def meet(self, facts: Mapping[str, Any]) -> None:
+    def meet(self, facts: Mapping[str, Any], choice: Sequence[int] = ()) -> list[int]:
         """Returns when every rank is there and all are about to run the same.
 
         Args:
             facts: what has to be equal on all ranks, by name; plain JSON.
+            choice: what this rank has made of a question on which ranks may differ.
+
+        Returns:
+            The ``choice`` of rank 0.
 
         Raises:
             RankFailed: another rank cannot go on.
             UserError: the ranks differ, do not come, or cannot reach rank 0.
         """
         if self.rank.world == 1:
-            return
-        address = self._gather(facts) if self.rank.first else self._register(facts)
+            return list(choice)
+        made = list(choice)
+        if self.rank.first:
+            address = self._gather(facts, made)
+        else:
+            address, made = self._register(facts)
         if self.rank.several_hosts:
             use_interface(address)
         for number, line in self._lines.items():
             threading.Thread(target=self._listen, args=(number, line), daemon=True).start()
+        return made
 
-    def _gather(self, facts: Mapping[str, Any]) -> str | None:
+    def _gather(self, facts: Mapping[str, Any], choice: list[int]) -> str | None:
         """Receives the other ranks; returns the address under which other hosts reach this one."""
         facts = json.loads(json.dumps(facts))  # as they arrive from elsewhere
         started, noticed = time.monotonic(), False
@@ -192,7 +201,7 @@ class Rendezvous:
         address = elsewhere[0].address if elsewhere else None
         self._stop_listening()
         for line in self._lines.values():
-            line.send({"met": address})
+            line.send({"met": address, "choice": choice})
         return address
 
     def _hello(self) -> dict[str, Any] | None:
@@ -233,8 +242,12 @@ class Rendezvous:
                     "start all ranks with the same command line, on the same files",
                 )
 
-    def _register(self, facts: Mapping[str, Any]) -> str | None:
-        """Introduces this rank to rank 0 and waits for the others; returns the address that other hosts see."""
+    def _register(self, facts: Mapping[str, Any]) -> tuple[str | None, list[int]]:
+        """Introduces this rank to rank 0 and waits for the others.
+
+        Returns:
+            The address that other hosts see, and what rank 0 has chosen.
+        """
         line = self._connect(MEET_S)
         line.send(self._introduction() | {"facts": facts})
         answer = line.receive()
@@ -243,7 +256,7 @@ class Rendezvous:
         if "met" not in answer:
             self.failure = _told(answer, str(answer.get("failure")))
             raise self.failure
-        return answer["met"] if self.rank.host == 0 else line.address
+        return answer["met"] if self.rank.host == 0 else line.address, answer["choice"]
 
     def _named(self, number: int, host: str) -> str:
         return f"rank {number} on {host}" if self.rank.several_hosts else f"rank {number}"

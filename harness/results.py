@@ -424,6 +424,20 @@ class RunRecorder:
         """What ``record.json`` says, as far as this process wrote it."""
         return self._record
 
+    def settle(self, config: dict[str, Any], **figures: Any) -> None:
+        """Notes ``figures``, and the config as it is now that all of it is known.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
+        config = plain(config)
+        if self._begun:  # else note() writes it
+            replace(self.directory / "config.yaml", yaml_bytes(config))
+        if (segment := self._record.get("segment")) is not None:
+            segment["changed"] = segments.changed(self._record["segments"][-1].get("config", {}), config)
+        columns = {name: value for name, value in columns_from_config(config).items() if name in ("tp", "dp")}
+        self.note(**columns, config=config, config_hash=config_hash(config), **figures)
+
     def note(self, **figures: Any) -> None:
         """Merges facts known early (columns or not) into the record and rewrites ``record.json``.
 

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from harness.config import GROUPS, PLACES, Config
 from harness.errors import UserError, quoted
 from harness.ranks import Rank
-from harness.results import run_directory
+from harness.results import read_record, run_directory
 
 # What the tokens or the work depend on; all else (memory, ranks, order) may be another the second time.
 SAME_GROUPS = ("model", "dataset", "generation")
@@ -49,6 +49,8 @@ def compose(typed: DictConfig, overrides: list[str], rank: Rank | None) -> DictC
         assert isinstance(before, DictConfig)
         config = before.copy()
         config.repeat, config.sweep = typed.repeat, typed.sweep
+        if rank is not None:  # by itself a run has the ranks that it had; a launch may bring another number
+            config.parallel.update(_asked(results_dir, run_id))
         if not _apply(overrides, config):
             config = typed.copy()
     except (OmegaConfBaseException, OSError, ValueError, AssertionError) as error:
@@ -57,6 +59,14 @@ def compose(typed: DictConfig, overrides: list[str], rank: Rank | None) -> DictC
     config.resume, config.results_dir = run_id, results_dir
     _check_same(before, config, run_id)
     return config
+
+
+def _asked(results_dir: str, run_id: str) -> dict[str, Any]:
+    """Returns what of ``parallel`` the run left to be chosen, as None, so that it is chosen again."""
+    record = read_record(results_dir, run_id) or {}
+    first = (record.get("segments") or [record])[0]
+    asked = (first.get("split") or {}).get("asked") or {}
+    return {name: None for name in ("tp", "dp") if name in asked and asked[name] is None}
 
 
 def _apply(overrides: list[str], config: DictConfig) -> bool:

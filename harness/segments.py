@@ -38,7 +38,7 @@ KEPT = (
         "time",
     ),
     *("config", "environment", "hostname", "device_name", "kernels", "loaded", "proof"),
-    *("notes", "engine_statistics", "telemetry"),
+    *("notes", "engine_statistics", "telemetry", "split"),
 )
 # What all segments must have in common, once it is known.
 WORK = ("model", "weights", "dtype", "dataset_sha256")
@@ -80,7 +80,7 @@ def begin(
             "command_line": command_line,
             "clock_from_s": past[-1]["clock_to_s"],
             "completed_before": completed,
-            "changed": _changed(past[-1].get("config", {}), figures["config"]),
+            "changed": changed(past[-1].get("config", {}), figures["config"]),
         },
         "work": {name: earlier[name] for name in WORK if known and earlier.get(name) is not None}
         | earlier.get("work", {}),
@@ -198,7 +198,7 @@ def _accuracy(segment: dict[str, Any]) -> str:
     return AT_LEAST if "elapsed_at_most_s" in segment else ABOUT
 
 
-def _changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
+def changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
     """Returns, by key, the settings that are not what they were, with both values."""
     from harness.results import UNHASHED_KEYS
 

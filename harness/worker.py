@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
@@ -106,9 +107,8 @@ def run(composed: DictConfig, rank: Rank) -> int:
             if recorder is not None:
                 recorder.watch_files(lost=lambda: os.kill(os.getpid(), signal.SIGTERM))
             rendezvous.open()
-            job = jobs.prepare(composed, rank.local_world)
-            ranks.check_world(rank, job.config.parallel.tp, job.config.parallel.dp)
-            rendezvous.meet(same_everywhere(job, resolved))
+            job = together(lambda config: jobs.prepare(config, rank), composed, rank, rendezvous)
+            resolved.update(job.settings)
             work = _Run(job, rank, recorder, rendezvous)
             work.prepare()
             running = True
@@ -173,10 +173,22 @@ def _tell(rendezvous: Rendezvous, fault: Fault) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def same_everywhere(job: Job, resolved: dict[str, Any]) -> dict[str, Any]:
+def together(prepare: Callable[[DictConfig], Job], composed: DictConfig, rank: Rank, rendezvous: Rendezvous) -> Job:
+    """Returns the job once all ranks are there and about to run it, split as rank 0 has split it.
+
+    What fits is a question of free memory, which another rank may have found otherwise a moment later.
+    """
+    job = prepare(composed)
+    ranks.check_world(rank, job.tp, job.dp)
+    tp, dp = rendezvous.meet(same_everywhere(job), (job.tp, job.dp))
+    return job if (tp, dp) == (job.tp, job.dp) else prepare(jobs.with_split(composed, tp, dp))
+
+
+def same_everywhere(job: Job) -> dict[str, Any]:
     """Returns, by name, what all ranks of a launch must agree on: every host composes and reads on its own."""
     facts: dict[str, Any] = {}
-    for group, keys in resolved.items():
+    asked = {"tp": job.split.asked[0], "dp": job.split.asked[1]}
+    for group, keys in (job.settings | {"parallel": asked}).items():
         if group not in UNHASHED_KEYS:
             facts |= {f"{group}.{key}": value for key, value in keys.items()} if isinstance(keys, dict) else {}
     for place in PLACES:
@@ -233,7 +245,7 @@ class _Run:
         if self.rank.world > 1:
             from harness.replicas import Replicas
 
-            self.replicas = Replicas(self.rank, job.accelerator, self.rendezvous, config.parallel.tp)
+            self.replicas = Replicas(self.rank, job.accelerator, self.rendezvous, job.tp)
             self.replicas.join()
         settings = rank_setup.engine_settings(job, self.rank, self.replicas)
         self.device = settings.device
@@ -244,6 +256,8 @@ class _Run:
             self.notes.append(f"the checkpoint is not the one that model={config.model.name} describes; its own counts")
         if self.recorder is not None:
             self.recorder.check_work(**job.work)
+            if RUN_ID_VARIABLE not in os.environ:  # else the launching parent has done it
+                self.recorder.settle(job.settings, split=job.split.record)
         self._note(
             **job.work,
             job_hash=job.job_hash,

@@ -64,7 +64,7 @@ def test_the_contract_s_options_are_there() -> None:
         "engine": {"baseline", "ds_inference", "fastgen", "mii", "simulate"},
         "model": {"smollm2_135m", "llama2_7b", "llama2_13b", "llama2_70b"},
         "dataset": {"sample", "asc24", "sharegpt", "synthetic"},
-        "parallel": {"single", "tp2", "tp4", "tp8", "dp2"},
+        "parallel": {"auto", "single", "tp2", "tp4", "tp8", "dp2"},
         "hardware": {"cpu", "a100_80g", "h100_80g", "h200_141g"},
         "experiment": {"quickstart", "asc24_70b_8gpu"},
     }
@@ -76,7 +76,7 @@ def test_defaults_run_the_demo_model_on_the_sample() -> None:
     config = composed()
     check(config, "cpu")
     assert (config.engine.name, config.model.name, config.dataset.name) == ("fastgen", "smollm2_135m", "sample")
-    assert (config.parallel.tp, config.parallel.dp, config.results_dir) == (1, 1, "results")
+    assert (config.parallel.tp, config.parallel.dp, config.results_dir) == (None, None, "results")
 
 
 def test_an_experiment_overlays_the_rest_and_the_command_line_overlays_it() -> None:

@@ -39,7 +39,7 @@ GROUPS = {
     "model": ["smollm2_135m", "llama2_7b", "llama2_70b", "bert"],
     "dataset": ["sample", "asc24", "sharegpt", "synthetic"],
     "generation": ["greedy"],
-    "parallel": ["single", "tp2", "tp8", "dp2", "dp8"],
+    "parallel": ["auto", "single", "tp2", "tp8", "dp2", "dp8"],
     "hardware": ["cpu", "a100_80g"],
     "experiment": ["quickstart", "tune", "splitfuse_sweep", "asc24_70b_8gpu", "../../etc/passwd"],
 }

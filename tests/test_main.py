@@ -17,6 +17,7 @@ import yaml
 from conftest import ROOT, Run, assert_refused, command, deepspeed, kernels_on_cpu, needs_native, variables
 
 from harness.completions import read_completions
+from harness.results import config_hash
 from harness.runs_table import COLUMNS, read_rows
 
 Harness = Callable[..., Run]
@@ -261,10 +262,55 @@ def test_under_deepspeed_a_refusal_is_one_line_too(harness: Harness) -> None:
 
 
 def test_a_launch_of_the_wrong_size_says_so(harness: Harness) -> None:
-    run = harness(*TINY, *RANDOM, launcher=deepspeed(2, "--log_level", "critical"))
+    run = harness(*TINY, *RANDOM, "parallel=single", launcher=deepspeed(2, "--log_level", "critical"))
     assert run.status == 2
     assert "error: parallel: tp=1 x dp=1 needs 1 ranks, the launch has 2" in run.stderr
     assert run.row["status"] == "invalid"
+
+
+FEW = ["dataset.num_samples=8", "generation.max_output_len=4"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "overrides", "asked", "split", "why"),
+    [
+        ("--num_gpus", [], (None, None), (1, 2), "each rank has room for the whole model"),
+        ("--num_accelerators", ["parallel.tp=2"], (2, None), (2, 1), "dp follows from parallel.tp and 2 ranks"),
+    ],
+)
+def test_deepspeed_by_itself_splits_its_ranks(
+    harness: Harness,
+    flag: str,
+    overrides: list[str],
+    asked: tuple[int | None, int | None],
+    split: tuple[int, int],
+    why: str,
+) -> None:
+    launcher = tuple(flag if word == "--num_accelerators" else word for word in deepspeed(2))
+    run = harness(*FEW, *overrides, launcher=launcher)
+    assert run.status == 0, run.stderr
+    assert (run.row["tp"], run.row["dp"], run.row["completed"]) == (str(split[0]), str(split[1]), "8")
+    asked_for = {"tp": asked[0], "dp": asked[1]}
+    assert run.record["split"] == {"asked": asked_for, "tp": split[0], "dp": split[1], "why": why}
+    settled = {"tp": split[0], "dp": split[1]}
+    assert run.record["config"]["parallel"] == settled
+    assert yaml.safe_load((run.directory / "config.yaml").read_text())["parallel"] == settled
+    assert run.record["config_hash"] == config_hash(run.record["config"])
+    assert f"2 ranks (tp={split[0]}, dp={split[1]}), chosen: {why}" in " ".join(run.stdout.split())
+
+
+def test_python_by_itself_starts_one_rank_which_is_the_job_it_was(harness: Harness) -> None:
+    run = harness(*TINY, *RANDOM, *FEW, "dataset.input_len=4", "dataset.output_len=4")
+    single = harness(*TINY, *RANDOM, *FEW, "dataset.input_len=4", "dataset.output_len=4", "parallel=single")
+    assert (run.status, single.status) == (0, 0), run.stderr + single.stderr
+    assert (run.row["tp"], run.row["dp"]) == ("1", "1")
+    assert "1 rank (tp=1, dp=1), chosen: one rank where no launch brings more" in " ".join(run.stdout.split())
+    assert "1 rank (tp=1, dp=1) " in single.stdout.replace("\n", " ") and "chosen" not in single.stdout
+    assert run.record["split"]["asked"] == {"tp": None, "dp": None}
+    assert single.record["split"] == {"asked": {"tp": 1, "dp": 1}, "tp": 1, "dp": 1, "why": "as given"}
+    assert [run.record[name] for name in ("config_hash", "job_hash")] == [
+        single.record[name] for name in ("config_hash", "job_hash")
+    ]
 
 
 def start(results: Path, *overrides: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen[str]:

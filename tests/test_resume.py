@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -16,12 +17,15 @@ from typing import Any
 import psutil
 import pytest
 from conftest import ROOT, Run, assert_refused, command, deepspeed, variables
+from hydra import compose, initialize_config_dir
 from test_main import RANDOM, TINY, check_against_ids, ranks_of, start
 
-from harness import segments, verify
+from harness import resume, segments, verify
 from harness.completions import read_completions
+from harness.config import register
 from harness.errors import UserError
-from harness.results import RunRecorder, close_unfinished, read_record
+from harness.ranks import Rank
+from harness.results import RunRecorder, close_unfinished, config_hash, read_record
 from harness.run_lock import LOCK
 from harness.runs_table import read_rows
 from harness.workload import Completion
@@ -221,6 +225,32 @@ def test_a_torn_last_line_is_cut_off_and_its_request_run_again(tmp_path: Path, w
     )
     assert_refused(again, f"error: resume: {run_id} is complete; ")
     check(run, whole)
+
+
+def test_a_run_that_split_its_ranks_itself_does_so_again(tmp_path: Path, whole: Run, harness: Harness) -> None:
+    results = tmp_path / "results"
+    process = begin(results, launcher=deepspeed(2))
+    assert wait_for(process, lambda: finished(results) >= 3)
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait(timeout=60)
+    run_id = run_id_in(results)
+    assert run_id is not None
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        words = [f"resume={run_id}", f"results_dir={results}"]
+        typed = compose("config", words)
+        alone, launched = (resume.compose(typed, words, rank).parallel for rank in (None, Rank(0, 3, 0, 3)))
+        fixed = resume.compose(typed, [*words, "parallel.dp=3"], Rank(0, 3, 0, 3)).parallel
+    assert (alone, launched) == ({"tp": 1, "dp": 2}, {"tp": None, "dp": None})  # by itself with as many ranks as it had
+    assert fixed == {"tp": None, "dp": 3}
+    run = harness(f"resume={run_id}", results=results, launcher=deepspeed(1))
+    check(run, whole)
+    first, second = run.record["segments"]
+    assert (first["dp"], second["dp"], run.row["dp"]) == (2, 1, "1")
+    assert second["changed"] == {"parallel.dp": [2, 1]}
+    assert first["split"]["asked"] == second["split"]["asked"] == {"tp": None, "dp": None}
+    assert second["config"]["parallel"] == {"tp": 1, "dp": 1}
+    assert second["config_hash"] == config_hash(second["config"])
 
 
 def test_ctrl_c_then_other_settings_then_a_timeout(tmp_path: Path, whole: Run, harness: Harness) -> None:

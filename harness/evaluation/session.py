@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from harness import checkpoint, engines, environment, faults, rank_setup, ranks, signals, workload
+from harness import checkpoint, engines, environment, faults, rank_setup, signals, workload
 from harness import job as jobs
 from harness.config import NOT_BUILT
 from harness.engines.base import SCORING
@@ -26,7 +26,7 @@ from harness.job import Job
 from harness.ranks import Rank
 from harness.rendezvous import RankFailed, Rendezvous
 from harness.results import config_hash, new_run_id, utc_now
-from harness.worker import LAST_WORDS_S, same_everywhere
+from harness.worker import LAST_WORDS_S, together
 
 LINES = "scores.jsonl"
 CANNOT_SCORE = ("mii", *NOT_BUILT)
@@ -44,7 +44,7 @@ class Options:
 
 def check(composed: DictConfig, options: Options, rank: Rank | None = None) -> Job:
     """Returns the job; raises UserError for what can be refused before a model is loaded."""
-    job = jobs.prepare(composed, None if rank is None else rank.local_world)
+    job = jobs.prepare(composed, rank)
     config = job.config
     if config.engine.name in CANNOT_SCORE:
         raise UserError("engine", f"{config.engine.name} cannot score given tokens", SCORING)
@@ -82,10 +82,8 @@ def run(composed: DictConfig, rank: Rank, options: Options) -> int:
         with signals.handled(composed.timeout_s, hung):
             signals.end_with_the_parent()
             rendezvous.open()
-            job = check(composed, options, rank)
-            ranks.check_world(rank, job.config.parallel.tp, job.config.parallel.dp)
-            rendezvous.meet(same_everywhere(job, jobs.resolved(composed)))
-            evaluation = _Evaluation(job, rank, rendezvous, options, jobs.resolved(composed))
+            job = together(lambda config: check(config, options, rank), composed, rank, rendezvous)
+            evaluation = _Evaluation(job, rank, rendezvous, options, job.settings)
             return evaluation.run()
     except UserError as error:
         _trace(error)
@@ -170,7 +168,7 @@ class _Evaluation:
         if rank.world > 1:
             from harness.replicas import Replicas
 
-            replicas = Replicas(rank, job.accelerator, self.rendezvous, job.config.parallel.tp)
+            replicas = Replicas(rank, job.accelerator, self.rendezvous, job.tp)
             replicas.join()
         settings = rank_setup.engine_settings(job, rank, replicas)
         self.model = checkpoint.model_name(job.config.model, job.source)
@@ -229,8 +227,8 @@ class _Evaluation:
             "weights": config.model.weights,
             "dtype": job.dtype,
             "quantization": config.engine.quantization,
-            "tp": config.parallel.tp,
-            "dp": config.parallel.dp,
+            "tp": job.tp,
+            "dp": job.dp,
             "device": job.accelerator,
             "device_name": environment.device_name(job.accelerator),
             **found,
