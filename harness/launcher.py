@@ -1,4 +1,4 @@
-"""Builds and watches one ``deepspeed`` command, and says how it ended."""
+"""Builds and watches the ranks' command, ``deepspeed``'s where there are several, and says how it ended."""
 
 from __future__ import annotations
 
@@ -44,12 +44,8 @@ class Outcome:
     error: UserError | str | None = None
 
 
-def run(composed: DictConfig, overrides: list[str]) -> int:
-    """Runs one job in a ``deepspeed`` launch of its own, on the user's terminal; returns the exit status."""
-    try:
-        outcome = launch(composed, overrides)
-    except UserError as error:
-        return report(error)
+def told(outcome: Outcome) -> int:
+    """Tells the user how a launch ended, and returns its exit status."""
     if isinstance(outcome.error, UserError):
         report(outcome.error)
     elif outcome.error is not None:
@@ -58,7 +54,7 @@ def run(composed: DictConfig, overrides: list[str]) -> int:
 
 
 def launch(composed: DictConfig, overrides: list[str], watcher: Callable[[Path], None] | None = None) -> Outcome:
-    """Runs one job in a ``deepspeed`` launch of its own.
+    """Runs one job in processes of its own: one rank as it is, several in a ``deepspeed`` launch.
 
     Args:
         composed: the config, for the checks and the number of ranks.
@@ -68,6 +64,16 @@ def launch(composed: DictConfig, overrides: list[str], watcher: Callable[[Path],
 
     Raises:
         UserError: the results cannot be written; anything else that is wrong is an outcome, and a row.
+    """
+    begun = begin(composed)
+    return begun if isinstance(begun, Outcome) else launched(*begun, overrides, watcher)
+
+
+def begin(composed: DictConfig) -> tuple[RunRecorder, jobs.Job] | Outcome:
+    """Checks a job and begins its record, so that nobody else takes the run over; or says why it cannot run.
+
+    Raises:
+        UserError: the results cannot be written, or the run that is to be resumed cannot be.
     """
     resolved = jobs.resolved(composed)
     if composed.resume is not None:
@@ -87,6 +93,13 @@ def launch(composed: DictConfig, overrides: list[str], watcher: Callable[[Path],
             recorder.finish("failed", f"{type(error).__name__}: {error}")
             raise
         recorder.settle(job.settings, launcher=myself(), split=job.split.record)
+    return recorder, job
+
+
+def launched(
+    recorder: RunRecorder, job: jobs.Job, overrides: list[str], watcher: Callable[[Path], None] | None = None
+) -> Outcome:
+    """Starts the ranks of a run that has been begun, waits for them, and returns how they ended."""
     try:
         return _launched(recorder, job, overrides, watcher)
     finally:
@@ -96,14 +109,13 @@ def launch(composed: DictConfig, overrides: list[str], watcher: Callable[[Path],
 def _launched(
     recorder: RunRecorder, job: jobs.Job, overrides: list[str], watcher: Callable[[Path], None] | None
 ) -> Outcome:
-    """Starts the ranks of a run that has been begun, waits for them, and tells how they ended."""
     config, run_id = job.config, recorder.run_id
+    ranks = job.ranks
     log = recorder.directory / LAUNCH_LOG
     with nullcontext() if watcher is None else open(log, "wb") as output:
         ending = watch(
-            command(job.ranks, job.accelerator, [*overrides, *split_words(job)]),
-            variables()
-            | {RUN_ID_VARIABLE: run_id, PARENT_VARIABLE: str(os.getpid()), "DS_ACCELERATOR": job.accelerator},
+            command(ranks, job.accelerator, [*overrides, *split_words(job)]),
+            variables(ranks, job.accelerator) | {RUN_ID_VARIABLE: run_id, PARENT_VARIABLE: str(os.getpid())},
             config.timeout_s,
             output,
             None if watcher is None else lambda: watcher(log),
@@ -168,10 +180,10 @@ def myself(pid: int | None = None) -> list[Any]:
 
 
 def run_program(program: Path, ranks: int, accelerator: str, words: list[str], timeout_s: float | None) -> int:
-    """Runs another of :data:`PROGRAMS` in a ``deepspeed`` launch; returns its exit status. Its ranks keep no record."""
+    """Runs the ranks of another of :data:`PROGRAMS`, which keep no record; returns the exit status."""
     ending = watch(
         command(ranks, accelerator, words, program),
-        variables() | {PARENT_VARIABLE: str(os.getpid()), "DS_ACCELERATOR": accelerator},
+        variables(ranks, accelerator) | {PARENT_VARIABLE: str(os.getpid())},
         timeout_s,
     )
     if ending.interrupted:
@@ -193,11 +205,16 @@ def check_devices(tp: int, dp: int, accelerator: str) -> None:
 
 
 def command(ranks: int, accelerator: str, overrides: list[str], program: Path = MAIN) -> list[str]:
-    """Returns the ``deepspeed`` command that starts ``ranks`` ranks of this harness on this machine."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")
-    if accelerator == "cuda" and len(visible) >= ranks and all(number.isdecimal() for number in visible):
+    """Returns the command that starts ``ranks`` ranks of this harness on this machine.
+
+    A lone rank is started as it is: all that DeepSpeed's launcher would do for it is in :func:`variables`.
+    """
+    if ranks == 1:
+        return [sys.executable, "-u", str(program), *overrides]
+    visible = visible_devices(ranks, accelerator)
+    if visible is not None:
         # A number of GPUs would be counted from the machine's first, whichever the user chose.
-        where = ["--include", f"localhost:{','.join(visible[:ranks])}"]
+        where = ["--include", f"localhost:{','.join(visible)}"]
     else:
         where = ["--num_gpus" if accelerator == "cuda" else "--num_accelerators", str(ranks)]
     return [
@@ -211,13 +228,34 @@ def command(ranks: int, accelerator: str, overrides: list[str], program: Path = 
     ]
 
 
-def variables() -> dict[str, str]:
-    """Returns this process's environment without what another launcher told it.
+def visible_devices(ranks: int, accelerator: str) -> list[str] | None:
+    """Returns the numbers of the GPUs that the user chose, one a rank; None where there is no such choice."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")
+    if accelerator == "cuda" and len(visible) >= ranks and all(number.isdecimal() for number in visible):
+        return visible[:ranks]
+    return None
 
-    Nor with the GPUs that :func:`command` has named, since DeepSpeed would say so.
+
+def variables(ranks: int, accelerator: str) -> dict[str, str]:
+    """Returns the environment for :func:`command`: this process's without what another launcher told it.
+
+    Nor with the GPUs that the command has named, since DeepSpeed would say so. A lone rank is told what DeepSpeed's
+    launcher would tell it.
     """
-    left_out = {"CUDA_VISIBLE_DEVICES", *RANK_VARIABLES}
-    return {name: value for name, value in os.environ.items() if name not in left_out}
+    left_out = {"CUDA_VISIBLE_DEVICES", RUN_ID_VARIABLE, PARENT_VARIABLE, *RANK_VARIABLES}
+    kept = {name: value for name, value in os.environ.items() if name not in left_out}
+    return kept | {"DS_ACCELERATOR": accelerator} | (alone(accelerator) if ranks == 1 else {})
+
+
+def alone(accelerator: str) -> dict[str, str]:
+    """Returns what DeepSpeed's launcher tells the only rank of a launch."""
+    return {
+        **dict.fromkeys(("RANK", "LOCAL_RANK", "CROSS_RANK"), "0"),
+        **dict.fromkeys(("WORLD_SIZE", "LOCAL_SIZE", "CROSS_SIZE"), "1"),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "CUDA_VISIBLE_DEVICES": (visible_devices(1, accelerator) or ["0"])[0],
+    }
 
 
 def free_port() -> int:

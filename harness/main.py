@@ -1,4 +1,4 @@
-"""The entry: under ``deepspeed`` this process is a rank; otherwise it starts the ranks.
+"""The entry: under ``deepspeed`` this process is a rank; otherwise it becomes the only one, or starts several.
 
 deepspeed --num_gpus 8 harness/main.py engine=fastgen ...
 python harness/main.py engine=fastgen ...
@@ -89,7 +89,7 @@ def main() -> int:
 
 
 def _run(composed: DictConfig, rank: ranks.Rank | None) -> int:
-    from harness import launcher
+    from harness.launcher import RUN_ID_VARIABLE
 
     hydra_config = HydraConfig.get()
     config.check_choices(hydra_config.runtime.choices)
@@ -99,7 +99,7 @@ def _run(composed: DictConfig, rank: ranks.Rank | None) -> int:
 
         composed = resume.compose(composed, overrides, rank)
     # A rank that our own launcher started has one of several runs to do already.
-    if rank is None or launcher.RUN_ID_VARIABLE not in os.environ:
+    if rank is None or RUN_ID_VARIABLE not in os.environ:
         if composed.sweep.confirm or composed.sweep.save_as is not None:
             raise UserError("experiment", "a search has several jobs", "add -m: python harness/main.py -m ...")
         if (composed.repeat > 1 or composed.sweep.resume) and _can_run(composed):
@@ -113,7 +113,9 @@ def _run(composed: DictConfig, rank: ranks.Rank | None) -> int:
             SWEEP.run(overrides, composed)
             return SWEEP.conclude()
     if rank is None:
-        return launcher.run(composed, overrides)
+        from harness import start
+
+        return start.run(composed, overrides)
     from harness import worker
 
     return worker.run(composed, rank)

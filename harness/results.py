@@ -356,6 +356,10 @@ class RunRecorder:
     def _hold(self, *locks: str) -> None:
         self._lock.hold(*locks, pid=(read_record(self.results_dir, self.run_id) or {}).get("pid") if locks else None)
 
+    def write_alone(self) -> None:
+        """Keeps every other process from writing the run, until this one ends or calls :meth:`release`."""
+        self._hold(LOCK)
+
     def release(self, *locks: str) -> None:
         """Lets another process write this run, or gives back only some of what is held."""
         self._lock.release(*locks)

@@ -97,7 +97,7 @@ def _launchers() -> list[psutil.Process]:
     ours = os.environ.get(PARENT_VARIABLE)
     try:
         if ours is not None:
-            return [psutil.Process(int(ours))]
+            return [psutil.Process(int(ours))] if int(ours) != os.getpid() else []
         parents = psutil.Process().parents()[:2]
         return [parent for parent in parents if any("deepspeed" in Path(word).name for word in parent.cmdline()[:5])]
     except psutil.NoSuchProcess:  # gone already

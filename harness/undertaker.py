@@ -1,8 +1,9 @@
 """Closes the record of a run whose rank 0 was killed, where no launcher of ours is there to do it.
 
-Under a bare ``deepspeed`` nobody but rank 0 knows of the record. So rank 0 starts this as a program, which detaches
-itself, waits for rank 0's end at the other end of a pipe, and leaves without a word if the record is closed then.
-Meanwhile it is the witness of rank 0's life, and continues ranks that are stopped when they are to end.
+Under a bare ``deepspeed``, and where a run has one rank alone, nobody but rank 0 knows of the record. So rank 0 starts
+this as a program, which detaches itself, waits for rank 0's end at the other end of a pipe, and leaves without a word
+if the record is closed then. Meanwhile it is the witness of rank 0's life, and continues ranks that are stopped when
+they are to end.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import struct
 import sys
 import time
 from pathlib import Path
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 ZOMBIE_S = 2.0  # for a process whose files are closed to be dead
+# linux/pidfd.h: _IOWR(0xFF, 11, struct pidfd_info) for its first 64 bytes, whose last four are the wait status.
+PIDFD_INFO_SIZE, PIDFD_INFO_EXIT, PIDFD_EXIT_AT = 64, 1 << 3, 60
+PIDFD_GET_INFO = 3 << 30 | PIDFD_INFO_SIZE << 16 | 0xFF << 8 | 11
 
 
 def watch(results_dir: str | Path, run_id: str, timeout_s: float | None = None) -> None:
@@ -79,16 +84,20 @@ def _outlive(directory: Path, pid: int, timeout_s: float | None) -> tuple[int, S
     from harness.lifeline import Witness
     from harness.watch import LOOK_S, STOPPED_S, Sleepers
 
-    witness, sleepers = Witness(directory), Sleepers()
+    witness, sleepers, ending = Witness(directory), Sleepers(), _Ending(pid)
     due = None if timeout_s is None else time.monotonic() + timeout_s + STOPPED_S
-    launcher, port = None, None
+    rank, launcher, port = None, None, None
     with contextlib.suppress(psutil.Error):
-        launcher, port = psutil.Process(pid).parent(), psutil.Process(pid).environ().get("MASTER_PORT")
+        rank = psutil.Process(pid)
+        port = rank.environ().get("MASTER_PORT")  # none where a user's shell has started it, whose others are not ours
+        launcher = None if port is None else rank.parent()
 
     def wake() -> None:
+        if rank is not None:
+            sleepers.wake([rank])
         for child in [] if launcher is None else launcher.children():
             with contextlib.suppress(psutil.Error):
-                if "LOCAL_RANK" in (words := child.environ()) and words.get("MASTER_PORT") == port:
+                if child != rank and "LOCAL_RANK" in (words := child.environ()) and words.get("MASTER_PORT") == port:
                     sleepers.wake([child])
 
     while not select.select([0], [], [], LOOK_S)[0] or os.read(0, 4096):
@@ -97,25 +106,50 @@ def _outlive(directory: Path, pid: int, timeout_s: float | None) -> tuple[int, S
             with contextlib.suppress(psutil.Error):
                 wake()
     witness.gone_now()
-    number = _signal_of(pid)  # before the launcher buries it
+    number = ending.signal()  # before the launcher buries it
     with contextlib.suppress(psutil.Error):
         wake()  # the others, for which the launcher would wait
     return number, sleepers
 
 
-def _signal_of(pid: int) -> int:
-    """Returns the signal that has ended a process, as its zombie shows it; 0 where that cannot be told any more."""
-    deadline = time.monotonic() + ZOMBIE_S
-    while time.monotonic() < deadline:
+class _Ending:
+    """How another's child ends. A shell buries it at once; a handle on it, taken before, still tells (Linux 6.15)."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid, self._handle = pid, -1
+        with contextlib.suppress(OSError, AttributeError):
+            self._handle = os.pidfd_open(pid)
+
+    def signal(self) -> int:
+        """Returns the signal that has ended the process, or is about to; 0 where that cannot be told any more."""
+        deadline = time.monotonic() + ZOMBIE_S
+        while time.monotonic() < deadline:
+            try:
+                text = Path(f"/proc/{self._pid}/stat").read_text()
+            except OSError:
+                return self._afterwards()
+            values = text.rpartition(")")[
+                2
+            ].split()  # the name before may hold anything; then fields 3 to 52 of proc(5)
+            if values[0] in "ZX":
+                return int(values[49]) & 0x7F if len(values) > 49 else 0
+            time.sleep(0.01)
+        return 0
+
+    def _afterwards(self) -> int:
+        """Returns what the handle tells of a process that is not there any more."""
+        if self._handle < 0:
+            return 0
+        import fcntl
+
+        answer = bytearray(PIDFD_INFO_SIZE)
+        struct.pack_into("=Q", answer, 0, PIDFD_INFO_EXIT)
         try:
-            text = Path(f"/proc/{pid}/stat").read_text()
+            fcntl.ioctl(self._handle, PIDFD_GET_INFO, answer)
         except OSError:
             return 0
-        values = text.rpartition(")")[2].split()  # the name before may hold anything; then fields 3 to 52 of proc(5)
-        if values[0] in "ZX":
-            return int(values[49]) & 0x7F if len(values) > 49 else 0
-        time.sleep(0.01)
-    return 0
+        (mask,), (status,) = struct.unpack_from("=Q", answer, 0), struct.unpack_from("=i", answer, PIDFD_EXIT_AT)
+        return status & 0x7F if mask & PIDFD_INFO_EXIT else 0
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def watch(
         if witness is not None:
             witness.look()
         if (due is not None and time.monotonic() > due) or (witness is not None and witness.gone):
-            sleepers.wake([member for member in tree(process.pid) if is_rank(member)])
+            sleepers.wake([member for member in whole(process.pid) if is_rank(member)])
 
     with _handling(ask):
         # A session of its own: Ctrl-C reaches the ranks through us alone, once.
@@ -123,7 +123,7 @@ def watch(
 def _end(process: subprocess.Popen[bytes], grace_s: float, witness: Witness | None, sleepers: Sleepers) -> None:
     """Interrupts the ranks, gives them time, then kills whatever is left of the launch."""
     members = tree(process.pid)
-    ranks = [member for member in members if is_rank(member)]
+    ranks = [member for member in whole(process.pid) if is_rank(member)]
     for rank in ranks:
         send(rank, signal.SIGINT)
     if not ranks:
@@ -140,7 +140,11 @@ def _end(process: subprocess.Popen[bytes], grace_s: float, witness: Witness | No
     _, left = psutil.wait_procs(tree(process.pid) + members, timeout=0.5)
     for member in left:
         send(member, signal.SIGKILL)
-    process.wait()
+    try:
+        process.wait(AGAIN_S)  # a launcher ends by itself when its ranks have
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _end_strays(session: int) -> None:
@@ -164,6 +168,14 @@ def tree(pid: int) -> list[psutil.Process]:
     """Returns all that a process has started, and those again."""
     try:
         return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def whole(pid: int) -> list[psutil.Process]:
+    """Returns a process and all of its :func:`tree`."""
+    try:
+        return [psutil.Process(pid), *tree(pid)]
     except psutil.NoSuchProcess:
         return []
 

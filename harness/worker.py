@@ -38,11 +38,14 @@ log = logging.getLogger("harness")
 LAST_WORDS_S = 1.0  # for a rank that ends to say why, after its connections have broken
 
 
-def run(composed: DictConfig, rank: Rank) -> int:
+def run(composed: DictConfig, rank: Rank, begun: tuple[RunRecorder, Job] | None = None) -> int:
     """Runs this rank's part of the job; returns the exit status.
 
     Rank 0 owns the run directory, the terminal and the row in ``runs.csv``; the others say what went
     wrong on standard error and leave.
+
+    Args:
+        begun: the record and the checked job, where this process has made them before it became the only rank.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings about lost peers would bury our own line
     resolved = jobs.resolved(composed)
@@ -50,10 +53,10 @@ def run(composed: DictConfig, rank: Rank) -> int:
     kills = faults.OomKills()
     if rank.first:
         try:
-            recorder = _recorder(resolved)
+            recorder = _recorder(resolved) if begun is None else begun[0]
         except UserError as error:
             return report(error)
-        if PARENT_VARIABLE not in os.environ:
+        if os.environ.get(PARENT_VARIABLE) in (None, str(os.getpid())):
             undertaker.watch(recorder.results_dir, recorder.run_id, resolved.get("timeout_s"))
         _log_to(f"{recorder.directory}/run.log")
     running = False
@@ -103,11 +106,15 @@ def run(composed: DictConfig, rank: Rank) -> int:
 
     try:
         with signals.handled(resolved.get("timeout_s"), hung):
-            signals.end_with_the_parent()
+            if begun is None:
+                signals.end_with_the_parent()
             if recorder is not None:
                 recorder.watch_files(lost=lambda: os.kill(os.getpid(), signal.SIGTERM))
             rendezvous.open()
-            job = together(lambda config: jobs.prepare(config, rank), composed, rank, rendezvous)
+            if begun is None:
+                job = together(lambda config: jobs.prepare(config, rank), composed, rank, rendezvous)
+            else:
+                job = begun[1]
             resolved.update(job.settings)
             work = _Run(job, rank, recorder, rendezvous)
             work.prepare()

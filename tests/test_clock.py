@@ -350,7 +350,7 @@ def test_a_stopped_rank_does_not_outlive_its_time(
 
 
 def test_ctrl_c_reaches_a_stopped_rank(tmp_path: Path) -> None:
-    process = start(tmp_path)
+    process = start(tmp_path, "parallel.dp=2")
     ranks_of(process)[0].send_signal(signal.SIGSTOP)
     time.sleep(1)
     process.send_signal(signal.SIGINT)

@@ -247,7 +247,7 @@ def run_out_of_memory(group: Path, results: Path, victim: int, *overrides: str, 
 @pytest.mark.parametrize(
     ("launcher", "overrides", "who"),
     [
-        ((sys.executable,), [], "a rank"),
+        ((sys.executable,), [], "rank 0"),
         (None, ["parallel.dp=2"], "rank 1 on "),
     ],
 )
@@ -264,7 +264,7 @@ def test_the_kernel_s_kill_for_want_of_memory_is_oom(
     assert row["error"] in run.stderr and f"resume={row['run_id']}" in run.stderr
     assert row["load_s"] and not row["elapsed_s"]
     if launcher == (sys.executable,):
-        assert run.status == 2
+        assert run.status == -signal.SIGKILL
         assert run.stderr.count("\n") == 1
 
 

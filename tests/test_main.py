@@ -16,6 +16,7 @@ import pytest
 import yaml
 from conftest import ROOT, Run, assert_refused, command, deepspeed, kernels_on_cpu, needs_native, variables
 
+from harness import faults
 from harness.completions import read_completions
 from harness.results import config_hash
 from harness.runs_table import COLUMNS, read_rows
@@ -336,7 +337,7 @@ def start(results: Path, *overrides: str, launcher: tuple[str, ...] = (sys.execu
 
 
 def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Returns the rank processes of a launch, in the order of their local rank."""
+    """Returns the rank processes of a launch, in the order of their local rank; a lone one is the process itself."""
     found = [
         child
         for child in psutil.Process(process.pid).children(recursive=True)
@@ -344,6 +345,8 @@ def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
         and "--local_rank" in " ".join(child.cmdline())
         and "deepspeed.launcher.launch" not in child.cmdline()
     ]
+    if not found:
+        return [psutil.Process(process.pid)]
     return sorted(found, key=lambda child: next(part for part in child.cmdline() if "--local_rank" in part))
 
 
@@ -380,7 +383,8 @@ def test_ctrl_c_under_deepspeed_keeps_what_was_finished(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("killed", ["harness", "deepspeed", "deepspeed.launcher.launch"])
 def test_a_killed_launch_leaves_no_stray_ranks(tmp_path: Path, killed: str) -> None:
-    process = start(tmp_path, launcher=(sys.executable,) if killed == "harness" else deepspeed(1))
+    ours = ["parallel.dp=2"] if killed == "harness" else []
+    process = start(tmp_path, *ours, launcher=(sys.executable,) if ours else deepspeed(1))
     family = psutil.Process(process.pid).children(recursive=True)
     if "launch" in killed:
         next(child for child in family if killed in child.cmdline()).kill()
@@ -396,12 +400,30 @@ def test_a_killed_launch_leaves_no_stray_ranks(tmp_path: Path, killed: str) -> N
 
 def test_a_killed_rank_leaves_a_row(tmp_path: Path) -> None:
     process = start(tmp_path)
-    ranks_of(process)[0].kill()
+    process.kill()
     status, stderr, row = ended(process, tmp_path)
-    assert status == 1
+    assert status == -signal.SIGKILL
     assert row["status"] == "failed"
-    assert "SIGKILL" in row["error"]
-    assert "Traceback" not in stderr
+    assert row["error"].startswith("rank 0 was ended by signal SIGKILL, and not for want of memory")
+    assert stderr == f"error: {row['error']} ({faults.way_on(tmp_path / row['run_id'], row['run_id'])})\n"
+
+
+def test_one_rank_is_one_process(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    assert not psutil.Process(process.pid).children(recursive=True)
+    (record,) = (json.loads(path.read_text()) for path in tmp_path.glob("*/record.json"))
+    assert record["pid"] == process.pid
+    process.terminate()
+    status, stderr, row = ended(process, tmp_path)
+    assert (status, row["status"]) == (130, "interrupted")
+    assert stderr.startswith("error: interrupted (what was finished is in ")
+
+
+def test_a_terminal_that_is_closed_interrupts_the_run(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    process.send_signal(signal.SIGHUP)
+    status, _, row = ended(process, tmp_path)
+    assert (status, row["status"]) == (130, "interrupted")
 
 
 def test_a_killed_replica_ends_the_run(tmp_path: Path) -> None:

@@ -192,9 +192,10 @@ def test_pdsh_damages_plain_arguments_but_not_the_encoded_word(tmp_path: Path) -
 def test_deepspeed_on_one_host_passes_arguments_as_they_are(tmp_path: Path) -> None:
     script = tmp_path / "show.py"
     script.write_text(SHOW)
-    line = [str(script) if word == str(MAIN) else word for word in command(1, "cpu", ODD)]
+    line = [str(script) if word == str(MAIN) else word for word in command(2, "cpu", ODD)]
     done = subprocess.run(line, env=variables(), capture_output=True, text=True, timeout=60)
-    assert json.loads(done.stdout.removeprefix("ARGUMENTS")) == ["--local_rank=0", *ODD], done.stderr
+    received = sorted(json.loads(shown) for shown in done.stdout.split("ARGUMENTS")[1:])
+    assert received == [["--local_rank=0", *ODD], ["--local_rank=1", *ODD]], done.stderr
 
 
 def test_hydra_hands_overrides_to_our_own_launcher_as_they_are(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from harness.errors import UserError
 from harness.faults import OomKills
-from harness.launcher import MAIN, check_devices, command, describe, free_port
+from harness.launcher import MAIN, check_devices, command, describe, free_port, variables
 from harness.ranks import Rank, bind_cores, check_world, decoded, encoded, rank_of, without_local_rank
 
 
@@ -68,6 +68,17 @@ def test_the_launch_must_have_tp_times_dp_ranks() -> None:
         check_world(Rank(0, 3, 0, 3), tp=1, dp=2)
     with pytest.raises(UserError, match=r"the launch has 3; give the hostfile as many slots"):
         check_world(Rank(0, 3, 0, 2), tp=2, dp=1)
+
+
+def test_a_lone_rank_is_started_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert command(1, "cpu", ["a=b"]) == [sys.executable, "-u", str(MAIN), "a=b"]
+    monkeypatch.setenv("HARNESS_RUN_ID", "another")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    told = variables(1, "cuda")
+    assert rank_of(told) == Rank() and "HARNESS_RUN_ID" not in told
+    assert (told["CUDA_VISIBLE_DEVICES"], told["DS_ACCELERATOR"]) == ("5", "cuda")
+    assert variables(1, "cpu")["CUDA_VISIBLE_DEVICES"] == "0"
+    assert rank_of(variables(2, "cpu")) is None and "CUDA_VISIBLE_DEVICES" not in variables(2, "cuda")
 
 
 def test_the_command_is_deepspeed_s_launcher_with_the_overrides_untouched() -> None:

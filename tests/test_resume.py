@@ -86,6 +86,8 @@ def family(process: subprocess.Popen[bytes]) -> dict[str, psutil.Process]:
             found["deepspeed"] = child
         elif any(part.endswith("harness/main.py") for part in line) and number is not None:
             found.setdefault(f"rank {number}", child)
+    if len(found) == 1:
+        found["rank 0"] = found["launcher"]
     return found
 
 
@@ -149,7 +151,7 @@ VICTIMS = (
     ("rank 1", 2, False),
     ("launcher", 2, False),
     ("all", 2, False),
-    ("deepspeed", 1, False),
+    ("deepspeed", 2, False),
     ("rank 0", 2, False),
     ("rank 0", 2, True),
     ("launcher", 2, True),
