@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import socket
 import sys
@@ -207,22 +209,19 @@ def check_devices(tp: int, dp: int, accelerator: str) -> None:
 def command(ranks: int, accelerator: str, overrides: list[str], program: Path = MAIN) -> list[str]:
     """Returns the command that starts ``ranks`` ranks of this harness on this machine.
 
-    A lone rank is started as it is: all that DeepSpeed's launcher would do for it is in :func:`variables`.
+    A lone rank is started as it is, several by DeepSpeed's launcher for one host. All else that DeepSpeed would do for
+    them is in :func:`variables`.
     """
     if ranks == 1:
         return [sys.executable, "-u", str(program), *overrides]
-    visible = visible_devices(ranks, accelerator)
-    if visible is not None:
-        # A number of GPUs would be counted from the machine's first, whichever the user chose.
-        where = ["--include", f"localhost:{','.join(visible)}"]
-    else:
-        where = ["--num_gpus" if accelerator == "cuda" else "--num_accelerators", str(ranks)]
+    devices = [int(number) for number in visible_devices(ranks, accelerator) or range(ranks)]
+    hosts = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
+    # What DeepSpeed's runner would start on one host, without the seconds that its own imports take.
     return [
-        *(sys.executable, "-m", "deepspeed.launcher.runner"),
-        *where,
-        *("--hostfile", os.devnull),  # this machine alone, also where the default /job/hostfile exists
-        *("--master_port", str(free_port())),  # the default one collides between jobs
-        *("--log_level", "critical"),  # its lines would tear the progress display
+        *(sys.executable, "-u", "-m", "deepspeed.launcher.launch"),
+        *(f"--world_info={hosts}", "--master_addr=127.0.0.1"),
+        f"--master_port={free_port()}",  # the default one collides between jobs
+        "--log_level=critical",  # its lines would tear the progress display
         str(program),
         *overrides,
     ]
@@ -239,7 +238,7 @@ def visible_devices(ranks: int, accelerator: str) -> list[str] | None:
 def variables(ranks: int, accelerator: str) -> dict[str, str]:
     """Returns the environment for :func:`command`: this process's without what another launcher told it.
 
-    Nor with the GPUs that the command has named, since DeepSpeed would say so. A lone rank is told what DeepSpeed's
+    Nor with the GPUs that the user chose, of which the ranks are told their own. A lone rank is told what DeepSpeed's
     launcher would tell it.
     """
     left_out = {"CUDA_VISIBLE_DEVICES", RUN_ID_VARIABLE, PARENT_VARIABLE, *RANK_VARIABLES}

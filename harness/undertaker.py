@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import struct
 import sys
 import time
@@ -82,7 +83,7 @@ def _outlive(directory: Path, pid: int, timeout_s: float | None) -> tuple[int, S
     import psutil
 
     from harness.lifeline import Witness
-    from harness.watch import LOOK_S, STOPPED_S, Sleepers
+    from harness.watch import DEAF_S, GRACE_S, LOOK_S, STOPPED_S, Sleepers, send
 
     witness, sleepers, ending = Witness(directory), Sleepers(), _Ending(pid)
     due = None if timeout_s is None else time.monotonic() + timeout_s + STOPPED_S
@@ -105,6 +106,10 @@ def _outlive(directory: Path, pid: int, timeout_s: float | None) -> tuple[int, S
         if due is not None and time.monotonic() > due:
             with contextlib.suppress(psutil.Error):
                 wake()
+            # One that hangs outside Python does not heed its own alarm, and no launcher ends it.
+            if launcher is None and rank is not None and time.monotonic() > due + GRACE_S + DEAF_S:
+                sleepers.killed = True
+                send(rank, signal.SIGKILL)
     witness.gone_now()
     number = ending.signal()  # before the launcher buries it
     with contextlib.suppress(psutil.Error):

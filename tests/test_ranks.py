@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -81,31 +84,52 @@ def test_a_lone_rank_is_started_as_it_is(monkeypatch: pytest.MonkeyPatch) -> Non
     assert rank_of(variables(2, "cpu")) is None and "CUDA_VISIBLE_DEVICES" not in variables(2, "cuda")
 
 
+def devices(line: list[str]) -> dict[str, list[int]]:
+    """Returns the hosts of a command for DeepSpeed's launcher, and the devices of each."""
+    (word,) = (word for word in line if word.startswith("--world_info="))
+    return json.loads(base64.urlsafe_b64decode(word.removeprefix("--world_info=")))
+
+
 def test_the_command_is_deepspeed_s_launcher_with_the_overrides_untouched() -> None:
     overrides = ["dataset.path=a b,[c]*$d.json", "engine.token_budget=64"]
     line = command(3, "cpu", overrides)
-    assert line[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
-    assert line[3:5] == ["--num_accelerators", "3"]
+    assert line[:4] == [sys.executable, "-u", "-m", "deepspeed.launcher.launch"]
+    assert devices(line) == {"localhost": [0, 1, 2]}  # one machine, whatever /job/hostfile says
     assert line[-3:] == [str(MAIN), *overrides]
-    assert line[line.index("--hostfile") + 1] == os.devnull  # one machine, whatever /job/hostfile says
+
+
+def test_the_command_is_the_one_that_deepspeed_s_runner_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from deepspeed.launcher import runner
+
+    (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@" >"$SHOWN"\n')
+    (tmp_path / "python").chmod(0o755)
+    ours = command(2, "cpu", ["a=b c"])
+    flags = ["--num_accelerators", "2", "--hostfile", os.devnull, "--log_level", "critical"]
+    port = next(word for word in ours if word.startswith("--master_port=")).partition("=")[2]
+    monkeypatch.setenv("SHOWN", str(tmp_path / "shown"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    runner.main([*flags, "--master_port", port, str(MAIN), "a=b c"])
+    theirs = (tmp_path / "shown").read_text().splitlines()
+    assert set(theirs) - set(ours) == {"--enable_each_rank_log=None"}  # the default
+    assert set(ours) - set(theirs) == {ours[0]}
 
 
 @pytest.mark.parametrize(
-    ("visible", "flags"),
+    ("visible", "numbers"),
     [
-        (None, ["--num_gpus", "2"]),
-        ("", ["--num_gpus", "2"]),
-        ("5, 3,1", ["--include", "localhost:5,3"]),
-        ("3", ["--num_gpus", "2"]),
-        ("GPU-12ab,GPU-34cd", ["--num_gpus", "2"]),
+        (None, [0, 1]),
+        ("", [0, 1]),
+        ("5, 3,1", [5, 3]),
+        ("3", [0, 1]),
+        ("GPU-12ab,GPU-34cd", [0, 1]),
     ],
 )
-def test_the_gpus_that_the_user_chose(monkeypatch: pytest.MonkeyPatch, visible: str | None, flags: list[str]) -> None:
+def test_the_gpus_that_the_user_chose(monkeypatch: pytest.MonkeyPatch, visible: str | None, numbers: list[int]) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert command(2, "cuda", [])[3:5] == flags
-    assert command(2, "cpu", [])[3:5] == ["--num_accelerators", "2"]
+    assert devices(command(2, "cuda", [])) == {"localhost": numbers}
+    assert devices(command(2, "cpu", [])) == {"localhost": [0, 1]}
 
 
 def test_more_ranks_than_gpus_are_refused_with_the_way_out() -> None:
