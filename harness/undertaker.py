@@ -85,7 +85,7 @@ def _outlive(directory: Path, pid: int, timeout_s: float | None) -> tuple[int, S
     from harness.lifeline import Witness
     from harness.watch import DEAF_S, GRACE_S, LOOK_S, STOPPED_S, Sleepers, send
 
-    witness, sleepers, ending = Witness(directory), Sleepers(), _Ending(pid)
+    witness, sleepers, ending = Witness(directory), Sleepers(), Ending(pid)
     due = None if timeout_s is None else time.monotonic() + timeout_s + STOPPED_S
     rank, launcher, port = None, None, None
     with contextlib.suppress(psutil.Error):
@@ -117,7 +117,7 @@ def _outlive(directory: Path, pid: int, timeout_s: float | None) -> tuple[int, S
     return number, sleepers
 
 
-class _Ending:
+class Ending:
     """How another's child ends. A shell buries it at once; a handle on it, taken before, still tells (Linux 6.15)."""
 
     def __init__(self, pid: int) -> None:
@@ -132,7 +132,7 @@ class _Ending:
             try:
                 text = Path(f"/proc/{self._pid}/stat").read_text()
             except OSError:
-                return self._afterwards()
+                return self._afterwards() or 0
             values = text.rpartition(")")[
                 2
             ].split()  # the name before may hold anything; then fields 3 to 52 of proc(5)
@@ -141,20 +141,23 @@ class _Ending:
             time.sleep(0.01)
         return 0
 
-    def _afterwards(self) -> int:
-        """Returns what the handle tells of a process that is not there any more."""
-        if self._handle < 0:
-            return 0
+    @property
+    def told_afterwards(self) -> bool:
+        """Whether the kernel still tells of the process, which is gone."""
+        return self._afterwards() is not None
+
+    def _afterwards(self) -> int | None:
+        """Returns the signal of a process that is gone, from the handle; None where the kernel does not tell."""
         import fcntl
 
         answer = bytearray(PIDFD_INFO_SIZE)
         struct.pack_into("=Q", answer, 0, PIDFD_INFO_EXIT)
         try:
             fcntl.ioctl(self._handle, PIDFD_GET_INFO, answer)
-        except OSError:
-            return 0
+        except (OSError, ValueError):  # an older kernel, or no handle
+            return None
         (mask,), (status,) = struct.unpack_from("=Q", answer, 0), struct.unpack_from("=i", answer, PIDFD_EXIT_AT)
-        return status & 0x7F if mask & PIDFD_INFO_EXIT else 0
+        return status & 0x7F if mask & PIDFD_INFO_EXIT else None
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from hydra import compose, initialize_config_dir
 from test_main import RANDOM, TINY, ended, ranks_of, start
 from test_multi_node import NAMESPACES, NETWORK
 
-from harness import config, faults
+from harness import config, faults, undertaker
 from harness.errors import UserError
 from harness.faults import OomKills
 from harness.launcher import MAIN, free_port
@@ -310,7 +310,7 @@ from harness.results import RunRecorder
 from harness.undertaker import watch
 
 recorder = RunRecorder.create(sys.argv[2], "a-run", {"engine": {"name": "fastgen"}}, [])
-watch(recorder.results_dir, recorder.run_id)
+watch(recorder.results_dir, recorder.run_id, 1.0 if sys.argv[3] == "hang" else None)
 print("begun", flush=True)
 if sys.argv[3] == "finish":
     recorder.finish("ok", elapsed_s=1.0)
@@ -321,6 +321,8 @@ elif sys.argv[3] == "grow":
 elif sys.argv[3] == "fork":
     if os.fork() == 0:
         time.sleep(60)
+elif sys.argv[3] == "hang":
+    time.sleep(120)
 os.kill(os.getpid(), int(sys.argv[4]))
 """
 
@@ -357,6 +359,29 @@ def test_the_undertaker_closes_what_is_its_own(tmp_path: Path, what: str, signum
     assert row["status"] == record["status"] == ("failed" if error else "ok")
     assert row["error"].startswith(error)
     assert said == (f"error: {row['error']} ({faults.way_on(tmp_path / 'a-run', 'a-run')})\n" if error else "")
+
+
+@pytest.mark.full
+def test_the_undertaker_ends_a_rank_that_does_not_heed_its_alarm(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", RANK_0, str(ROOT), str(tmp_path), "hang", "9"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100)
+    assert done.returncode == -signal.SIGKILL
+    (row,) = read_rows(tmp_path / "runs.csv")
+    assert row["status"] == "timeout"
+    assert row["error"].startswith("not finished after timeout_s=1; ")
+    assert done.stderr.startswith(f"error: {row['error']} (")
+
+
+def test_a_signal_is_known_although_the_process_is_buried_at_once() -> None:
+    for number in (signal.SIGKILL, signal.SIGSEGV, None):
+        child = subprocess.Popen(["sleep", "60" if number else "0"])
+        ending = undertaker.Ending(child.pid)
+        if number:
+            child.send_signal(number)
+        child.wait()
+        if number and not ending.told_afterwards:
+            pytest.skip("this kernel tells nothing of a process that is gone")
+        assert ending.signal() == (number or 0)
 
 
 def test_the_undertaker_knows_want_of_memory(memory_group: Path, tmp_path: Path) -> None:
