@@ -27,8 +27,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from conftest import ROOT, variables
-from forgeries import FORGERIES, Forgery, forge
+from support.forgeries import FORGERIES, Forgery, forge
+from support.runs import ROOT, variables
 
 from harness.runs_table import read_rows
 

@@ -2,149 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import hypothesis
 import pytest
-
-from harness.completions import read_completions
-from harness.engines.fastgen.native import checks as native_checks
-from harness.environment import cpu_flags
-from harness.runs_table import read_rows
-
-ROOT = Path(__file__).resolve().parent.parent
-BIN = Path(sys.executable).parent
-SAMPLE = ROOT / "harness" / "data" / "sample.jsonl"
+from support.runs import ROOT, SAMPLE, Run, command, variables
 
 # The same examples each time, so that a change is judged by what it changes; other ones: --hypothesis-profile=search
 hypothesis.settings.register_profile("search", deadline=None)
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
-
-needs_native = pytest.mark.skipif(
-    not cpu_flags().issuperset(native_checks.INSTRUCTIONS), reason="this processor has no AVX-512"
-)
-needs_native_bfloat16 = pytest.mark.skipif(
-    not cpu_flags().issuperset((*native_checks.INSTRUCTIONS, native_checks.BFLOAT16)),
-    reason="this processor has no AVX512-BF16",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One finished command and what it left behind."""
-
-    status: int
-    stdout: str
-    stderr: str
-    results: Path
-
-    @property
-    def rows(self) -> list[dict[str, str]]:
-        return read_rows(self.results / "runs.csv")
-
-    @property
-    def row(self) -> dict[str, str]:
-        assert len(self.rows) == 1, self.stderr
-        return self.rows[0]
-
-    @property
-    def directory(self) -> Path:
-        return self.results / self.row["run_id"]
-
-    @property
-    def record(self) -> dict[str, Any]:
-        return json.loads((self.directory / "record.json").read_text())
-
-    @property
-    def completions(self) -> dict[int, dict[str, Any]]:
-        lines = read_completions(self.directory / "completions.jsonl")
-        by_index = {line["index"]: line for line in lines}
-        assert len(by_index) == len(lines), "a request came back twice"
-        return by_index
-
-    @property
-    def token_ids(self) -> dict[int, list[int]]:
-        return {index: line["token_ids"] for index, line in self.completions.items()}
-
-
-def variables(**more: str) -> dict[str, str]:
-    """Returns the environment of a shell that knows nothing of this test session."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "HYDRA"))}
-    return kept | {"DS_ACCELERATOR": "cpu"} | more
-
-
-def command(*overrides: str, launcher: tuple[str, ...] = (sys.executable,)) -> list[str]:
-    """Returns the command line of a run; ``launcher`` may be ``deepspeed`` with its flags."""
-    return [*launcher, "harness/main.py", *overrides]
-
-
-def deepspeed(ranks: int, *flags: str) -> tuple[str, ...]:
-    """Returns DeepSpeed's launcher for ``ranks`` CPU ranks."""
-    from harness.launcher import free_port
-
-    return (str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port()), *flags)
-
-
-def launched(directory: Path, script: str, ranks: int, *arguments: str, **environment: str) -> Any:
-    """Runs a script under DeepSpeed's launcher; returns what rank 0 wrote, as JSON, to the last argument it got."""
-    (directory / "rank.py").write_text(script)
-    place = directory / "outcome.json"
-    done = subprocess.run(
-        [*deepspeed(ranks, "--log_level", "critical"), str(directory / "rank.py"), *arguments, str(place)],
-        cwd=ROOT,
-        env=variables(**environment),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert place.exists(), done.stderr
-    return json.loads(place.read_text())
-
-
-def assert_refused(done: subprocess.CompletedProcess[str], line: str) -> None:
-    """Asserts that a command ended as one does that refuses its input: one line, which starts so, and status 2."""
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(line)
-    assert done.stderr.count("\n") == 1
-
-
-def kernels_on_cpu(model: Path, dtype: str) -> str:
-    """Returns what ``engine.kernels=auto`` takes on this machine for the checkpoint in ``model``."""
-    architecture = json.loads((model / "config.json").read_text())
-    reason = native_checks.unsupported(architecture, dtype, 1) or native_checks.slower(dtype)
-    return "native" if reason is None else "torch"
-
-
-def save_model(directory: Path, model_type: str, dtype: Any, sharp: float = 1.0, **sizes: Any) -> Path:
-    """Writes a model whose weights are large enough for attention, norms, biases and positions to matter.
-
-    ``sharp`` scales queries and keys.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(model_type, **sizes)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    for name, weight in model.named_parameters():
-        if weight.ndim == 1:
-            torch.nn.init.normal_(weight, mean=0.0 if name.endswith("bias") else 1.0, std=0.2)
-        elif name == "model.embed_tokens.weight":
-            torch.nn.init.normal_(weight, std=0.7)
-        else:
-            torch.nn.init.normal_(weight, std=1.2 * weight.shape[1] ** -0.5)
-            if "q_proj" in name or "k_proj" in name:
-                weight.data *= sharp
-    model.to(dtype).save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from conftest import BIN, ROOT, SAMPLE, assert_refused, deepspeed, variables
-from test_main import RANDOM, TINY
-from test_native import settings_of
-from test_scoring import expected
+from support.engines import expected, settings_of
+from support.runs import BIN, RANDOM, ROOT, SAMPLE, TINY, assert_refused, deepspeed, variables
 
 from harness import accuracy
 from harness.config import Kernels, Stop

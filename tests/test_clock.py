@@ -16,10 +16,8 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import ROOT, Run, command, deepspeed, variables
-from test_faults import undertakers
-from test_main import ended, ranks_of, start
-from test_resume import REQUESTS, begin, check_sums, family, has_lines, kill, run_id_in, wait_for
+from support.resuming import REQUESTS, begin, check_sums, family, has_lines, kill, run_id_in, undertakers, wait_for
+from support.runs import ROOT, Run, command, deepspeed, ended, ranks_of, start, variables
 
 from harness import lifeline, segments, watch
 from harness.results import RunRecorder, close_unfinished, read_record

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from made_runs import FACTS, ROOT, command, refused, run
+from support.made_runs import FACTS, ROOT, command, refused, run
 
 from harness import compare
 from harness.runs_table import COLUMNS, put_row, read_rows

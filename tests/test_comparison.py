@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import comparison, refused, run
+from support.made_runs import comparison, refused, run
 
 from harness import compare
 from harness.errors import UserError

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_fastgen_engine import TINY, generate, hugging_face, requests, settings
+from support.engines import TINY, engine_for, generate, hugging_face, ids, requests
 
-from harness.config import EngineConfig, Stop
-from harness.engines.ds_inference import DsInferenceEngine, prefill_groups
+from harness.engines.ds_inference import prefill_groups
 from harness.engines.static_cache import StaticCache
 from harness.results import PassRecord
-from harness.workload import Completion, Request
-
-
-def engine_for(model_type: str = "llama", stop: Stop = Stop.length, **engine: Any) -> DsInferenceEngine:
-    more = {"sliding_window": None, "pad_token_id": 0} if model_type in ("mistral", "phi3") else {"pad_token_id": 0}
-    chosen = settings(model_type, stop, more)
-    loaded = DsInferenceEngine(replace(chosen, engine=EngineConfig("ds_inference", **engine)))
-    loaded.load()
-    return loaded
-
-
-def ids(found: dict[int, Completion]) -> dict[int, list[int]]:
-    return {index: completion.token_ids for index, completion in found.items()}
+from harness.workload import Request
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "granite"])

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import families
-import families_table
 import pytest
-from conftest import needs_native_bfloat16
+from support import families, families_table
+from support.machine import needs_native_bfloat16
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,7 +31,7 @@ def test_every_family_is_computed_rightly_or_refused(scale: Callable[[int, int],
 
 
 def test_the_document_lists_what_transformers_has() -> None:
-    """A newer transformers has new families: ``PYTHONPATH=. python tests/families_table.py`` tries them."""
+    """A newer transformers has new families: ``tests/support/families_table.py`` tries them."""
     if not families_table.DOCUMENT.exists():
         pytest.skip("it has not been written yet")
     assert families_table.listed(families_table.DOCUMENT.read_text()) == families.names()

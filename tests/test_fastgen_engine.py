@@ -10,82 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from support.engines import generate, hugging_face, requests, settings
 from torch.nn.functional import scaled_dot_product_attention
 
-from harness import checkpoint
-from harness.checkpoint import Source
-from harness.config import EngineConfig, GenerationConfig, Kernels, Order, Stop
+from harness.config import Order, Stop
 from harness.engines.attention_checks import refuse_unusual_attention
-from harness.engines.base import Clock, Engine, EngineSettings
 from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.fastgen.paged_attention import KvCache, build_plan, ragged_attention
 from harness.engines.fastgen.scheduler import Chunk, RaggedBatch, Sequence
 from harness.engines.kv_memory import kv_memory_bytes
 from harness.errors import UserError
 from harness.results import PassRecord
-from harness.workload import Completion, Request
-
-TINY: dict[str, Any] = {
-    "hidden_size": 96,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 300,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
-def settings(
-    model_type: str = "llama", stop: Stop = Stop.length, more: dict[str, Any] | None = None, **engine: Any
-) -> EngineSettings:
-    architecture = {"model_type": model_type, **TINY, **(more or {})}
-    return EngineSettings(
-        engine=EngineConfig(name="fastgen", **{"kernels": Kernels.torch, **engine}),
-        generation=GenerationConfig(stop=stop),
-        source=Source("dummy", None, None, None, architecture, False),
-        dtype="float32",
-        device="cpu",
-        max_context=256,
-    )
-
-
-def requests(count: int, seed: int = 0) -> list[Request]:
-    rng = random.Random(seed)
-    return [
-        Request(
-            index=index,
-            prompt="",
-            output_len=rng.randint(1, 30),
-            prompt_ids=tuple(rng.randrange(3, 300) for _ in range(rng.choice([1, 2, 3, 7, 20, 60, 150]))),
-        )
-        for index in range(count)
-    ]
-
-
-def generate(engine: Engine, jobs: list[Request]) -> dict[int, Completion]:
-    found: dict[int, Completion] = {}
-    for completion in engine.generate(iter(engine.arrange(jobs)), Clock()):
-        assert completion.index not in found
-        found[completion.index] = completion
-    return found
-
-
-def hugging_face(source: Source, jobs: list[Request], eos: int | None = None) -> dict[int, list[int]]:
-    model = checkpoint.load_model(source, dtype=torch.float32)
-    model.generation_config.eos_token_id = eos
-    answers = {}
-    for job in jobs:
-        ids = torch.tensor([job.prompt_ids])
-        with torch.inference_mode():
-            output = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=job.output_len, pad_token_id=0
-            )
-        answers[job.index] = output[0, ids.shape[1] :].tolist()
-    return answers
+from harness.workload import Request
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "granite"])

@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
-from conftest import BIN, ROOT, Run, command, deepspeed, variables
 from hydra import compose, initialize_config_dir
-from test_main import RANDOM, TINY, ended, ranks_of, start
-from test_multi_node import NAMESPACES, NETWORK
+from support.hosts import NAMESPACES, NETWORK, networked
+from support.resuming import undertakers
+from support.runs import BIN, RANDOM, ROOT, TINY, Run, command, deepspeed, ended, ranks_of, start, variables
 
 from harness import config, faults, undertaker
 from harness.errors import UserError
@@ -281,15 +280,6 @@ def test_an_allocation_that_fails_is_oom(harness: Callable[..., Run]) -> None:
 # --- rank 0 killed where nobody else knows of the record ---
 
 
-def undertakers(run_id: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or []
-        if run_id in words and any(word.endswith("undertaker.py") for word in words):
-            found.append(process)
-    return found
-
-
 def test_a_killed_rank_0_under_deepspeed_leaves_a_row(tmp_path: Path) -> None:
     process = start(tmp_path, "parallel.dp=2", launcher=deepspeed(2, "--log_level", "critical"))
     ranks_of(process)[0].kill()
@@ -457,13 +447,6 @@ until [ -e "met 0" ] && [ -e "met 1" ]; do sleep 0.1; done
 on_b ip link set v1 down
 wait $a $c
 """
-
-
-def networked(directory: Path) -> None:
-    """Skips the test where no two hosts can be imitated."""
-    probe = subprocess.run([*NAMESPACES, NETWORK], cwd=directory, capture_output=True, text=True)
-    if probe.returncode:
-        pytest.skip(f"no network namespaces here: {probe.stderr.strip()}")
 
 
 def test_a_host_without_a_word_is_lost(tmp_path: Path) -> None:

@@ -4,51 +4,28 @@ from __future__ import annotations
 
 import bz2
 import collections
-import contextlib
-import faulthandler
 import gzip
 import json
 import lzma
-import signal
-import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from support.patience import no_hang
 
 from harness import workload
 from harness.config import DatasetConfig, GenerationConfig
 from harness.errors import UserError
 
-PATIENCE_S = 240  # for one example, of milliseconds, on a machine that may stall
 FILE_LIMIT = 1_500_000  # in place of 2 GiB, so that a bomb is a small one
 LONGEST = 1_000_000  # tokens
 NAMES = ("asc24", "sharegpt", "sample")
-
-
-@contextlib.contextmanager
-def no_hang(seconds: float = PATIENCE_S) -> Iterator[None]:
-    """Fails what takes longer; a library that lets no signal through ends the test session with its stack."""
-
-    def over(signum: int, frame: FrameType | None) -> None:
-        raise AssertionError(f"still busy after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    faulthandler.dump_traceback_later(2 * seconds, exit=True, file=sys.__stderr__)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def assert_one_line(error: UserError) -> None:

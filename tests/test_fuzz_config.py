@@ -18,14 +18,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import ROOT, SAMPLE, assert_refused, command, variables
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig
-from test_fuzz import no_hang
-from test_main import TINY
+from support.patience import no_hang
+from support.runs import ROOT, SAMPLE, TINY, assert_refused, command, variables
 
 from harness import launcher, sweep
 from harness.explain import keys

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run
-from test_deepspeed_runner import Judge, gap_of, generate, loaded, requests, save, settings
+from support.ragged import Judge, gap_of, generate, loaded, requests, save, settings
+from support.runs import Run
 
 from harness import environment
 from harness.engines.base import EngineSettings

@@ -6,39 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_ds_inference import engine_for, ids
-from test_fastgen_engine import generate, hugging_face, requests, settings
-from transformers import DynamicCache
+from support.engines import LayersThatRemember, engine_for, generate, hugging_face, ids, requests
 
-from harness import checkpoint
 from harness.engines.kernel_inject import InjectedBatch, refuse_unsupported
 from harness.errors import UserError
 from harness.workload import Request
-
-
-class LayersThatRemember(torch.nn.Module):
-    """Keeps keys and values itself, as injected layers do: a forward of several tokens begins anew."""
-
-    def __init__(self, rows: int, damage: float = 0.0) -> None:
-        super().__init__()
-        self.rows = rows
-        self.model = checkpoint.load_model(settings().source, dtype=torch.float32, attention="eager")
-        with torch.no_grad():
-            self.model.model.layers[0].self_attn.o_proj.weight.mul_(1 + damage)
-        self.cache = DynamicCache()
-
-    def reset_cache(self) -> None:
-        self.cache = DynamicCache()
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool, **kwargs: Any) -> Any:
-        assert not use_cache and input_ids.shape[0] == self.rows
-        if input_ids.shape[1] > 1:
-            self.reset_cache()
-        columns = self.cache.get_seq_length() + input_ids.shape[1]
-        assert attention_mask.shape == (self.rows, 1, input_ids.shape[1], columns)
-        return self.model(
-            input_ids, attention_mask=attention_mask, past_key_values=self.cache, use_cache=True, **kwargs
-        )
 
 
 def test_batches_of_all_rows_give_hugging_face_ids() -> None:

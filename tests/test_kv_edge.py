@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import SAMPLE, Run
+from support.runs import SAMPLE, Run
 
 from harness.config import ModelConfig
 

@@ -7,58 +7,33 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, Run, assert_refused, command, deepspeed, kernels_on_cpu, needs_native, variables
+from support.machine import kernels_on_cpu, needs_native
+from support.runs import (
+    RANDOM,
+    ROOT,
+    TINY,
+    Run,
+    assert_refused,
+    check_against_ids,
+    command,
+    deepspeed,
+    ended,
+    ranks_of,
+    start,
+    variables,
+)
 
 from harness import faults
-from harness.completions import read_completions
 from harness.results import config_hash
 from harness.runs_table import COLUMNS, read_rows
 
 Harness = Callable[..., Run]
-
-# A LLaMA of two layers with random weights: real code, next to no arithmetic.
-TINY = [
-    "model=llama2_7b",
-    "model.weights=dummy",
-    "model.dtype=float32",
-    *(
-        f"model.architecture.{key}={value}"
-        for key, value in {
-            "num_hidden_layers": 2,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-        }.items()
-    ),
-    "generation.stop=length",
-]
-RANDOM = ["dataset=synthetic", "dataset.prompt=random"]
-
-
-def check_against_ids(run: Run) -> None:
-    """Recounts a run from its completions alone and compares with its row."""
-    done = [line for line in run.completions.values() if line["finish_reason"] != "rejected"]
-    row = run.row
-    prompt = sum(line["prompt_tokens"] for line in done)
-    output = sum(len(line["token_ids"]) for line in done)
-    assert (int(row["prompt_tokens"]), int(row["output_tokens"])) == (prompt, output)
-    assert int(row["total_tokens"]) == prompt + output
-    assert int(row["completed"]) == len(done)
-    elapsed = float(row["elapsed_s"])
-    assert float(row["total_tokens_per_s"]) == pytest.approx((prompt + output) / elapsed, rel=1e-5)
-    assert float(row["output_tokens_per_s"]) == pytest.approx(output / elapsed, rel=1e-5)
-    assert max(line["finished_s"] for line in done) <= elapsed
-    for line in done:
-        assert line["output_tokens"] == len(line["token_ids"])
-        assert 0 < line["first_token_s"] <= line["finished_s"]
 
 
 def test_deepspeed_and_python_do_the_same_job(harness: Harness, tmp_path: Path, demo_model: Path) -> None:
@@ -312,55 +287,6 @@ def test_python_by_itself_starts_one_rank_which_is_the_job_it_was(harness: Harne
     assert [run.record[name] for name in ("config_hash", "job_hash")] == [
         single.record[name] for name in ("config_hash", "job_hash")
     ]
-
-
-def start(results: Path, *overrides: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen[str]:
-    """Starts a run of many small requests and returns when some of them are finished."""
-    arguments = command(
-        *TINY,
-        *RANDOM,
-        "dataset.num_samples=100000",
-        "dataset.input_len=16",
-        "dataset.output_len=16",
-        *overrides,
-        f"results_dir={results}",
-        launcher=launcher,
-    )
-    process = subprocess.Popen(arguments, cwd=ROOT, env=variables(), stdout=-1, stderr=-1, text=True)
-    for _ in range(1200):
-        finished = [path for path in results.glob("*/completions.jsonl") if path.stat().st_size > 10_000]
-        if finished:
-            return process
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    raise AssertionError("the run did not start")
-
-
-def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Returns the rank processes of a launch, in the order of their local rank; a lone one is the process itself."""
-    found = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if any(part.endswith("harness/main.py") for part in child.cmdline())
-        and "--local_rank" in " ".join(child.cmdline())
-        and "deepspeed.launcher.launch" not in child.cmdline()
-    ]
-    if not found:
-        return [psutil.Process(process.pid)]
-    return sorted(found, key=lambda child: next(part for part in child.cmdline() if "--local_rank" in part))
-
-
-def ended(process: subprocess.Popen[str], results: Path) -> tuple[int, str, dict[str, str]]:
-    """Waits for the end; returns exit status, stderr and the row, having checked that nothing was left behind."""
-    family = psutil.Process(process.pid).children(recursive=True)
-    _, stderr = process.communicate(timeout=120)
-    _, alive = psutil.wait_procs(family, timeout=10)
-    assert not alive
-    (row,) = read_rows(results / "runs.csv")
-    lines = read_completions(results / row["run_id"] / "completions.jsonl")
-    assert int(row["completed"]) == len(lines) > 0
-    assert row["total_tokens_per_s"] == ""
-    return process.returncode, stderr, row
 
 
 def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from deepspeed.inference.v2.ragged.sequence_descriptor import DSSequenceDescript
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from test_fastgen_engine import requests as jobs_of
+from support.engines import requests as jobs_of
 
 from harness import checkpoint, environment
 from harness.checkpoint import ByteTokenizer

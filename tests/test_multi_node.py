@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import BIN, ROOT, Run, assert_refused, variables
-from test_main import RANDOM, TINY, check_against_ids
+from support.hosts import NAMESPACES, NETWORK
+from support.runs import BIN, RANDOM, ROOT, TINY, Run, assert_refused, check_against_ids, variables
 
 from harness.completions import read_completions
 from harness.launcher import MAIN, command, free_port
@@ -321,33 +321,6 @@ def test_the_slurm_file_starts_one_run_on_two_nodes(tmp_path: Path) -> None:
     run = Run(done.returncode, done.stdout, done.stderr, tmp_path / "results")
     check_shared(run, 20)
     assert run.record["config"]["dataset"]["path"] == str(tmp_path / ODD_NAME)
-
-
-# Two hosts with a cable between them, each of which takes its own name for a loopback address, as Debian does.
-NETWORK = """
-set -euo pipefail
-printf '127.0.0.1 localhost\\n127.0.1.1 nodea\\n10.77.0.2 nodeb\\n' >hosts.a
-printf '127.0.0.1 localhost\\n127.0.1.1 nodeb\\n10.77.0.1 nodea\\n' >hosts.b
-: >resolv.conf
-mount --bind resolv.conf /etc/resolv.conf
-unshare --net --mount --uts sleep 300 &
-b=$!
-trap 'kill $b' EXIT
-until [ "$(readlink /proc/$b/ns/net)" != "$(readlink /proc/self/ns/net)" ]; do sleep 0.05; done
-on_b() { nsenter --target $b --net --mount --uts "$@"; }
-ip link set lo up
-ip link add v0 type veth peer name v1 netns $b
-ip addr add 10.77.0.1/24 dev v0
-ip link set v0 up
-hostname nodea
-mount --bind hosts.a /etc/hosts
-on_b ip link set lo up
-on_b ip addr add 10.77.0.2/24 dev v1
-on_b ip link set v1 up
-on_b hostname nodeb
-on_b mount --bind "$PWD/hosts.b" /etc/hosts
-"""
-NAMESPACES = ["unshare", "--user", "--map-root-user", "--net", "--mount", "--uts", "bash", "-c"]
 
 
 def test_two_hosts_that_name_themselves_by_a_loopback_address(tmp_path: Path) -> None:

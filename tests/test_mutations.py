@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from check_mutations import CAUGHT, FAULTS, NOTHING, PASSES, missed, verified
-from conftest import ROOT, variables
-from forgeries import FORGERIES
+from support.forgeries import FORGERIES
+from support.runs import ROOT, variables
 
 SCRIPT = [sys.executable, "tests/check_mutations.py"]
 

@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT, needs_native, needs_native_bfloat16, save_model, variables
-from test_fastgen_engine import generate, hugging_face, requests, settings
+from support.engines import generate, hugging_face, requests, settings, settings_of
+from support.machine import needs_native, needs_native_bfloat16
+from support.models import SIZES, save_model
+from support.runs import ROOT, variables
 from torch import Tensor
 
-from harness.checkpoint_files import find
-from harness.config import EngineConfig, GenerationConfig, Kernels, Order, Stop
-from harness.engines.base import EngineSettings
+from harness.config import Kernels, Order, Stop
 from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.fastgen.native import build, checks
 from harness.engines.fastgen.native_runner import NativeRunner
@@ -36,20 +36,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # --- models and passes ----------------------------------------------------------------------------------------------
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 96,
-    "intermediate_size": 160,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 300,
-    "max_position_embeddings": 512,
-    "sliding_window": None,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 
 # What each pass feeds: sequence and tokens. The first comes in pieces, of which every height of tile up to 14 is one,
 # goes on past the 256 keys that are scored together, and is joined by others: whole prompts and decodes.
@@ -69,19 +55,6 @@ def prompts(vocabulary: int, seed: int = 0) -> list[list[int]]:
     lengths = [sum(length for step in PASSES for uid, length in step if uid == which) for which in range(4)]
     assert lengths == [300, 76, 42, 4]
     return [[rng.randrange(vocabulary) for _ in range(length)] for length in lengths]
-
-
-def settings_of(
-    directory: Path, dtype: str = "float32", stop: Stop = Stop.length, kernels: Kernels = Kernels.native, **engine: Any
-) -> EngineSettings:
-    return EngineSettings(
-        engine=EngineConfig(name="fastgen", kernels=kernels, **engine),
-        generation=GenerationConfig(stop=stop),
-        source=find(str(directory), False, need_weights=True),
-        dtype=dtype,
-        device="cpu",
-        max_context=512,
-    )
 
 
 def logits_of(runner: NativeRunner, tokens: list[list[int]], seed: int = 0) -> list[Tensor]:

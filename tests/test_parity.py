@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import SAMPLE, Run, kernels_on_cpu
+from support.machine import kernels_on_cpu
+from support.runs import SAMPLE, Run
 
 # KV blocks of 16 tokens in fp32 are 16 * 46,080 bytes; the longest request of the sample needs 1,063 slots: 67 blocks.
 TIGHT = 80 * 16 * 46_080

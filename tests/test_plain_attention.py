@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_fastgen_engine import generate, hugging_face, requests, settings
-from test_reference import LONGROPE
+from support.engines import generate, hugging_face, requests, settings
+from support.models import LONGROPE
 
 from harness.config import EngineConfig, Kernels
 from harness.engines import auto_tp, proof

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run, launched, needs_native, save_model
 from safetensors.torch import load_file, save_file
-from test_fastgen_engine import generate, hugging_face, requests, settings
-from test_kernel_inject import LayersThatRemember
-from test_main import RANDOM
-from test_main import TINY as SMALL
-from test_native import SIZES, settings_of
+from support.engines import LayersThatRemember, generate, hugging_face, requests, settings, settings_of
+from support.machine import needs_native
+from support.models import SIZES, save_model
+from support.runs import RANDOM, Run, launched
+from support.runs import TINY as SMALL
 
 from harness.config import EngineConfig, Kernels
 from harness.engines import proof, proof_cache
@@ -246,43 +244,10 @@ import json, os, sys
 import torch
 sys.path[0] = os.getcwd()
 sys.path.insert(0, os.path.join(os.getcwd(), "tests"))
-from test_proof import team_of_two
+from support.engines import team_of_two
 fault, place = sys.argv[-2:]
 team_of_two(fault, place)
 """
-
-
-def team_of_two(fault: str, place: str) -> None:
-    """Loads the tiny model over two ranks; rank 1's weights are damaged if ``fault`` says so."""
-    from harness import ranks
-    from harness.rendezvous import Rendezvous
-    from harness.replicas import Replicas
-
-    torch.set_num_threads(1)
-    rank = ranks.current()
-    assert rank is not None
-    rendezvous = Rendezvous(rank, failed=lambda: None)
-    rendezvous.open()
-    rendezvous.meet({})
-    replicas = Replicas(rank, "cpu", rendezvous, 2)
-    replicas.join()
-    whole = TorchRunner.load
-
-    def damaged(runner: TorchRunner) -> None:
-        whole(runner)
-        if fault == "damage" and rank.rank == 1:
-            runner.model.model.layers[0].mlp.down_proj.weight.data.mul_(1.5)
-
-    TorchRunner.load = damaged  # type: ignore[method-assign]
-    outcome: list[Any] = []
-    for _ in range(2):
-        engine = FastGenEngine(replace(settings(), tensor=replicas.tensor, host_ranks=2))
-        try:
-            outcome.append(proof.load(engine).proof)
-        except UserError as error:
-            outcome.append(str(error))
-    if rank.rank == int(fault == "damage"):
-        Path(place).write_text(json.dumps(outcome))
 
 
 @pytest.mark.parametrize("fault", ["none", "damage"])

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import ROOT, SAMPLE, Run
+from support.runs import ROOT, SAMPLE, Run
 
 
 def recounted(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Run, command, save_model, variables
-from test_native import SIZES
+from support.models import LONGROPE, SIZES, save_model
+from support.runs import ROOT, Run, command, variables
 
 from harness import reference as references
 from harness.checkpoint_files import Source, find, rotary_threshold
@@ -21,13 +21,6 @@ from harness.config import GenerationConfig, Stop
 from harness.reference import Answer, Reference, forced_logits
 from harness.verification.judging import BOUNDS, Scores
 
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10_000.0,
-    "short_factor": [1.0] * 8,
-    "long_factor": [2.0 + 3 * place for place in range(8)],
-    "original_max_position_embeddings": 32,
-}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama/longrope": {"rope_parameters": LONGROPE, "max_position_embeddings": 128},

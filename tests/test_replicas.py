@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from conftest import launched
+from support.runs import launched
 
 RANK = """
 import json, os, sys, time

@@ -14,13 +14,37 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from conftest import ROOT, Run, assert_refused, command, deepspeed, variables
 from hydra import compose, initialize_config_dir
-from test_main import RANDOM, TINY, check_against_ids, ranks_of, start
+from support.resuming import (
+    REQUESTS,
+    WORK,
+    begin,
+    check,
+    complete_lines,
+    family,
+    finished,
+    has_lines,
+    kill,
+    passed,
+    run_id_in,
+    wait_for,
+)
+from support.runs import (
+    RANDOM,
+    ROOT,
+    TINY,
+    Run,
+    assert_refused,
+    check_against_ids,
+    command,
+    deepspeed,
+    ranks_of,
+    start,
+    variables,
+)
 
-from harness import resume, segments, verify
+from harness import resume, segments
 from harness.completions import read_completions
 from harness.config import register
 from harness.errors import UserError
@@ -32,10 +56,6 @@ from harness.workload import Completion
 
 Harness = Callable[..., Run]
 
-# Of the demo model in float32: real tokens, which depend on everything before them.
-WORK = ["model.dtype=float32", "dataset.num_samples=24", "generation.max_output_len=24"]
-REQUESTS = 24
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
@@ -46,104 +66,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run(done.returncode, done.stdout, done.stderr, results)
     assert (run.status, len(run.completions)) == (0, REQUESTS), run.stderr
     return run
-
-
-def begin(
-    results: Path, *overrides: str, launcher: tuple[str, ...] = (sys.executable,), words: list[str] | None = None
-) -> subprocess.Popen[bytes]:
-    """Starts a run of :data:`WORK`; its words are in ``results``.log."""
-    line = command(*(WORK if words is None else words), *overrides, f"results_dir={results}", launcher=launcher)
-    with open(f"{results}.log", "ab") as log:
-        return subprocess.Popen(line, cwd=ROOT, env=variables(), stdout=log, stderr=log, start_new_session=True)
-
-
-def finished(results: Path) -> int:
-    """Returns how many lines the one run in ``results`` has written."""
-    return sum(path.read_bytes().count(b"\n") for path in results.glob("*/completions.jsonl"))
-
-
-def wait_for(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> bool:
-    """Returns whether ``condition`` came true before the run ended."""
-    deadline = time.monotonic() + 300
-    while process.poll() is None:
-        if condition():
-            return True
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    return False
-
-
-def family(process: subprocess.Popen[bytes]) -> dict[str, psutil.Process]:
-    """Returns a launch's processes by what they are: ``launcher``, ``deepspeed``, ``rank 0``, ..."""
-    found = {"launcher": psutil.Process(process.pid)}
-    for child in found["launcher"].children(recursive=True):
-        try:
-            line = child.cmdline()
-            number = child.environ().get("LOCAL_RANK")
-        except psutil.Error:
-            continue
-        if "deepspeed.launcher.launch" in line:
-            found["deepspeed"] = child
-        elif any(part.endswith("harness/main.py") for part in line) and number is not None:
-            found.setdefault(f"rank {number}", child)
-    if len(found) == 1:
-        found["rank 0"] = found["launcher"]
-    return found
-
-
-def kill(process: subprocess.Popen[bytes], victim: str) -> None:
-    """Kills one process of a launch with SIGKILL, or ``all`` of them at once."""
-    members = family(process)
-    for name, member in members.items():
-        if name == victim or victim == "all" or victim not in members:
-            try:
-                member.kill()
-            except psutil.Error:
-                pass
-
-
-def passed(moment: float) -> bool:
-    return time.monotonic() >= moment
-
-
-def has_lines(results: Path, lines: int) -> bool:
-    return run_id_in(results) is not None and finished(results) >= lines
-
-
-def run_id_in(results: Path) -> str | None:
-    found = [path.parent.name for path in results.glob("*/record.json")]
-    return found[0] if found else None
-
-
-def complete_lines(path: Path) -> bytes:
-    content = path.read_bytes() if path.is_file() else b""
-    return content[: content.rfind(b"\n") + 1]
-
-
-def check(run: Run, whole: Run) -> None:
-    """Asserts that a resumed run has what the uninterrupted one has, in one row that adds up."""
-    assert run.status == 0, run.stderr
-    assert run.row["status"] == "ok"
-    assert run.token_ids == whole.token_ids
-    for name in ("requests", "completed", "prompt_tokens", "output_tokens", "total_tokens"):
-        assert run.row[name] == whole.row[name]
-    check_sums(run)
-
-
-def check_sums(run: Run) -> None:
-    """Asserts that a resumed run's row and segments add up to what is in its files."""
-    check_against_ids(run)
-    record = run.record
-    parts = record["segments"]
-    assert len(parts) >= 2 and "segment" not in record
-    assert sum(part["elapsed_s"] for part in parts) == pytest.approx(record["elapsed_s"])
-    assert sum(part["completed"] for part in parts) == REQUESTS
-    assert all(part["elapsed_s"] >= 0 for part in parts)
-    assert max(line["finished_s"] for line in run.completions.values()) <= record["elapsed_s"]
-    tokens = sum(len(line["token_ids"]) + line["prompt_tokens"] for line in run.completions.values())
-    assert float(run.row["total_tokens_per_s"]) == pytest.approx(tokens / record["elapsed_s"], rel=1e-5)
-    assert "resumed" in record["notes"][-1]
-    assert verify.main([str(run.directory)]) == 0
 
 
 VICTIMS = (

@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import test_deepspeed_runner
 import torch
-from conftest import SAMPLE, needs_native, needs_native_bfloat16
-from deepspeed_kernels import emulate
-from test_deepspeed_runner import float_quantize
-from test_fastgen_engine import generate, requests, settings
-from test_kernel_inject import LayersThatRemember
-from test_native import settings_of
+from support.deepspeed_kernels import emulate
+from support.engines import LayersThatRemember, expected, generate, requests, settings, settings_of
+from support.machine import needs_native, needs_native_bfloat16
+from support.ragged import float_quantize
+from support.runs import SAMPLE
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -45,15 +44,6 @@ def items(count: int, vocab: int = 300, seed: int = 0, most: int = 30) -> list[S
         return [rng.randrange(vocab) for _ in range(length)]
 
     return [Scored(index, ids(rng.choice(lengths)), ids(rng.randint(1, most))) for index in range(count)]
-
-
-@torch.inference_mode()
-def expected(model: Any, item: Scored) -> tuple[Tensor, bool]:
-    """Returns Hugging Face's own answer: float32 ``[tokens]``, and whether greedy decoding would say the same."""
-    logits = model(torch.tensor([item.context_ids + item.target_ids[:-1]])).logits[0, len(item.context_ids) - 1 :]
-    target = torch.tensor(item.target_ids)
-    logprobs = logits.float().log_softmax(-1)[torch.arange(len(target)), target]
-    return logprobs, bool((logits.argmax(-1) == target).all())
 
 
 def differences(model: Any, wanted: list[Scored], found: dict[int, Score]) -> Tensor:

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Run, save_model, variables
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
+from support.models import save_model
+from support.runs import ROOT, Run, variables
 
 from harness.checkpoint import load_model, load_tokenizer, locate
 from harness.config import Kernels, ModelConfig, Weights

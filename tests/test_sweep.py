@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, Run, assert_refused, command, deepspeed, save_model, variables
-from test_main import RANDOM, TINY
+from support.models import save_model
+from support.runs import RANDOM, ROOT, TINY, Run, assert_refused, command, deepspeed, variables
 
 from harness.runs_table import read_rows
 from harness.sweep import Run as SweepRun

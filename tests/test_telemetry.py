@@ -18,9 +18,8 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import ROOT, Run
 from rich.console import Console
-from test_main import RANDOM, TINY
+from support.runs import RANDOM, ROOT, TINY, Run
 
 from harness import environment
 from harness.display import summary as show

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, Run, command, launched, variables
-from test_main import RANDOM, TINY
+from support.runs import RANDOM, ROOT, TINY, Run, command, launched, variables
 
 from harness.completions import read_completions
 from harness.config import AUTO_TP_FAMILIES

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Run, assert_refused, command, save_model, variables
+from support.models import save_model
+from support.runs import ROOT, Run, assert_refused, command, variables
 
 from harness import verify
 from harness.completions import Tally, read_completions

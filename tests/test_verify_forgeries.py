@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Run, command, save_model, variables
-from forgeries import FORGERIES, SLOWER, Forgery, Lines, Record, faster, forge, longer_prompts, lower_cap, table
-from test_main import TINY
+from support.forgeries import FORGERIES, SLOWER, Forgery, Lines, Record, faster, forge, longer_prompts, lower_cap, table
+from support.models import save_model
+from support.runs import ROOT, TINY, Run, command, variables
 
 from harness import identity, segments, verify
 from harness.results import config_hash

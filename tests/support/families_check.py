@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from families_sizes import PROMPT_IDS
-
 from harness import checkpoint, engines
 from harness.checkpoint_files import Source, find
 from harness.config import EngineConfig, GenerationConfig, Kernels, Stop, check_auto_tp, check_kv_heads
@@ -28,6 +26,7 @@ from harness.engines.fastgen.native import checks as native_checks
 from harness.errors import UserError, one_line
 from harness.verification.judging import BOUNDS
 from harness.workload import Request
+from support.families_sizes import PROMPT_IDS
 
 if TYPE_CHECKING:
     from harness.tensor_parallel import TensorParallel

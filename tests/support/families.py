@@ -14,8 +14,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import families_variants
-from families_sizes import (
+from support import families_variants
+from support.families_sizes import (
     CONTEXT,
     KINDS,
     LAYERS,

@@ -17,7 +17,7 @@ from harness.comparison.reading import load
 from harness.results import RunRecorder
 from harness.workload import Completion
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 FACTS = {
     "kernels": "torch",
     "dtype": "float32",

@@ -1,6 +1,7 @@
 """Which families the engines compute as Hugging Face does: collected, shown, and written as Markdown.
 
-``PYTHONPATH=. python tests/families_table.py`` tries all of them, and writes ``harness/engines/FAMILIES.md``.
+``PYTHONPATH=.:tests python tests/support/families_table.py`` tries all of them and writes
+``harness/engines/FAMILIES.md``.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import families
-import families_check
-from families_check import BFLOAT16, COLUMNS, DS_INFERENCE, FASTGEN, NATIVE, PARALLEL, Column
+from support import families, families_check
+from support.families_check import BFLOAT16, COLUMNS, DS_INFERENCE, FASTGEN, NATIVE, PARALLEL, Column
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENT = ROOT / "harness" / "engines" / "FAMILIES.md"
 
 Outcomes = dict[str, dict[str, str]]  # by name, by column
@@ -51,7 +51,7 @@ def collect(names: Iterable[str], place: Path, columns: Iterable[Column] = COLUM
 
 def on_two_ranks(directories: list[Path], place: Path) -> dict[str, dict[str, Any]]:
     """Returns what becomes of each directory's model on two ranks, by column; they start again where they hung."""
-    from conftest import deepspeed, variables
+    from support.runs import deepspeed, variables
 
     listed, lines = place / "parallel.txt", place / "parallel.jsonl"
     found: dict[str, dict[str, Any]] = {directory.name: {} for directory in directories}
@@ -107,9 +107,10 @@ def markdown(outcomes: Outcomes) -> str:
     lines = [
         "# Families that the engines compute",
         "",
-        f"Written by `tests/families_table.py` for transformers {transformers.__version__}: a tiny random model of",
-        "each causal LM, and of known traps (`family/variant`), its tokens in float32 compared with Hugging Face's",
-        "`generate` of each request alone. What an engine does not compute it refuses in one line, before the clock.",
+        f"Written by `tests/support/families_table.py` for transformers {transformers.__version__}: a tiny random",
+        "model of each causal LM, and of known traps (`family/variant`), its tokens in float32 compared with Hugging",
+        "Face's `generate` of each request alone. What an engine does not compute it refuses in one line, before the",
+        "clock.",
         "",
         "`/short`: within the model's windows, as `model.max_context` can have it. `/decoder`: an encoder's, or an",
         "encoder-decoder's, decoder. `tp=2`: both engines over two ranks.",

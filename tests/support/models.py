@@ -1,0 +1,53 @@
+"""Small models with random weights that show in every token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def save_model(directory: Path, model_type: str, dtype: Any, sharp: float = 1.0, **sizes: Any) -> Path:
+    """Writes a model whose weights are large enough for attention, norms, biases and positions to matter.
+
+    ``sharp`` scales queries and keys.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(model_type, **sizes)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 1:
+            torch.nn.init.normal_(weight, mean=0.0 if name.endswith("bias") else 1.0, std=0.2)
+        elif name == "model.embed_tokens.weight":
+            torch.nn.init.normal_(weight, std=0.7)
+        else:
+            torch.nn.init.normal_(weight, std=1.2 * weight.shape[1] ** -0.5)
+            if "q_proj" in name or "k_proj" in name:
+                weight.data *= sharp
+    model.to(dtype).save_pretrained(directory)
+    return directory
+
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 300,
+    "max_position_embeddings": 512,
+    "sliding_window": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0 + 3 * place for place in range(8)],
+    "original_max_position_embeddings": 32,
+}

@@ -1,0 +1,132 @@
+"""Runs that are ended early and resumed, and what must be true of one afterwards."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness import verify
+from support.runs import (
+    ROOT,
+    Run,
+    check_against_ids,
+    command,
+    variables,
+)
+
+# Of the demo model in float32: real tokens, which depend on everything before them.
+WORK = ["model.dtype=float32", "dataset.num_samples=24", "generation.max_output_len=24"]
+REQUESTS = 24
+
+
+def begin(
+    results: Path, *overrides: str, launcher: tuple[str, ...] = (sys.executable,), words: list[str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Starts a run of :data:`WORK`; its words are in ``results``.log."""
+    line = command(*(WORK if words is None else words), *overrides, f"results_dir={results}", launcher=launcher)
+    with open(f"{results}.log", "ab") as log:
+        return subprocess.Popen(line, cwd=ROOT, env=variables(), stdout=log, stderr=log, start_new_session=True)
+
+
+def finished(results: Path) -> int:
+    """Returns how many lines the one run in ``results`` has written."""
+    return sum(path.read_bytes().count(b"\n") for path in results.glob("*/completions.jsonl"))
+
+
+def wait_for(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> bool:
+    """Returns whether ``condition`` came true before the run ended."""
+    deadline = time.monotonic() + 300
+    while process.poll() is None:
+        if condition():
+            return True
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return False
+
+
+def family(process: subprocess.Popen[bytes]) -> dict[str, psutil.Process]:
+    """Returns a launch's processes by what they are: ``launcher``, ``deepspeed``, ``rank 0``, ..."""
+    found = {"launcher": psutil.Process(process.pid)}
+    for child in found["launcher"].children(recursive=True):
+        try:
+            line = child.cmdline()
+            number = child.environ().get("LOCAL_RANK")
+        except psutil.Error:
+            continue
+        if "deepspeed.launcher.launch" in line:
+            found["deepspeed"] = child
+        elif any(part.endswith("harness/main.py") for part in line) and number is not None:
+            found.setdefault(f"rank {number}", child)
+    if len(found) == 1:
+        found["rank 0"] = found["launcher"]
+    return found
+
+
+def kill(process: subprocess.Popen[bytes], victim: str) -> None:
+    """Kills one process of a launch with SIGKILL, or ``all`` of them at once."""
+    members = family(process)
+    for name, member in members.items():
+        if name == victim or victim == "all" or victim not in members:
+            try:
+                member.kill()
+            except psutil.Error:
+                pass
+
+
+def passed(moment: float) -> bool:
+    return time.monotonic() >= moment
+
+
+def has_lines(results: Path, lines: int) -> bool:
+    return run_id_in(results) is not None and finished(results) >= lines
+
+
+def run_id_in(results: Path) -> str | None:
+    found = [path.parent.name for path in results.glob("*/record.json")]
+    return found[0] if found else None
+
+
+def complete_lines(path: Path) -> bytes:
+    content = path.read_bytes() if path.is_file() else b""
+    return content[: content.rfind(b"\n") + 1]
+
+
+def check(run: Run, whole: Run) -> None:
+    """Asserts that a resumed run has what the uninterrupted one has, in one row that adds up."""
+    assert run.status == 0, run.stderr
+    assert run.row["status"] == "ok"
+    assert run.token_ids == whole.token_ids
+    for name in ("requests", "completed", "prompt_tokens", "output_tokens", "total_tokens"):
+        assert run.row[name] == whole.row[name]
+    check_sums(run)
+
+
+def check_sums(run: Run) -> None:
+    """Asserts that a resumed run's row and segments add up to what is in its files."""
+    check_against_ids(run)
+    record = run.record
+    parts = record["segments"]
+    assert len(parts) >= 2 and "segment" not in record
+    assert sum(part["elapsed_s"] for part in parts) == pytest.approx(record["elapsed_s"])
+    assert sum(part["completed"] for part in parts) == REQUESTS
+    assert all(part["elapsed_s"] >= 0 for part in parts)
+    assert max(line["finished_s"] for line in run.completions.values()) <= record["elapsed_s"]
+    tokens = sum(len(line["token_ids"]) + line["prompt_tokens"] for line in run.completions.values())
+    assert float(run.row["total_tokens_per_s"]) == pytest.approx(tokens / record["elapsed_s"], rel=1e-5)
+    assert "resumed" in record["notes"][-1]
+    assert verify.main([str(run.directory)]) == 0
+
+
+def undertakers(run_id: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if run_id in words and any(word.endswith("undertaker.py") for word in words):
+            found.append(process)
+    return found

@@ -1,0 +1,188 @@
+"""Whole runs as a user starts them: the command lines, what they leave behind, and their processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from harness.completions import read_completions
+from harness.runs_table import read_rows
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BIN = Path(sys.executable).parent
+SAMPLE = ROOT / "harness" / "data" / "sample.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One finished command and what it left behind."""
+
+    status: int
+    stdout: str
+    stderr: str
+    results: Path
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        return read_rows(self.results / "runs.csv")
+
+    @property
+    def row(self) -> dict[str, str]:
+        assert len(self.rows) == 1, self.stderr
+        return self.rows[0]
+
+    @property
+    def directory(self) -> Path:
+        return self.results / self.row["run_id"]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return json.loads((self.directory / "record.json").read_text())
+
+    @property
+    def completions(self) -> dict[int, dict[str, Any]]:
+        lines = read_completions(self.directory / "completions.jsonl")
+        by_index = {line["index"]: line for line in lines}
+        assert len(by_index) == len(lines), "a request came back twice"
+        return by_index
+
+    @property
+    def token_ids(self) -> dict[int, list[int]]:
+        return {index: line["token_ids"] for index, line in self.completions.items()}
+
+
+def variables(**more: str) -> dict[str, str]:
+    """Returns the environment of a shell that knows nothing of this test session."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "HYDRA"))}
+    return kept | {"DS_ACCELERATOR": "cpu"} | more
+
+
+def command(*overrides: str, launcher: tuple[str, ...] = (sys.executable,)) -> list[str]:
+    """Returns the command line of a run; ``launcher`` may be ``deepspeed`` with its flags."""
+    return [*launcher, "harness/main.py", *overrides]
+
+
+def deepspeed(ranks: int, *flags: str) -> tuple[str, ...]:
+    """Returns DeepSpeed's launcher for ``ranks`` CPU ranks."""
+    from harness.launcher import free_port
+
+    return (str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port()), *flags)
+
+
+def launched(directory: Path, script: str, ranks: int, *arguments: str, **environment: str) -> Any:
+    """Runs a script under DeepSpeed's launcher; returns what rank 0 wrote, as JSON, to the last argument it got."""
+    (directory / "rank.py").write_text(script)
+    place = directory / "outcome.json"
+    done = subprocess.run(
+        [*deepspeed(ranks, "--log_level", "critical"), str(directory / "rank.py"), *arguments, str(place)],
+        cwd=ROOT,
+        env=variables(**environment),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert place.exists(), done.stderr
+    return json.loads(place.read_text())
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], line: str) -> None:
+    """Asserts that a command ended as one does that refuses its input: one line, which starts so, and status 2."""
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(line)
+    assert done.stderr.count("\n") == 1
+
+
+# A LLaMA of two layers with random weights: real code, next to no arithmetic.
+TINY = [
+    "model=llama2_7b",
+    "model.weights=dummy",
+    "model.dtype=float32",
+    *(
+        f"model.architecture.{key}={value}"
+        for key, value in {
+            "num_hidden_layers": 2,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+        }.items()
+    ),
+    "generation.stop=length",
+]
+RANDOM = ["dataset=synthetic", "dataset.prompt=random"]
+
+
+def check_against_ids(run: Run) -> None:
+    """Recounts a run from its completions alone and compares with its row."""
+    done = [line for line in run.completions.values() if line["finish_reason"] != "rejected"]
+    row = run.row
+    prompt = sum(line["prompt_tokens"] for line in done)
+    output = sum(len(line["token_ids"]) for line in done)
+    assert (int(row["prompt_tokens"]), int(row["output_tokens"])) == (prompt, output)
+    assert int(row["total_tokens"]) == prompt + output
+    assert int(row["completed"]) == len(done)
+    elapsed = float(row["elapsed_s"])
+    assert float(row["total_tokens_per_s"]) == pytest.approx((prompt + output) / elapsed, rel=1e-5)
+    assert float(row["output_tokens_per_s"]) == pytest.approx(output / elapsed, rel=1e-5)
+    assert max(line["finished_s"] for line in done) <= elapsed
+    for line in done:
+        assert line["output_tokens"] == len(line["token_ids"])
+        assert 0 < line["first_token_s"] <= line["finished_s"]
+
+
+def start(results: Path, *overrides: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen[str]:
+    """Starts a run of many small requests and returns when some of them are finished."""
+    arguments = command(
+        *TINY,
+        *RANDOM,
+        "dataset.num_samples=100000",
+        "dataset.input_len=16",
+        "dataset.output_len=16",
+        *overrides,
+        f"results_dir={results}",
+        launcher=launcher,
+    )
+    process = subprocess.Popen(arguments, cwd=ROOT, env=variables(), stdout=-1, stderr=-1, text=True)
+    for _ in range(1200):
+        finished = [path for path in results.glob("*/completions.jsonl") if path.stat().st_size > 10_000]
+        if finished:
+            return process
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    raise AssertionError("the run did not start")
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Returns the rank processes of a launch, in the order of their local rank; a lone one is the process itself."""
+    found = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if any(part.endswith("harness/main.py") for part in child.cmdline())
+        and "--local_rank" in " ".join(child.cmdline())
+        and "deepspeed.launcher.launch" not in child.cmdline()
+    ]
+    if not found:
+        return [psutil.Process(process.pid)]
+    return sorted(found, key=lambda child: next(part for part in child.cmdline() if "--local_rank" in part))
+
+
+def ended(process: subprocess.Popen[str], results: Path) -> tuple[int, str, dict[str, str]]:
+    """Waits for the end; returns exit status, stderr and the row, having checked that nothing was left behind."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    _, stderr = process.communicate(timeout=120)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    (row,) = read_rows(results / "runs.csv")
+    lines = read_completions(results / row["run_id"] / "completions.jsonl")
+    assert int(row["completed"]) == len(lines) > 0
+    assert row["total_tokens_per_s"] == ""
+    return process.returncode, stderr, row
