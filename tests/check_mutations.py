@@ -187,7 +187,7 @@ def planted(fault: Fault | None, place: Path, honest: Path | None, tests: bool) 
     if tests:
         for_all = {each for one in FAULTS for each in one.tests.split()}
         named = sorted(for_all) if fault is None else fault.tests.split()
-        passed = python(tree, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *named) == 0
+        passed = python(tree, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--all", *named) == 0
         said["tests"] = PASSES if passed else CAUGHT
     shutil.rmtree(tree)
     return said, directory

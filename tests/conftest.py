@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
-from support.runs import ROOT, SAMPLE, Run, command, variables
+from support import answers
+from support.runs import ROOT, Run, command, variables
 
 # The same examples each time, so that a change is judged by what it changes; other ones: --hypothesis-profile=search
 hypothesis.settings.register_profile("search", deadline=None)
@@ -30,25 +31,38 @@ def one_thread() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds ``--full``."""
+    """Adds the tiers: nothing for the one of minutes, ``--all``, ``--full``."""
+    parser.addoption("--all", action="store_true", help="the tests marked slow too: what CI runs (some 20 minutes)")
     parser.addoption(
-        "--full", action="store_true", help="all repetitions of the tests marked endurance (an hour or two)"
+        "--full", action="store_true", help="--all, and all repetitions of the tests marked endurance (an hour or two)"
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves the cases marked ``full`` to ``--full``."""
-    if not config.getoption("--full"):
+    """Leaves the cases marked ``full`` to ``--full``, and those marked ``slow`` to ``--all`` or who names them."""
+    full = config.getoption("--full")
+    if not full:
         for item in items:
             if item.get_closest_marker("full") is not None:
                 item.add_marker(pytest.mark.skip(reason="with --full"))
+    if not (full or config.getoption("--all") or any("::" in argument for argument in config.args)):
+        slow = [item for item in items if item.get_closest_marker("slow") is not None]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
 
 
 @pytest.fixture
-def scale(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
-    """Returns a function that picks how often to repeat: ``scale(few, all)``, all of them with ``--full``."""
-    full = request.config.getoption("--full")
-    return lambda few, every: every if full else few
+def scale(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Returns a function that picks how often to repeat: ``scale(few, every)``, the latter with ``--full``.
+
+    A third value stands for the first in the tier of minutes.
+    """
+    full, more = (request.config.getoption(option) for option in ("--full", "--all"))
+
+    def pick(few: Any, every: Any, fewest: Any = None) -> Any:
+        return every if full else few if more or fewest is None else fewest
+
+    return pick
 
 
 @pytest.fixture
@@ -82,39 +96,12 @@ def demo_model() -> Path:
     return demo_model.ensure()
 
 
-ANSWER = """
-import json, sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-directory, sample, count, part, parts = sys.argv[1:]
-torch.set_num_threads(max(1, torch.get_num_threads() // int(parts)))
-tokenizer = AutoTokenizer.from_pretrained(directory)
-model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-answers = {}
-for index, line in enumerate(open(sample, encoding="utf-8").readlines()[: int(count)]):
-    if index % int(parts) == int(part):
-        entry = json.loads(line)
-        inputs = tokenizer(entry["prompt"], return_tensors="pt")
-        with torch.inference_mode():
-            output = model.generate(**inputs, do_sample=False, max_new_tokens=entry["output_len"])
-        answers[index] = output[0, inputs.input_ids.shape[1] :].tolist()
-print(json.dumps(answers))
-"""
-
-
 @pytest.fixture(scope="session")
 def reference(demo_model: Path, request: pytest.FixtureRequest) -> dict[int, list[int]]:
     """Returns, by index, the ids that Hugging Face's ``generate`` gives for prompts of ``sample`` in fp32.
 
-    These are the first 24, or with ``--full`` all 72. Two processes share them: with one thread each they are faster
-    than one with two.
+    These are the first 24, or with ``--full`` all 72; from the file of them if it is of this model and this sample.
     """
-    count = "72" if request.config.getoption("--full") else "24"
-    arguments = [sys.executable, "-c", ANSWER, str(demo_model), str(SAMPLE), count]
-    helpers = [
-        subprocess.Popen([*arguments, str(part), "2"], stdout=-1, env=variables(), text=True, cwd=ROOT)
-        for part in range(2)
-    ]
-    outputs = [helper.communicate(timeout=1200)[0] for helper in helpers]
-    assert [helper.returncode for helper in helpers] == [0, 0]
-    return {int(index): ids for output in outputs for index, ids in json.loads(output).items()}
+    count = 72 if request.config.getoption("--full") else 24
+    known = answers.kept(demo_model)
+    return answers.computed(demo_model, count) if known is None else {index: known[index] for index in range(count)}

@@ -53,6 +53,7 @@ def stopped_and_killed(results: Path, ranks: int, victim: str) -> str:
 ONE_OR_BARE = pytest.mark.parametrize("ranks", [0, pytest.param(1, marks=pytest.mark.full)], ids=["ours", "bare"])
 
 
+@pytest.mark.slow
 @ONE_OR_BARE
 def test_the_time_that_a_killed_rank_was_stopped_counts(tmp_path: Path, harness: Harness, ranks: int) -> None:
     results, began = tmp_path / "results", time.monotonic()
@@ -69,6 +70,7 @@ def test_the_time_that_a_killed_rank_was_stopped_counts(tmp_path: Path, harness:
     print(f"last sign {sign:.2f} s, then {STOPPED_S} s stopped: {first['elapsed_s']:.2f} s")
 
 
+@pytest.mark.slow
 @ONE_OR_BARE
 def test_where_nobody_saw_the_end_its_time_is_a_bound(tmp_path: Path, harness: Harness, ranks: int) -> None:
     results = tmp_path / "results"
@@ -191,6 +193,7 @@ def test_a_witness_writes_until_the_end_and_not_into_a_file_that_was_taken_away(
 # --- two that go on with one run ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launchers",
     [*(pytest.param(both, marks=pytest.mark.full) for both in ((0, 0), (1, 1))), (0, 1)],
@@ -256,6 +259,7 @@ def test_the_holder_of_a_lock_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
 # --- files that go away ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "what"),
     [(0, "run"), *(pytest.param(*case, marks=pytest.mark.full) for case in ((1, "results"), (2, "run")))],
@@ -313,6 +317,7 @@ def test_nothing_is_made_anew_where_a_directory_was(tmp_path: Path) -> None:
 ALONE, QUEUE, COLLECTIVE = ["parallel.dp=1"], ["parallel.dp=2"], ["parallel.tp=2", "engine.kernels=torch"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("victim", "overrides", "bare"),
     [
@@ -347,6 +352,7 @@ def test_a_stopped_rank_does_not_outlive_its_time(
     print(f"{late_s:.1f} s late")
 
 
+@pytest.mark.slow
 def test_ctrl_c_reaches_a_stopped_rank(tmp_path: Path) -> None:
     process = start(tmp_path, "parallel.dp=2")
     ranks_of(process)[0].send_signal(signal.SIGSTOP)

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FEW = ("llama", "mistral", "qwen2", "gemma2/short", "phi3/longrope", "bloom", "stablelm", "gpt_oss")
 
 
+@pytest.mark.slow
 @needs_native_bfloat16
 @pytest.mark.endurance
 def test_every_family_is_computed_rightly_or_refused(scale: Callable[[int, int], int], tmp_path: Path) -> None:

@@ -243,6 +243,7 @@ def run_out_of_memory(group: Path, results: Path, victim: int, *overrides: str, 
     return Run(process.returncode, stdout, stderr, results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "overrides", "who"),
     [
@@ -267,6 +268,7 @@ def test_the_kernel_s_kill_for_want_of_memory_is_oom(
         assert run.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_an_allocation_that_fails_is_oom(harness: Callable[..., Run]) -> None:
     limited = ("bash", "-c", 'ulimit -v 8000000 && exec "$@"', "bash", sys.executable)
     run = harness(*GROWING, "engine.kv_memory=8GiB", launcher=limited)
@@ -280,6 +282,7 @@ def test_an_allocation_that_fails_is_oom(harness: Callable[..., Run]) -> None:
 # --- rank 0 killed where nobody else knows of the record ---
 
 
+@pytest.mark.slow
 def test_a_killed_rank_0_under_deepspeed_leaves_a_row(tmp_path: Path) -> None:
     process = start(tmp_path, "parallel.dp=2", launcher=deepspeed(2, "--log_level", "critical"))
     ranks_of(process)[0].kill()
@@ -333,9 +336,10 @@ def test_the_undertaker_closes_what_is_its_own(tmp_path: Path, what: str, signum
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.readline() == "begun\n"
     deadline = time.monotonic() + 30
-    while undertakers("a-run") and time.monotonic() < deadline:  # before the process is waited for: its zombie tells
+    # Before the process is waited for: its zombie tells.
+    while undertakers(str(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not undertakers("a-run")
+    assert not undertakers(str(tmp_path))
     process.wait()
     if what == "fork":
         os.killpg(process.pid, signal.SIGKILL)

@@ -37,6 +37,7 @@ def dataset(file: Path, count: int) -> list[list[object]]:
     return triples
 
 
+@pytest.mark.slow
 @pytest.mark.endurance
 def test_a_cache_of_exactly_the_longest_request(
     harness: Callable[..., Run],

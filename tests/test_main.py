@@ -139,6 +139,7 @@ def test_two_replicas_share_one_queue(harness: Harness, tmp_path: Path) -> None:
     assert 0 < passes < int(both.row["steps"])
 
 
+@pytest.mark.slow
 def test_finished_requests_cost_no_memory(harness: Harness, tmp_path: Path) -> None:
     peaks = []
     for count in (500, 10_000):
@@ -189,6 +190,7 @@ def test_what_the_user_can_mend_is_one_line(harness: Harness, tmp_path: Path, ov
     assert line in run.row["error"]
 
 
+@pytest.mark.slow
 def test_a_run_whose_requests_are_all_rejected_is_no_result(harness: Harness) -> None:
     run = harness(*TINY, *RANDOM, "dataset.num_samples=2", "dataset.input_len=5000", "dataset.output_len=4")
     assert run.status == 2
@@ -237,6 +239,7 @@ def test_under_deepspeed_a_refusal_is_one_line_too(harness: Harness) -> None:
     assert run.row["status"] == "invalid"
 
 
+@pytest.mark.slow
 def test_a_launch_of_the_wrong_size_says_so(harness: Harness) -> None:
     run = harness(*TINY, *RANDOM, "parallel=single", launcher=deepspeed(2, "--log_level", "critical"))
     assert run.status == 2
@@ -299,6 +302,7 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:
     assert stderr.startswith("error: interrupted (what was finished is in ")
 
 
+@pytest.mark.slow
 def test_ctrl_c_under_deepspeed_keeps_what_was_finished(tmp_path: Path) -> None:
     process = start(tmp_path, launcher=deepspeed(1))
     os.kill(ranks_of(process)[0].pid, signal.SIGINT)
@@ -307,7 +311,10 @@ def test_ctrl_c_under_deepspeed_keeps_what_was_finished(tmp_path: Path) -> None:
     assert row["status"] == "interrupted"
 
 
-@pytest.mark.parametrize("killed", ["harness", "deepspeed", "deepspeed.launcher.launch"])
+@pytest.mark.parametrize(
+    "killed",
+    ["harness", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deepspeed", "deepspeed.launcher.launch"))],
+)
 def test_a_killed_launch_leaves_no_stray_ranks(tmp_path: Path, killed: str) -> None:
     ours = ["parallel.dp=2"] if killed == "harness" else []
     process = start(tmp_path, *ours, launcher=(sys.executable,) if ours else deepspeed(1))
@@ -324,6 +331,7 @@ def test_a_killed_launch_leaves_no_stray_ranks(tmp_path: Path, killed: str) -> N
     assert int(row["completed"]) > 0
 
 
+@pytest.mark.slow
 def test_a_killed_rank_leaves_a_row(tmp_path: Path) -> None:
     process = start(tmp_path)
     process.kill()
@@ -352,6 +360,7 @@ def test_a_terminal_that_is_closed_interrupts_the_run(tmp_path: Path) -> None:
     assert (status, row["status"]) == (130, "interrupted")
 
 
+@pytest.mark.slow
 def test_a_killed_replica_ends_the_run(tmp_path: Path) -> None:
     process = start(tmp_path, "parallel.dp=2")
     ranks_of(process)[1].kill()
@@ -361,6 +370,7 @@ def test_a_killed_replica_ends_the_run(tmp_path: Path) -> None:
     assert "another rank died" in row["error"]
 
 
+@pytest.mark.slow
 def test_timeout_s_ends_the_run(tmp_path: Path) -> None:
     process = start(tmp_path, "timeout_s=20")
     status, stderr, row = ended(process, tmp_path)

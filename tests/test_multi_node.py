@@ -116,6 +116,7 @@ def test_two_hosts_share_one_run(start: Callable[..., Hosts], tmp_path: Path) ->
     assert not (tmp_path / "elsewhere").exists()
 
 
+@pytest.mark.slow
 def test_a_host_without_the_dataset_ends_the_run_in_its_own_words(start: Callable[..., Hosts], tmp_path: Path) -> None:
     directories = (tmp_path / "0", tmp_path / "1")
     for directory in directories:
@@ -133,6 +134,7 @@ def test_a_host_without_the_dataset_ends_the_run_in_its_own_words(start: Callabl
     assert "Traceback" not in first.stderr + second.stderr
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_on_another_host_ends_the_run(start: Callable[..., Hosts]) -> None:
     job = ["dataset.num_samples=20000", "dataset.input_len=16", "dataset.output_len=16"]
     hosts = start(*TINY, *RANDOM, *job, "parallel.dp=2")
@@ -255,6 +257,7 @@ def stand_ins(directory: Path, **scripts: str) -> str:
     return f"{place}{os.pathsep}{BIN}{os.pathsep}{os.environ['PATH']}"
 
 
+@pytest.mark.slow
 def test_multi_node_py_takes_arguments_and_variables_through_pdsh(tmp_path: Path) -> None:
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
@@ -299,6 +302,7 @@ def test_what_multi_node_py_refuses_is_one_line(tmp_path: Path, arguments: list[
     assert_refused(done, line)
 
 
+@pytest.mark.slow
 def test_the_slurm_file_starts_one_run_on_two_nodes(tmp_path: Path) -> None:
     subprocess.run(["bash", "-n", ROOT / "launch" / "slurm.sbatch"], check=True)
     copy = tmp_path / "slurm_script"  # Slurm runs a copy, in a directory of its own
@@ -323,6 +327,7 @@ def test_the_slurm_file_starts_one_run_on_two_nodes(tmp_path: Path) -> None:
     assert run.record["config"]["dataset"]["path"] == str(tmp_path / ODD_NAME)
 
 
+@pytest.mark.slow
 def test_two_hosts_that_name_themselves_by_a_loopback_address(tmp_path: Path) -> None:
     probe = subprocess.run([*NAMESPACES, NETWORK], cwd=tmp_path, capture_output=True, text=True)
     if probe.returncode:

@@ -21,6 +21,7 @@ def checked(*arguments: str, timeout: float = 600) -> subprocess.CompletedProces
     )
 
 
+@pytest.mark.slow
 @pytest.mark.endurance
 def test_planted_faults_are_caught(scale: Callable[[int, int], int]) -> None:
     names = checked("--list").stdout.splitlines()

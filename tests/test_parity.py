@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support import answers
 from support.machine import kernels_on_cpu
 from support.runs import SAMPLE, Run
 
@@ -17,6 +19,23 @@ TORCH = ["engine.kernels=torch"]  # where nothing is said: the native kernels, i
 SOME, FEW, ALL = 24, 8, 72  # requests: what differs between engines and ranks shows in the first few, if at all
 
 
+def slow(*values: Any) -> Any:
+    """Returns a case that is left to ``--all``."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.slow
+@pytest.mark.endurance
+def test_the_ids_to_compare_with_are_what_hugging_face_computes(
+    demo_model: Path, scale: Callable[[int, int], int]
+) -> None:
+    found = answers.computed(demo_model, scale(SOME, ALL))
+    known = answers.kept(demo_model)
+    assert known is not None, f"{answers.KEPT} is of another model or sample: tests/support/answers.py writes it anew"
+    assert found == {index: known[index] for index in found}
+
+
+@pytest.mark.slow
 @pytest.mark.endurance
 def test_the_sample_in_fp32(
     harness: Callable[..., Run],
@@ -39,15 +58,17 @@ def test_the_sample_in_fp32(
     ("count", "overrides"),
     [
         (SOME, ["engine=fastgen"]),
-        (SOME, ["engine=fastgen", *TORCH, "engine.token_budget=48", "engine.max_sequences=16"]),
-        (SOME, ["engine=fastgen", "engine.token_budget=96", "engine.kv_block_size=16", f"engine.kv_memory={TIGHT}"]),
-        (SOME, ["engine=ds_inference", "parallel.dp=2"]),
-        (FEW, ["engine=baseline", "parallel.dp=2"]),
+        slow(SOME, ["engine=fastgen", *TORCH, "engine.token_budget=48", "engine.max_sequences=16"]),
+        slow(
+            SOME, ["engine=fastgen", "engine.token_budget=96", "engine.kv_block_size=16", f"engine.kv_memory={TIGHT}"]
+        ),
+        slow(SOME, ["engine=ds_inference", "parallel.dp=2"]),
+        slow(FEW, ["engine=baseline", "parallel.dp=2"]),
         # 9 query and 3 key-value heads: AutoTP gives two ranks 2 and 1 of the latter, three ranks one each.
         (FEW, ["engine=fastgen", *TORCH, "parallel=tp2", "engine.token_budget=48", "engine.max_sequences=16"]),
-        (4, ["engine=fastgen", *TORCH, "parallel.tp=3"]),
-        (4, ["engine=fastgen", "parallel.tp=2", "parallel.dp=2"]),
-        (FEW, ["engine=ds_inference", "parallel.tp=2", "engine.batch_size=5"]),
+        slow(4, ["engine=fastgen", *TORCH, "parallel.tp=3"]),
+        slow(4, ["engine=fastgen", "parallel.tp=2", "parallel.dp=2"]),
+        slow(FEW, ["engine=ds_inference", "parallel.tp=2", "engine.batch_size=5"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
@@ -71,6 +92,7 @@ def test_engines_and_ranks_in_fp32(
     assert (int(run.row["preemptions"] or 0) > 0) == (f"engine.kv_memory={TIGHT}" in overrides)
 
 
+@pytest.mark.slow
 @pytest.mark.endurance
 @pytest.mark.parametrize("overrides", [[], TORCH], ids=["auto", "torch"])
 def test_sample_in_bfloat16_differs_from_float32_by_rounding_only(

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from support.runs import ROOT, SAMPLE, Run
 
 
@@ -16,6 +17,7 @@ def recounted(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_run_adds_up_until_it_is_changed(harness: Callable[..., Run], demo_model: Path) -> None:
     run = harness("dataset.num_samples=5", "generation.max_output_len=3")
     assert run.status == 0, run.stderr

@@ -131,6 +131,7 @@ def test_reference_counts_small_batches(source: Source, monkeypatch: pytest.Monk
         assert one == pytest.approx(other, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_to_be_checked_and_was_not_is_not_ok(
     harness: Callable[..., Run], tmp_path: Path, demo_model: Path
 ) -> None:

@@ -81,6 +81,7 @@ VICTIMS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.endurance
 def test_killed_at_random_moments_and_resumed_a_run_is_the_one_that_was_never_killed(
     tmp_path: Path, whole: Run, harness: Harness, scale: Callable[[int, int], int]
@@ -177,6 +178,7 @@ def test_a_run_that_split_its_ranks_itself_does_so_again(tmp_path: Path, whole: 
     assert second["config_hash"] == config_hash(second["config"])
 
 
+@pytest.mark.slow
 def test_ctrl_c_then_other_settings_then_a_timeout(tmp_path: Path, whole: Run, harness: Harness) -> None:
     results = tmp_path / "results"
     process = begin(results, "engine.token_budget=64")
@@ -204,6 +206,7 @@ def test_ctrl_c_then_other_settings_then_a_timeout(tmp_path: Path, whole: Run, h
     assert f"resume={run_id}" in second["command_line"]
 
 
+@pytest.mark.slow
 def test_a_run_that_timed_out_is_gone_on_with_under_bare_deepspeed(tmp_path: Path, harness: Harness) -> None:
     results = tmp_path / "results"
     words = [*TINY, *RANDOM, "dataset.num_samples=4000", "dataset.input_len=16", "dataset.output_len=16"]
@@ -225,6 +228,7 @@ def test_a_run_that_timed_out_is_gone_on_with_under_bare_deepspeed(tmp_path: Pat
     assert not one["elapsed_is_estimated"]
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_before_its_clock_is_gone_on_with(tmp_path: Path, harness: Harness) -> None:
     overrides = [*TINY, *RANDOM, "dataset.num_samples=10", "dataset.input_len=16", "dataset.output_len=4"]
     refused = harness(*overrides, "engine.kv_memory=1KiB")
@@ -247,6 +251,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_run_is_gone_on_with_once_there_is_room(
     small_disk: Path, tmp_path: Path, whole: Run, harness: Harness
 ) -> None:
@@ -326,6 +331,7 @@ def test_what_is_no_going_on_is_refused_and_changes_nothing(
     assert [path.read_bytes() for path in files] == before
 
 
+@pytest.mark.slow
 def test_a_run_that_is_still_being_run_is_left_alone(tmp_path: Path) -> None:
     process = start(tmp_path)
     try:
@@ -341,6 +347,7 @@ def test_a_run_that_is_still_being_run_is_left_alone(tmp_path: Path) -> None:
     assert row["status"] == "interrupted"
 
 
+@pytest.mark.slow
 def test_a_dataset_that_has_changed_is_other_work(tmp_path: Path) -> None:
     dataset = tmp_path / "requests.json"
     entries: list[list[object]] = [[f"Number {number}", 1, 40] for number in range(9000)]

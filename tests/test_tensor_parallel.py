@@ -103,6 +103,7 @@ def test_each_replica_has_a_group_of_its_own(tmp_path: Path) -> None:
     assert [rank["least"] for rank in everyone] == [99, 99, 97, 97]
 
 
+@pytest.mark.slow
 def test_auto_tp_shards_every_family_that_is_let_through(tmp_path: Path) -> None:
     """Two ranks with uneven heads (4 and 2 of 6) give the whole model's logits, in bfloat16 on packed weights too."""
     differences = launched(tmp_path, FAMILIES, 2, OMP_NUM_THREADS="1")
@@ -125,6 +126,7 @@ def test_a_model_that_auto_tp_would_cut_wrongly_is_refused(harness: Callable[...
 PARALLEL = ["parallel.tp=2", "parallel.dp=2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1, 3])
 def test_a_rank_that_dies_ends_the_run(tmp_path: Path, victim: int) -> None:
     """kill -9 of rank 0, of a rank that shares its model, and of one that shares the other replica's."""

@@ -123,10 +123,11 @@ def check_sums(run: Run) -> None:
     assert verify.main([str(run.directory)]) == 0
 
 
-def undertakers(run_id: str) -> list[psutil.Process]:
+def undertakers(word: str) -> list[psutil.Process]:
+    """Returns the processes that wait for a rank 0 to end, by its run's id or its directory of results."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if run_id in words and any(word.endswith("undertaker.py") for word in words):
+        if word in words and any(word.endswith("undertaker.py") for word in words):
             found.append(process)
     return found
