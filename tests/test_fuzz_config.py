@@ -18,15 +18,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig
+from support.in_process import Launched, begun_anew, entry
 from support.patience import no_hang
 from support.runs import ROOT, SAMPLE, TINY, assert_refused, command, variables
 
-from harness import launcher, sweep
+from harness import launcher
 from harness.explain import keys
 from harness.job import prepare
 from harness.results import read_record
@@ -248,10 +248,6 @@ def command_lines(draw: st.DrawFn) -> list[str]:
     return [*draw(st.sampled_from(BASES)), *words]
 
 
-class Launched(BaseException):
-    """A job that nothing is wrong with was about to start its ranks."""
-
-
 # What no accepted job may have.
 
 
@@ -331,18 +327,10 @@ def check_asked(words: list[str], config: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """Returns ``harness.main``, whose launches end where the ranks would start; what it changes is put back."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setenv("PATH", os.environ["PATH"])
+def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleType]:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    import harness.main
-
-    def watch(*_: object) -> None:
-        raise Launched
-
-    monkeypatch.setattr(launcher, "watch", watch)
-    return harness.main
+    with entry() as module:
+        yield module
 
 
 @pytest.mark.endurance
@@ -375,12 +363,15 @@ def test_every_malformed_config_is_one_line(
         if not any(word.startswith("results_dir=") for word in words):
             words = [*words, f"results_dir={results}"]
         monkeypatch.setattr(sys, "argv", ["harness/main.py", *words])
-        GlobalHydra.instance().clear()
-        monkeypatch.setattr(sweep, "SWEEP", sweep.Sweep())
         jobs.clear()
         output, errors, status = io.StringIO(), io.StringIO(), None
         try:
-            with no_hang(), contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            with (
+                no_hang(),
+                begun_anew(),
+                contextlib.redirect_stdout(output),
+                contextlib.redirect_stderr(errors),
+            ):
                 status = main.main()
         except Launched:
             tally["accepted"] += 1

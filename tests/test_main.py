@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from support.in_process import answered
 from support.machine import kernels_on_cpu, needs_native
 from support.runs import (
     RANDOM,
@@ -175,19 +176,19 @@ BAD = [
 
 
 @pytest.mark.parametrize(("overrides", "line"), BAD, ids=lambda value: value[-1] if isinstance(value, list) else "")
-def test_what_the_user_can_mend_is_one_line(harness: Harness, tmp_path: Path, overrides: list[str], line: str) -> None:
+def test_what_the_user_can_mend_is_one_line(tmp_path: Path, overrides: list[str], line: str) -> None:
     files = {name: str(tmp_path / name) for name in ("empty", "broken", "negative", "directory")}
     Path(files["empty"]).write_text("")
     Path(files["broken"]).write_text('[["a", 1, 1')
     Path(files["negative"]).write_text('[["a", 1, 1], ["b", 1, -1]]')
     Path(files["directory"]).mkdir()
-    run = harness(*(override.format(**files) for override in overrides))
-    assert run.status == 2
-    assert run.stdout == ""
-    assert run.stderr.count("\n") == 1
-    assert line in run.stderr
-    assert run.row["status"] == "invalid"
-    assert line in run.row["error"]
+    results = tmp_path / "results"
+    done = answered(*(override.format(**files) for override in overrides), f"results_dir={results}")
+    assert_refused(done, "error: ")
+    assert line in done.stderr
+    (row,) = read_rows(results / "runs.csv")
+    assert row["status"] == "invalid"
+    assert line in row["error"]
 
 
 @pytest.mark.slow
@@ -209,15 +210,7 @@ def test_a_run_whose_requests_are_all_rejected_is_no_result(harness: Harness) ->
     ],
 )
 def test_odd_command_lines_are_one_line_too(tmp_path: Path, override: str, line: str) -> None:
-    done = subprocess.run(
-        command(override, f"results_dir={tmp_path}"),
-        cwd=ROOT,
-        env=variables(HF_HUB_OFFLINE="1"),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert_refused(done, line)
+    assert_refused(answered(override, f"results_dir={tmp_path}", HF_HUB_OFFLINE="1"), line)
 
 
 def test_results_that_cannot_be_written(tmp_path: Path) -> None:
@@ -395,12 +388,11 @@ def test_timeout_s_ends_the_run(tmp_path: Path) -> None:
     ],
 )
 def test_what_deepspeed_s_kernels_cannot_compute_is_refused_before_anything_is_loaded(
-    harness: Harness, overrides: list[str], line: str
+    tmp_path: Path, overrides: list[str], line: str
 ) -> None:
-    run = harness(*overrides, DS_ACCELERATOR="cuda")
-    assert run.status == 2
-    assert run.stderr.startswith(line) and run.stderr.count("\n") == 1
-    assert run.row["status"] == "invalid"
+    assert_refused(answered(*overrides, f"results_dir={tmp_path}", DS_ACCELERATOR="cuda"), line)
+    (row,) = read_rows(tmp_path / "runs.csv")
+    assert row["status"] == "invalid"
 
 
 @pytest.mark.skipif(not (ROOT / ".venv" / "installed-test").exists(), reason="needs the environment of launch/test.sh")

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from support.in_process import answered
 from support.resuming import (
     REQUESTS,
     WORK,
@@ -326,7 +327,7 @@ def test_what_is_no_going_on_is_refused_and_changes_nothing(
     results, run_id = interrupted
     files = [results / "runs.csv", *(results / run_id / name for name in ("record.json", "config.yaml"))]
     before = [path.read_bytes() for path in files]
-    done = resumed(results, *(word.replace("{id}", run_id) for word in words))
+    done = answered(*(word.replace("{id}", run_id) for word in words), f"results_dir={results}")
     assert_refused(done, "error: " + line.replace("{id}", run_id))
     assert [path.read_bytes() for path in files] == before
 

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from support.in_process import answered
 from support.models import save_model
 from support.runs import RANDOM, ROOT, TINY, Run, assert_refused, command, deepspeed, variables
 
@@ -168,14 +169,7 @@ def test_a_sweep_whose_reader_leaves_goes_on(tmp_path: Path) -> None:
 def test_a_launch_over_several_hosts_says_how_to_sweep_instead(tmp_path: Path, rank: int) -> None:
     where = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "CROSS_RANK": str(rank)}
     for words in (["-m", "engine.token_budget=64,128"], ["repeat=2"]):
-        done = subprocess.run(
-            command(*words, f"results_dir={tmp_path}"),
-            cwd=ROOT,
-            env=variables(**where),
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        done = answered(*words, f"results_dir={tmp_path}", **where)
         assert done.returncode == 2
         assert done.stdout == ""
         if rank == 0:
@@ -224,28 +218,13 @@ def test_ctrl_c_ends_the_current_job_and_leaves_the_sweep_resumable(tmp_path: Pa
     ],
 )
 def test_a_sweep_that_makes_no_sense_is_one_line(tmp_path: Path, words: list[str], line: str) -> None:
-    done = subprocess.run(
-        command(*words, f"results_dir={tmp_path / 'results'}"),
-        cwd=ROOT,
-        env=variables(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert_refused(done, line)
+    assert_refused(answered(*words, f"results_dir={tmp_path / 'results'}"), line)
     assert not (tmp_path / "results" / "runs.csv").exists()
 
 
 def test_a_sweep_whose_results_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    done = subprocess.run(
-        command("-m", "engine.token_budget=64,128", f"results_dir={tmp_path / 'file' / 'results'}"),
-        cwd=ROOT,
-        env=variables(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = answered("-m", "engine.token_budget=64,128", f"results_dir={tmp_path / 'file' / 'results'}")
     assert_refused(done, f"error: results_dir: '{tmp_path / 'file' / 'results'}' cannot be written: Not a directory; ")
 
 

@@ -7,16 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from support.runs import RANDOM, ROOT, TINY, Run, command, launched, variables
+from support.in_process import answered
+from support.runs import RANDOM, ROOT, TINY, assert_refused, command, launched, variables
 
 from harness.completions import read_completions
 from harness.config import AUTO_TP_FAMILIES
 from harness.results import read_record
+from harness.runs_table import read_rows
 
 HEAD = """
 import json, os, sys
@@ -113,14 +114,12 @@ def test_auto_tp_shards_every_family_that_is_let_through(tmp_path: Path) -> None
         assert packed == 0 or key.endswith("bfloat16")
 
 
-def test_a_model_that_auto_tp_would_cut_wrongly_is_refused(harness: Callable[..., Run]) -> None:
-    run = harness("parallel.tp=2", "model=llama2_7b", "model.weights=dummy", "model.architecture.model_type=phi3")
-    assert run.status == 2
-    assert run.stderr.startswith(
-        "error: parallel.tp: 2: DeepSpeed's AutoTP is not known to shard 'phi3' models rightly"
-    )
-    assert run.stderr.count("\n") == 1
-    assert run.row["status"] == "invalid"
+def test_a_model_that_auto_tp_would_cut_wrongly_is_refused(tmp_path: Path) -> None:
+    job = ["parallel.tp=2", "model=llama2_7b", "model.weights=dummy", "model.architecture.model_type=phi3"]
+    done = answered(*job, f"results_dir={tmp_path}")
+    assert_refused(done, "error: parallel.tp: 2: DeepSpeed's AutoTP is not known to shard 'phi3' models rightly")
+    (row,) = read_rows(tmp_path / "runs.csv")
+    assert row["status"] == "invalid"
 
 
 PARALLEL = ["parallel.tp=2", "parallel.dp=2"]
