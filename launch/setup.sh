@@ -19,7 +19,7 @@ find_python() {
 install_packages() {
   local extra=$1 stamp=$2 python
   python=$(find_python) || exit 2
-  command -v g++ >/dev/null || echo "note: no g++: fastgen then computes with PyTorch, which is slower, and several ranks do not run (DeepSpeed compiles its communication)" >&2
+  command -v g++ >/dev/null || echo "note: no g++: fastgen then computes with PyTorch, which is slower" >&2
   echo "setting up .venv with $("$python" --version) (once; 1 to 3 minutes, log in .venv-setup.log)" >&2
   {
     [ -x .venv/bin/python ] || "$python" -m venv .venv
