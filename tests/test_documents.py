@@ -9,6 +9,7 @@ that needs more than this machine says so: ``bash gpu``, ``bash hosts`` or ``bas
 from __future__ import annotations
 
 import configparser
+import dataclasses
 import json
 import os
 import re
@@ -50,6 +51,13 @@ MENTIONED = [command for document in DOCUMENTS for command in mentioned(document
 SAMPLE = "results/reference/sample"
 RUNS = ("20261123-221840-fastgen-7ef4", "20261123-221815-fastgen-2477")  # of the same job; for RUN_ID, in turn
 FEW = ("dataset.num_samples=2", "generation.max_output_len=4")
+SHORT = {  # how each benchmark is run here: once, and on little
+    "launch/bench_engines.py": ("--rounds", "1", "--cores", "0", "--results", "{results}/bench", *FEW),
+    "launch/bench_scheduler.py": ("--queued", "500", "--passes", "20"),
+    "launch/bench_sweep.py": ("--rounds", "1", "--jobs", "1", *FEW),
+    "launch/bench_telemetry.py": ("--rounds", "1", *FEW),
+    "launch/measure_rounding.py": ("bfloat16",),
+}
 SCRIPTS = {  # in launch/, and the Python program behind each that has options of its own
     "launch/run.sh": None,
     "launch/setup.sh": None,
@@ -252,28 +260,42 @@ def execute(command: Command, checkout: Path, *more: str, runs: tuple[str, ...] 
     return done.stdout
 
 
+def made(checkout: Path, *words: str) -> Path:
+    """Makes a run, and returns its directory."""
+    before = set(checkout.glob("results/*/record.json"))
+    execute(Command("", (), ("python", "harness/main.py", *words), frozenset()), checkout)
+    (record,) = set(checkout.glob("results/*/record.json")) - before
+    return record.parent
+
+
 @pytest.mark.parametrize("command", names(QUICK))
 def test_a_command_that_loads_no_model(command: Command, checkout: Path) -> None:
     assert execute(command, checkout)
 
 
+def shortened(command: Command) -> Command:
+    """Returns a command that takes few requests instead of all; ``verify --model`` judges two of a run's."""
+    more: tuple[str, ...] = ()
+    if "harness/main.py" in command.words:
+        more = FEW
+    elif "harness.accuracy" in command.words:
+        more = FEW[:1]
+    elif "--model" in command.words and "--samples" not in command.words:
+        more = ("--samples", "2")
+    return dataclasses.replace(command, words=command.words + more)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("command", names([command for command in SLOW if "resume=RUN_ID" not in command.words]))
+@pytest.mark.parametrize("command", names([shortened(one) for one in SLOW if "resume=RUN_ID" not in one.words]))
 def test_a_command_that_loads_a_model(command: Command, checkout: Path) -> None:
-    """Runs take few requests instead of all, and ``verify --model`` judges two of a run's."""
-    started = "harness/main.py" in command.words or "harness.accuracy" in command.words
-    few = FEW if "harness/main.py" in command.words else FEW[:1]
-    more = few if started else ("--samples", "2") if "--model" in command.words else ()
-    execute(command, checkout, *more)
+    execute(command, checkout)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", names([command for command in SLOW if "resume=RUN_ID" in command.words]))
 def test_a_run_that_was_cut_short_is_resumed(command: Command, checkout: Path) -> None:
     """One of four requests, whose last line is taken away as if it had been interrupted."""
-    base = ["dataset.num_samples=4", FEW[1]]
-    execute(Command("", (), ("python", "harness/main.py", *base), frozenset()), checkout)
-    directory = max(checkout.glob("results/*-fastgen-*/record.json"), key=lambda path: path.stat().st_mtime).parent
+    directory = made(checkout, "dataset.num_samples=4", FEW[1])
     lines = (directory / "completions.jsonl").read_text().splitlines(keepends=True)
     (directory / "completions.jsonl").write_text("".join(lines[:-1]))
     record = json.loads((directory / "record.json").read_text())
@@ -281,6 +303,17 @@ def test_a_run_that_was_cut_short_is_resumed(command: Command, checkout: Path) -
     (directory / "record.json").write_text(json.dumps(record))
     assert "4 of 4 requests" in execute(command, checkout, runs=(directory.name,))
     assert len((directory / "completions.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted(SHORT))
+def test_a_benchmark_on_little(script: str, checkout: Path) -> None:
+    """One of the commands shown for it, with what makes it short; of several rounds and variants, one and its own."""
+    shown = next(command for command in SHOWN if not command.marks and script in command.words)
+    more, runs = [word.format(results=checkout / "results") for word in SHORT[script]], RUNS
+    if script == "launch/measure_rounding.py":
+        runs = (made(checkout, "model.dtype=float32", *FEW).name,)
+    assert execute(shown, checkout, *more, runs=runs)
 
 
 # --- tables ---
