@@ -25,16 +25,17 @@ from hydra.errors import HydraException  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from harness import config, flags, ranks  # noqa: E402
-from harness.errors import FULL_ERROR, INTERRUPTED, REFUSED, UserError, full_error, report  # noqa: E402
-from harness.explain import explain  # noqa: E402
+from harness.basics.errors import FULL_ERROR, INTERRUPTED, REFUSED, UserError, full_error, report  # noqa: E402
+from harness.config import compose, flags  # noqa: E402
+from harness.config.explain import explain  # noqa: E402
+from harness.ranks.rank import Rank, current, decoded, without_local_rank  # noqa: E402
 
 
 def main() -> int:
     """Composes the config and runs the job, or the jobs of a sweep; returns the exit status."""
     try:
-        rank = ranks.current()
-        sys.argv[1:] = ranks.decoded(ranks.without_local_rank(sys.argv[1:]))
+        rank = current()
+        sys.argv[1:] = decoded(without_local_rank(sys.argv[1:]))
     except UserError as error:
         return report(error)
     outcomes: list[int] = []
@@ -59,7 +60,7 @@ def main() -> int:
                 outcomes.append(refuse(error))
 
     asked = os.environ.get(FULL_ERROR)
-    config.register()
+    compose.register()
     try:
         sweeps = flags.parse(sys.argv[1:]).multirun
     except UserError as error:
@@ -68,7 +69,7 @@ def main() -> int:
         if sweeps:
             if not _drives(rank, "-m"):
                 return 0
-            from harness.sweep import SWEEP
+            from harness.running.sweep import SWEEP
 
             rank, SWEEP.full_error = None, asked
         elif rank is not None:
@@ -88,14 +89,14 @@ def main() -> int:
         return refuse(error)  # Hydra lets some odd overrides through to a plain ValueError
 
 
-def _run(composed: DictConfig, rank: ranks.Rank | None) -> int:
-    from harness.launcher import RUN_ID_VARIABLE
+def _run(composed: DictConfig, rank: Rank | None) -> int:
+    from harness.ranks.rank import RUN_ID_VARIABLE
 
     hydra_config = HydraConfig.get()
-    config.check_choices(hydra_config.runtime.choices)
+    compose.check_choices(hydra_config.runtime.choices)
     overrides = list(hydra_config.overrides.task)
     if composed.resume is not None:
-        from harness import resume
+        from harness.running import resume
 
         composed = resume.compose(composed, overrides, rank)
     # A rank that our own launcher started has one of several runs to do already.
@@ -103,7 +104,7 @@ def _run(composed: DictConfig, rank: ranks.Rank | None) -> int:
         if composed.sweep.confirm or composed.sweep.save_as is not None:
             raise UserError("experiment", "a search has several jobs", "add -m: python harness/main.py -m ...")
         if (composed.repeat > 1 or composed.sweep.resume) and _can_run(composed):
-            from harness.sweep import SWEEP
+            from harness.running.sweep import SWEEP
 
             if not _drives(rank, f"repeat={composed.repeat}"):
                 return 0
@@ -113,17 +114,17 @@ def _run(composed: DictConfig, rank: ranks.Rank | None) -> int:
             SWEEP.run(overrides, composed)
             return SWEEP.conclude()
     if rank is None:
-        from harness import start
+        from harness.running import start
 
         return start.run(composed, overrides)
-    from harness import worker
+    from harness.running import worker
 
     return worker.run(composed, rank)
 
 
 def _can_run(composed: DictConfig) -> bool:
     """Returns whether nothing is wrong with the job; if it is, one run says so as well as several."""
-    from harness import job
+    from harness.running import job
 
     try:
         job.prepare(composed)
@@ -132,7 +133,7 @@ def _can_run(composed: DictConfig) -> bool:
     return True
 
 
-def _drives(rank: ranks.Rank | None, what: str) -> bool:
+def _drives(rank: Rank | None, what: str) -> bool:
     """Returns whether this process starts several runs: a plain one does, and of a launch the first rank.
 
     Raises:
@@ -149,13 +150,13 @@ def _drives(rank: ranks.Rank | None, what: str) -> bool:
 
 def _sweep_over(interrupted: bool = False) -> int:
     """Returns the exit status of a sweep, after its table."""
-    from harness.sweep import SWEEP
+    from harness.running.sweep import SWEEP
 
     if not SWEEP.jobs:
         return INTERRUPTED
     composed = SWEEP.composed
     if not interrupted and composed is not None and (composed.sweep.confirm or composed.sweep.save_as):
-        from harness import tune
+        from harness.running import tune
 
         return tune.conclude(SWEEP, composed)
     return SWEEP.conclude(interrupted)

@@ -26,12 +26,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / "launch" / "peers"
 sys.path.insert(0, str(ROOT))
 
-import bench_engines  # noqa: E402
-from hydra import compose, initialize_config_dir  # noqa: E402
+import bench_engines
+from hydra import compose, initialize_config_dir
 
-from harness import checkpoint, config, job, workload  # noqa: E402
-from harness.demo_model import cache_root  # noqa: E402
-from harness.errors import UserError, report  # noqa: E402
+from harness.basics.cache import cache_root
+from harness.basics.errors import UserError, report
+from harness.config.compose import register
+from harness.models.tokenizer import load_tokenizer
+from harness.running import job
+from harness.workload import reading
 
 OURS, BASELINE = "fastgen", "baseline"
 TITLES = {"openvino": "OpenVINO GenAI", "vllm": "vLLM"}
@@ -73,15 +76,15 @@ class Bench:
         self.cores, self.results, self.overrides = cores, results, overrides
         self.threads = len(cores.split(","))
         results.mkdir(parents=True, exist_ok=True)
-        config.register()
+        register()
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             self.job = job.prepare(compose("config", overrides=overrides))
         source = self.job.source
         if source.kind != "directory" or source.path is None:
             raise UserError("model", f"{source.kind}: the other engines read a checkpoint directory", "give model.path")
         self.model = source.path
-        tokenizer = checkpoint.load_tokenizer(source)
-        requests = workload.resolve(
+        tokenizer = load_tokenizer(source)
+        requests = reading.resolve(
             self.job.workload,
             self.job.config.generation,
             vocab_size=source.architecture.get("vocab_size"),

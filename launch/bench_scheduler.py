@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from harness.engines.fastgen.kv_blocks import KvBlocks  # noqa: E402
-from harness.engines.fastgen.scheduler import Scheduler, Sequence  # noqa: E402
+from harness.engines.fastgen.scheduler import Scheduler, Sequence
+from harness.engines.shared.kv_blocks import KvBlocks
 
 
 def lengths(rng: random.Random) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from harness.runs_table import read_rows  # noqa: E402
+from harness.results.table import read_rows
 
 
 def beyond(root: Path, words: list[str], results: Path) -> float:

@@ -20,11 +20,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-import psutil  # noqa: E402
+import psutil
 
-from harness import environment, telemetry  # noqa: E402
-from harness.energy import bus_ids  # noqa: E402
-from harness.engines.base import Clock  # noqa: E402
+from harness.basics.clock import Clock
+from harness.machine import (
+    device,
+    telemetry,
+)
+from harness.machine.energy import bus_ids
 
 
 def share(overrides: list[str], results: Path) -> tuple[float, float]:
@@ -40,7 +43,7 @@ def share(overrides: list[str], results: Path) -> tuple[float, float]:
 
 def one_sample(series: Path, seconds: float = 3.0) -> tuple[float, float, int]:
     """Returns the CPU and the elapsed seconds of a sample, and of how many GPUs."""
-    gpus = bus_ids(None) if environment.accelerator() == "cuda" else []
+    gpus = bus_ids(None) if device.accelerator() == "cuda" else []
     sampler = telemetry.Sampler(series, gpus, [psutil.Process()], interval_s=0.0)
     sampler.start()
     time.sleep(1.0)  # for NVML to be opened

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from harness.checkpoint_files import attention_heads  # noqa: E402
+from harness.models.architecture import attention_heads
 
 ROWS = (64, 128, 256, 512)
 SECONDS = 0.12  # for each shape

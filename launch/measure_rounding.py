@@ -16,25 +16,29 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import torch  # noqa: E402
+import torch
 
-from harness import checkpoint  # noqa: E402
-from harness.config import ModelConfig  # noqa: E402
-from harness.verification import runs  # noqa: E402
+from harness.config.schema import ModelConfig
+from harness.models import (
+    loading,
+    locate,
+)
+from harness.models.tokenizer import load_tokenizer
+from harness.verify import runs
 
 
 def main() -> None:
     """Prints a line for each type."""
     run = runs.load(Path(sys.argv[1]))
-    source = checkpoint.locate(run.group("model", ModelConfig))
+    source = locate.locate(run.group("model", ModelConfig))
     requests = runs.read_requests(run, needed=True).by_index
     assert requests is not None
-    tokenizer = checkpoint.load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
     rows = []
     for line in run.completions:
         prompt = tokenizer(requests[line["index"]].prompt).input_ids
         rows.append((len(prompt) - 1, torch.tensor([prompt + line["token_ids"][:-1]])))
-    model = checkpoint.load_model(source, dtype=torch.float32, device="cpu")
+    model = loading.load_model(source, dtype=torch.float32, device="cpu")
     with torch.inference_mode():
         exact = [model(ids, use_cache=False).logits[0, first:] for first, ids in rows]
     spread = [logits.std(-1) for logits in exact]

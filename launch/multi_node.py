@@ -20,8 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from harness.errors import UserError, quoted, report  # noqa: E402
-from harness.ranks import GUIDE, encoded  # noqa: E402
+from harness.basics.errors import UserError, quoted, report
+from harness.ranks.rank import GUIDE, encoded
 
 # Names, or with a trailing _ their beginnings. NCCL_ and PYTHON DeepSpeed passes itself.
 VARIABLES = (

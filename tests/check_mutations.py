@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.forgeries import FORGERIES, Forgery, forge
 from support.runs import ROOT, variables
 
-from harness.runs_table import read_rows
+from harness.results.table import read_rows
 
 JOB = [
     "dataset.num_samples=6",
@@ -92,7 +92,7 @@ FAULTS = (
     ),
     Fault(
         "computes at the position before",
-        "harness/engines/fastgen/torch_runner.py",
+        "harness/engines/fastgen/runners/torch_runner.py",
         "                positions.append(start)\n",
         "                positions.append(start - 1)\n",
         ("run", "against", "model"),
@@ -106,7 +106,7 @@ FAULTS = (
     ),
     Fault(
         "loses a request",
-        "harness/results.py",
+        "harness/results/recorder.py",
         '            write_all(self._completions, json_bytes(entry) + b"\\n")\n',
         '            write_all(self._completions, (json_bytes(entry) + b"\\n") * (completion.index != 3))\n',
         ("run",),  # which is failed then, and says so: nothing is left that contradicts it
@@ -114,14 +114,14 @@ FAULTS = (
     ),
     Fault(
         "writes a request twice",
-        "harness/results.py",
+        "harness/results/recorder.py",
         '            write_all(self._completions, json_bytes(entry) + b"\\n")\n',
         '            write_all(self._completions, (json_bytes(entry) + b"\\n") * (1 + (completion.index == 3)))\n',
         tests="tests/test_replicas.py tests/test_main.py::test_two_replicas_share_one_queue",
     ),
     Fault(
         "adds requests to the sum of tokens",
-        "harness/completions.py",
+        "harness/results/completions.py",
         "        total_tokens = self.prompt_tokens + self.output_tokens\n",
         "        total_tokens = self.prompt_tokens + self.output_tokens + self.completed\n",
         ("recount", "against", "model"),  # the run's own check is of tokens
@@ -129,7 +129,7 @@ FAULTS = (
     ),
     Fault(
         "stops the clock early",
-        "harness/completions.py",
+        "harness/results/completions.py",
         '            figures["total_tokens_per_s"] = total_tokens / elapsed_s\n',
         '            figures["total_tokens_per_s"] = total_tokens / (0.9 * elapsed_s)\n',
         ("recount", "against", "model"),

@@ -91,9 +91,9 @@ def harness(tmp_path: Path) -> Callable[..., Run]:
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """Returns the demo model's directory, fetched and converted if this is the first time."""
-    from harness import demo_model
+    from harness.models import demo
 
-    return demo_model.ensure()
+    return demo.ensure()
 
 
 @pytest.fixture(scope="session")

@@ -20,17 +20,17 @@ import torch
 from support.engines import expected, settings_of
 from support.runs import BIN, RANDOM, ROOT, SAMPLE, TINY, assert_refused, deepspeed, variables
 
-from harness import accuracy
-from harness.config import Kernels, Stop
+from harness.accuracy import __main__ as accuracy
+from harness.accuracy import perplexity, record
+from harness.accuracy.pool import Pool
+from harness.accuracy.tasks import figures
+from harness.basics.errors import UserError
+from harness.config.schema import Kernels, Stop
 from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.scoring import Score, Scored
-from harness.errors import UserError
-from harness.evaluation import perplexity, record
-from harness.evaluation.pool import Pool
-from harness.evaluation.tasks import figures
 
 if TYPE_CHECKING:
-    from harness.evaluation.lm_eval_adapter import HarnessLM
+    from harness.accuracy.lm_eval_adapter import HarnessLM
 
 HERE = importlib.util.find_spec("lm_eval") is not None
 needs_lm_eval = pytest.mark.skipif(not HERE, reason="lm-eval is not installed")
@@ -126,7 +126,7 @@ def test_ranks_share_a_model_and_the_prompts(evaluate: Evaluate, tmp_path: Path)
     first, lines = newest(tmp_path)
     # The tokenizer of made-up weights has a BOS, which stands before each prompt of 20 ids.
     assert first["perplexity"]["tokens"] == 7 * 20
-    command = ["harness/accuracy.py"]
+    command = ["harness/accuracy/__main__.py"]
     for words, launcher in [
         (["parallel.tp=2"], ()),
         (["engine=ds_inference", "parallel.dp=2", "engine.batch_size=3"], (*deepspeed(2), *command)),
@@ -309,7 +309,7 @@ def test_groups_are_told_from_their_parts() -> None:
 @pytest.fixture(scope="module")
 def cpu_model(demo_model: Path) -> Callable[..., HarnessLM]:
     """Returns a function that makes an lm-eval model over PyTorch's kernels in float32."""
-    from harness.evaluation.lm_eval_adapter import HarnessLM
+    from harness.accuracy.lm_eval_adapter import HarnessLM
 
     def make(max_context: int = 512, **keys: Any) -> HarnessLM:
         from dataclasses import replace
@@ -370,7 +370,7 @@ def test_the_adapter_answers_as_lm_evals_own_hf_model(
 
 @needs_lm_eval
 def test_sampling_is_refused(cpu_model: Callable[..., HarnessLM]) -> None:
-    from harness.evaluation.lm_eval_adapter import MAX_GEN_TOKS, generation_arguments
+    from harness.accuracy.lm_eval_adapter import MAX_GEN_TOKS, generation_arguments
 
     assert generation_arguments({}) == ([], MAX_GEN_TOKS)
     assert generation_arguments({"until": "x", "max_gen_toks": 3, "max_tokens": 9, "temperature": 0}) == (["x"], 3)

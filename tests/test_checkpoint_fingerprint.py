@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.checkpoint_files import Source
-from harness.checkpoint_fingerprint import HEAD_BYTES, SAMPLE_BYTES, fingerprint
+from harness.models.fingerprint import HEAD_BYTES, SAMPLE_BYTES, fingerprint
+from harness.models.source import Source
 
 
 @pytest.fixture

@@ -19,11 +19,14 @@ import pytest
 from support.resuming import REQUESTS, begin, check_sums, family, has_lines, kill, run_id_in, undertakers, wait_for
 from support.runs import ROOT, Run, command, deepspeed, ended, ranks_of, start, variables
 
-from harness import lifeline, segments, watch
-from harness.results import RunRecorder, close_unfinished, read_record
-from harness.run_lock import LAUNCH_LOCK, LOCK, RunLock, holder
-from harness.runs_table import read_rows
-from harness.workload import Completion
+from harness.results import lifeline, segments
+from harness.results.closing import close_unfinished
+from harness.results.directory import read_record
+from harness.results.lock import LAUNCH_LOCK, LOCK, RunLock, holder
+from harness.results.recorder import RunRecorder
+from harness.results.table import read_rows
+from harness.running import watch
+from harness.workload.records import Completion
 
 Harness = Callable[..., Run]
 
@@ -168,7 +171,11 @@ def test_a_witness_writes_until_the_end_and_not_into_a_file_that_was_taken_away(
     witness = lifeline.Witness(tmp_path)
     witness.look()
     assert not (tmp_path / lifeline.NAME).exists()
-    words = [sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1]); from harness import lifeline as l"]
+    words = [
+        sys.executable,
+        "-c",
+        "import sys; sys.path.insert(0, sys.argv[1]); from harness.results import lifeline as l",
+    ]
     words[-1] += "; from pathlib import Path; l.begun(Path(sys.argv[2]), 0, 0.0); print(flush=True); input()"
     child = subprocess.Popen([*words, str(ROOT), str(tmp_path)], stdin=-1, stdout=-1)
     assert child.stdout is not None and child.stdout.readline()
@@ -248,7 +255,7 @@ def test_the_holder_of_a_lock_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     assert holder(tmp_path / LOCK) == os.getpid()
     one.release(LOCK)
     assert holder(tmp_path / LOCK) is None and holder(tmp_path / LAUNCH_LOCK) == os.getpid()
-    monkeypatch.setattr("harness.run_lock.LOCK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("harness.results.lock.LOCK_TIMEOUT_S", 0.1)
     with pytest.raises(Exception, match=rf"is still being run \(process {os.getpid()}\); wait for it"):
         two.hold(LAUNCH_LOCK, LOCK)
     one.release()

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from support.made_runs import FACTS, ROOT, command, refused, run
 
-from harness import compare
-from harness.runs_table import COLUMNS, put_row, read_rows
+from harness.compare import __main__ as compare
+from harness.results.columns import COLUMNS
+from harness.results.table import put_row, read_rows
 
 # --- bad input ---
 
@@ -221,7 +222,7 @@ def test_the_command_without_arguments_reads_results(tmp_path: Path) -> None:
 
 def test_a_mistake_is_found_without_heavy_imports() -> None:
     code = (
-        "import sys; from harness import compare; assert compare.main(['nowhere.csv']) == 2; "
+        "import sys; from harness.compare import __main__ as compare; assert compare.main(['nowhere.csv']) == 2; "
         "print({'pandas', 'vl_convert', 'torch', 'transformers', 'deepspeed'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from support.made_runs import comparison, refused, run
 
-from harness import compare
-from harness.errors import UserError
+from harness.basics.errors import UserError
+from harness.compare import __main__ as compare
 
 # --- groups ---
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from harness import compare
-from harness.comparison.page import BINS, passes_of
-from harness.comparison.reading import Run
-from harness.results import PassRecord, RunRecorder
-from harness.workload import Completion
+from harness.compare import __main__ as compare
+from harness.compare.page import BINS, passes_of
+from harness.compare.reading import Run
+from harness.results.recorder import RunRecorder
+from harness.workload.records import Completion, PassRecord
 
 HOSTILE = "</script><img src=x onerror=alert(1)><script>alert(2)</script> {{bundle}} {{nothing}} <!-- \u2028"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -14,20 +14,21 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from support.runs import ROOT, command, variables
 
-from harness import config as schema
-from harness import flags
-from harness.config import Config, check, check_kv_heads, parse_bytes, to_config
-from harness.engines.fastgen.native import checks as native_checks
-from harness.errors import UserError
-from harness.explain import explain, keys
-from harness.job import prepare, resolve_dtype
+from harness.basics.errors import UserError
+from harness.config import flags, schema
+from harness.config.checks import check_kv_heads, parse_bytes
+from harness.config.compose import register, to_config
+from harness.config.explain import explain, keys
+from harness.config.schema import Config
+from harness.engines.fastgen.runners.native import checks as native_checks
+from harness.running.job import check, prepare, resolve_dtype
 
 FLAGS = {*native_checks.INSTRUCTIONS, native_checks.BFLOAT16}
 
 
 @pytest.fixture(autouse=True)
 def _hydra() -> Iterator[None]:
-    schema.register()
+    register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         yield

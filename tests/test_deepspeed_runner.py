@@ -31,17 +31,17 @@ from support.ragged import TINY, Judge, batch, chunk, float_quantize, gap_of, ge
 from support.runs import ROOT, variables
 from torch import Tensor
 
-from harness.checkpoint import Source
-from harness.checkpoint_files import find
-from harness.config import GenerationConfig, Stop
-from harness.engines.fastgen import deepspeed_checks as checks
-from harness.engines.fastgen import deepspeed_runner
-from harness.engines.fastgen.deepspeed_runner import DeepSpeedRunner, engine_config
-from harness.engines.fastgen.deepspeed_weights import Weights
-from harness.engines.fastgen.kv_blocks import KvBlocks
+from harness.basics.errors import UserError
+from harness.config.schema import GenerationConfig, Stop
+from harness.engines.fastgen.runners import deepspeed_runner
+from harness.engines.fastgen.runners.deepspeed_runner import DeepSpeedRunner, engine_config
+from harness.engines.fastgen.runners.deepspeed_weights import Weights
 from harness.engines.fastgen.scheduler import Scheduler, Sequence
-from harness.errors import UserError
-from harness.tensor_parallel import TensorParallel
+from harness.engines.shared import ragged_kernels as checks
+from harness.engines.shared.kv_blocks import KvBlocks
+from harness.models.directory import find
+from harness.models.source import Source
+from harness.ranks.tensor_parallel import TensorParallel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -381,7 +381,7 @@ def rank_main(rank: int, port: int, directory: str, out: str) -> None:
 
 
 def test_two_ranks_of_three_share_a_model(tiny: Path, tmp_path: Path) -> None:
-    from harness.launcher import free_port
+    from harness.ranks.rank import free_port
 
     port = free_port()
     code = "import sys, test_deepspeed_runner as t; t.rank_main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])"
@@ -445,12 +445,12 @@ def test_a_directorys_shards_are_read_whole(tmp_path: Path, tied: bool) -> None:
 def test_a_gguf_file_is_read(tmp_path: Path) -> None:
     from support.checkpoints import write_gguf
 
-    from harness import checkpoint
+    from harness.models import loading
 
     source = find(str(write_gguf(tmp_path / "tiny.gguf")), False, need_weights=True)
     weights = Weights(source, torch.float32, CPU, CPU)
     found = dict(weights.parameters())
-    assert_same(found, checkpoint.load_model(source, dtype=torch.float32).state_dict())
+    assert_same(found, loading.load_model(source, dtype=torch.float32).state_dict())
     assert not weights.state
     assert {parameter.device.type for parameter in weights.model.parameters()} == {"meta"}
 

@@ -41,8 +41,9 @@ from support.documents import (
     tables,
 )
 
-from harness import config as schema
-from harness.runs_table import COLUMNS
+from harness.config import checks
+from harness.config.compose import register, to_config
+from harness.results.columns import COLUMNS
 
 DOCUMENTS = documents()
 BLOCKS = [block for document in DOCUMENTS for block in parts(document)[0]]
@@ -112,13 +113,13 @@ def composed(words: list[str], accelerator: str) -> None:
         parsed = OverridesParser.create().parse_overrides(jobs[0])
         if not any(word.partition("=")[0] == "experiment" for word in jobs[0]):
             jobs = [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
-    schema.register()
+    register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for job in jobs:
             one = compose("config", job, return_hydra_config=True)
             with_schema = OmegaConf.masked_copy(one, [key for key in one if key != "hydra"])
-            schema.check(schema.to_config(with_schema), accelerator)
+            checks.check(to_config(with_schema), accelerator)
 
 
 def executable(command: Command) -> bool:
@@ -331,7 +332,7 @@ def documented() -> dict[str, dict[str, str]]:
 
 def option(*words: str) -> dict[str, Any]:
     """Returns the config that these overrides compose to, its keys with dots; dictionaries of figures are one key."""
-    schema.register()
+    register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         whole = compose("config", list(words))

@@ -10,10 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.engines import TINY, engine_for, generate, hugging_face, ids, requests
 
-from harness.engines.ds_inference import prefill_groups
-from harness.engines.static_cache import StaticCache
-from harness.results import PassRecord
-from harness.workload import Request
+from harness.engines.ds_inference.engine import prefill_groups
+from harness.engines.ds_inference.static_cache import StaticCache
+from harness.workload.records import PassRecord, Request
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "granite"])

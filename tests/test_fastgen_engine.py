@@ -13,15 +13,14 @@ import torch
 from support.engines import generate, hugging_face, requests, settings
 from torch.nn.functional import scaled_dot_product_attention
 
-from harness.config import Order, Stop
-from harness.engines.attention_checks import refuse_unusual_attention
+from harness.basics.errors import UserError
+from harness.config.schema import Order, Stop
 from harness.engines.fastgen.engine import FastGenEngine
-from harness.engines.fastgen.paged_attention import KvCache, build_plan, ragged_attention
+from harness.engines.fastgen.runners.paged_attention import KvCache, build_plan, ragged_attention
 from harness.engines.fastgen.scheduler import Chunk, RaggedBatch, Sequence
-from harness.engines.kv_memory import kv_memory_bytes
-from harness.errors import UserError
-from harness.results import PassRecord
-from harness.workload import Request
+from harness.engines.shared.attention_checks import refuse_unusual_attention
+from harness.engines.shared.kv_memory import kv_memory_bytes
+from harness.workload.records import PassRecord, Request
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "granite"])

@@ -19,14 +19,18 @@ from support.hosts import NAMESPACES, NETWORK, networked
 from support.resuming import undertakers
 from support.runs import BIN, RANDOM, ROOT, TINY, Run, command, deepspeed, ended, ranks_of, start, variables
 
-from harness import config, faults, undertaker
-from harness.errors import UserError
-from harness.faults import OomKills
-from harness.launcher import MAIN, free_port
-from harness.ranks import Rank
-from harness.rendezvous import Rendezvous
-from harness.results import RunRecorder, read_record
-from harness.runs_table import read_rows
+from harness.basics.errors import UserError
+from harness.config.compose import register, to_config
+from harness.machine import memory
+from harness.machine.memory import OomKills
+from harness.ranks.rank import Rank, free_port
+from harness.ranks.rendezvous import Rendezvous
+from harness.results.directory import read_record
+from harness.results.recorder import RunRecorder
+from harness.results.table import read_rows
+from harness.running import faults, watchdog
+from harness.running.job import check
+from harness.running.watch import MAIN
 
 # --- what an exception says ---
 
@@ -78,7 +82,7 @@ def test_a_cause_is_found_behind_another_exception() -> None:
 
 
 def test_other_failures_and_our_own_words_are_no_want_of_memory() -> None:
-    assert faults.out_of_memory(UserError("dataset.path", "no such file: 'out of memory.json'")) is None
+    assert memory.out_of_memory(UserError("dataset.path", "no such file: 'out of memory.json'")) is None
     fault = faults.classify(KeyError("memory"), {}, {})
     assert (fault.status, fault.exit_status) == ("failed", 1)
     assert fault.error == "KeyError: 'memory'; the traceback is in run.log"
@@ -88,9 +92,9 @@ def test_other_failures_and_our_own_words_are_no_want_of_memory() -> None:
 
 
 def resolved(*overrides: str) -> dict[str, Any]:
-    from harness import job
+    from harness.running import job
 
-    config.register()
+    register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return job.resolved(compose("config", overrides=list(overrides)))
 
@@ -127,7 +131,7 @@ def test_the_advice_names_settings_that_can_be_run(
         changes = words.removeprefix("try ").partition(" (")[0].split()
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             composed = compose("config", overrides=[*overrides, *changes])
-        config.check(config.to_config(composed), "cuda" if device else "cpu")
+        check(to_config(composed), "cuda" if device else "cpu")
 
 
 def test_advice_without_a_config_is_general() -> None:
@@ -299,8 +303,8 @@ def test_a_killed_rank_0_under_deepspeed_leaves_a_row(tmp_path: Path) -> None:
 RANK_0 = """
 import json, os, sys, time
 sys.path.insert(0, sys.argv[1])
-from harness.results import RunRecorder
-from harness.undertaker import watch
+from harness.results.recorder import RunRecorder
+from harness.running.watchdog import watch
 
 recorder = RunRecorder.create(sys.argv[2], "a-run", {"engine": {"name": "fastgen"}}, [])
 watch(recorder.results_dir, recorder.run_id, 1.0 if sys.argv[3] == "hang" else None)
@@ -369,7 +373,7 @@ def test_the_undertaker_ends_a_rank_that_does_not_heed_its_alarm(tmp_path: Path)
 def test_a_signal_is_known_although_the_process_is_buried_at_once() -> None:
     for number in (signal.SIGKILL, signal.SIGSEGV, None):
         child = subprocess.Popen(["sleep", "60" if number else "0"])
-        ending = undertaker.Ending(child.pid)
+        ending = watchdog.Ending(child.pid)
         if number:
             child.send_signal(number)
         child.wait()
@@ -395,7 +399,7 @@ def test_the_undertaker_says_what_it_can_of_a_process_that_is_gone(tmp_path: Pat
     gone = subprocess.Popen(["true"])
     gone.wait()
     recorder.note(pid=gone.pid)
-    words = [sys.executable, ROOT / "harness" / "undertaker.py", tmp_path, "a-run", str(gone.pid)]
+    words = [sys.executable, ROOT / "harness" / "running" / "watchdog.py", tmp_path, "a-run", str(gone.pid)]
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
     (row,) = read_rows(tmp_path / "runs.csv")
     assert row["error"] == "rank 0 died without a word; the system's log (dmesg) may say why"
@@ -431,8 +435,8 @@ root, place, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
 os.chdir(place)  # another host begins in a directory of its own
 sys.path.insert(0, root)
 os.environ |= {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29777"}
-from harness import rendezvous
-from harness.ranks import Rank
+from harness.ranks import rendezvous
+from harness.ranks.rank import Rank
 
 rendezvous.LOST_S = 3
 gone = threading.Event()

@@ -19,9 +19,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from support.patience import no_hang
 
-from harness import workload
-from harness.config import DatasetConfig, GenerationConfig
-from harness.errors import UserError
+from harness.basics.errors import UserError
+from harness.config.schema import DatasetConfig, GenerationConfig
+from harness.workload import json_file
+from harness.workload.reading import read, resolve
 
 FILE_LIMIT = 1_500_000  # in place of 2 GiB, so that a bomb is a small one
 LONGEST = 1_000_000  # tokens
@@ -314,8 +315,8 @@ def test_every_malformed_dataset_is_one_line(
 ) -> None:
     file = tmp_path / "data.json"
     tally: collections.Counter[str] = collections.Counter()
-    monkeypatch.setattr(workload, "MAX_FILE_BYTES", FILE_LIMIT)
-    monkeypatch.setattr(workload, "SAMPLE_PATH", file)
+    monkeypatch.setattr(json_file, "MAX_FILE_BYTES", FILE_LIMIT)
+    monkeypatch.setattr("harness.workload.reading.SAMPLE_PATH", file)
 
     @hypothesis_settings(max_examples=scale(1_300, 26_000), database=None, suppress_health_check=list(HealthCheck))
     @given(
@@ -335,9 +336,9 @@ def test_every_malformed_dataset_is_one_line(
         dataset = DatasetConfig(name, None if name == "sample" else str(file), num_samples, output_len=output_len)
         try:
             with no_hang():
-                loaded = workload.read(dataset)
+                loaded = read(dataset)
                 generation = GenerationConfig(max_output_len=cap)
-                loaded = workload.resolve(loaded, generation, count_tokens=lambda texts: list(map(words, texts)))
+                loaded = resolve(loaded, generation, count_tokens=lambda texts: list(map(words, texts)))
         except UserError as error:
             assert not expected, f"refused, though sound: {error}"
             assert_one_line(error)

@@ -26,11 +26,11 @@ from support.in_process import Launched, begun_anew, entry
 from support.patience import no_hang
 from support.runs import ROOT, SAMPLE, TINY, assert_refused, command, variables
 
-from harness import launcher
-from harness.explain import keys
-from harness.job import prepare
-from harness.results import read_record
-from harness.runs_table import read_rows
+from harness.config.explain import keys
+from harness.results.directory import read_record
+from harness.results.table import read_rows
+from harness.running import launcher
+from harness.running.job import prepare
 
 YEAR_S = 366 * 24 * 3600
 GROUPS = {

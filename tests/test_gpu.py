@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from support.runs import SAMPLE, Run
 
-from harness import environment
+from harness.machine import device
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(environment.accelerator() != "cuda", reason="needs a GPU"),
+    pytest.mark.skipif(device.accelerator() != "cuda", reason="needs a GPU"),
 ]
 # As LLaMA-2-7B, four layers of it: heads that kernel injection takes, weights that any device has room for.
 SMALL_7B = ["model=llama2_7b", "model.weights=dummy", "model.architecture.num_hidden_layers=4"]

@@ -15,11 +15,11 @@ import torch
 from support.ragged import Judge, gap_of, generate, loaded, requests, save, settings
 from support.runs import Run
 
-from harness import environment
 from harness.engines.base import EngineSettings
-from harness.engines.fastgen import deepspeed_checks as checks
+from harness.engines.shared import ragged_kernels as checks
+from harness.machine import device
 
-CUDA = environment.accelerator() == "cuda"
+CUDA = device.accelerator() == "cuda"
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not CUDA, reason="needs a GPU"),

@@ -8,9 +8,9 @@ import pytest
 import torch
 from support.engines import LayersThatRemember, engine_for, generate, hugging_face, ids, requests
 
-from harness.engines.kernel_inject import InjectedBatch, refuse_unsupported
-from harness.errors import UserError
-from harness.workload import Request
+from harness.basics.errors import UserError
+from harness.engines.ds_inference.kernel_inject import InjectedBatch, refuse_unsupported
+from harness.workload.records import Request
 
 
 def test_batches_of_all_rows_give_hugging_face_ids() -> None:

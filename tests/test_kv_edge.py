@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.runs import SAMPLE, Run
 
-from harness.config import ModelConfig
+from harness.config.schema import ModelConfig
 
 BLOCK = 16  # tokens, the smallest that all kernels take
 LONGEST = (70, 11)  # about how many words its prompt has, and its output's tokens
@@ -46,7 +46,8 @@ def test_a_cache_of_exactly_the_longest_request(
     scale: Callable[[int, int], int],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from harness.checkpoint import load_tokenizer, locate
+    from harness.models.locate import locate
+    from harness.models.tokenizer import load_tokenizer
 
     triples = dataset(tmp_path / "data.json", scale(40, 500))
     tokenizer = load_tokenizer(locate(ModelConfig(name="demo", path=str(demo_model))))

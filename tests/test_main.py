@@ -30,9 +30,10 @@ from support.runs import (
     variables,
 )
 
-from harness import faults
-from harness.results import config_hash
-from harness.runs_table import COLUMNS, read_rows
+from harness.config.identity import config_hash
+from harness.results.columns import COLUMNS
+from harness.results.table import read_rows
+from harness.running import faults
 
 Harness = Callable[..., Run]
 

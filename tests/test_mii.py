@@ -33,14 +33,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from support.engines import requests as jobs_of
 
-from harness import checkpoint, environment
-from harness.checkpoint import ByteTokenizer
-from harness.checkpoint_files import Source, find
-from harness.config import EngineConfig, GenerationConfig, Order, Stop
-from harness.engines.base import Clock, EngineSettings, Progress
-from harness.engines.fastgen import deepspeed_checks
-from harness.engines.fastgen.kv_blocks import KvBlocks
-from harness.engines.mii_settings import (
+from harness.basics.clock import Clock
+from harness.basics.errors import UserError
+from harness.config.schema import EngineConfig, GenerationConfig, Order, Stop
+from harness.engines.base import EngineSettings, Progress
+from harness.engines.mii.settings import (
     end_of_sequence,
     generation_settings,
     lay_out,
@@ -50,14 +47,19 @@ from harness.engines.mii_settings import (
     refuse_unsupported,
     stored_weights,
 )
-from harness.errors import UserError
-from harness.launcher import free_port
-from harness.results import PassRecord
-from harness.tensor_parallel import TensorParallel
-from harness.workload import Completion, Request
+from harness.engines.shared import ragged_kernels
+from harness.engines.shared.kv_blocks import KvBlocks
+from harness.machine.device import accelerator
+from harness.models import loading
+from harness.models.directory import find
+from harness.models.source import Source
+from harness.models.tokenizer import ByteTokenizer
+from harness.ranks.rank import free_port
+from harness.ranks.tensor_parallel import TensorParallel
+from harness.workload.records import Completion, PassRecord, Request
 
 if TYPE_CHECKING:
-    from harness.engines.mii import MiiEngine
+    from harness.engines.mii.engine import MiiEngine
 
 VOCABULARY = 300
 CONTEXT = 256
@@ -206,7 +208,7 @@ def pipeline_of(
 ) -> Any:
     from mii.config import ModelConfig
 
-    from harness.engines.mii import TokenIds
+    from harness.engines.mii.engine import TokenIds
 
     tokens = TokenIds(VOCABULARY)
     memory = {"mode": "allocate", "size": blocks}
@@ -219,7 +221,7 @@ def engine_on_cpu(
     settings: EngineSettings, logits_of: Logits = counting, blocks: int = 400, block_size: int = 8
 ) -> MiiEngine:
     """Returns the engine as ``load`` leaves it, but for who computes the logits."""
-    from harness.engines.mii import MiiEngine, RequestPipeline
+    from harness.engines.mii.engine import MiiEngine, RequestPipeline
 
     engine = MiiEngine(settings)
     engine.tokenizer = ByteTokenizer()
@@ -256,7 +258,7 @@ def hugging_face(model: Any, job: Request, eos: list[int] | None) -> list[int]:
 @pytest.fixture(scope="module")
 def tiny() -> Any:
     source = Source("dummy", None, None, None, LLAMA, False)
-    model = checkpoint.load_model(source, dtype=torch.float32)
+    model = loading.load_model(source, dtype=torch.float32)
     model.generation_config.eos_token_id = None
     return model
 
@@ -276,7 +278,7 @@ def last_logits(model: Any) -> Logits:
 def test_settings_reach_mii_and_deepspeed() -> None:
     from mii.config import ModelConfig
 
-    from harness.engines.mii import TokenIds
+    from harness.engines.mii.engine import TokenIds
 
     settings = settings_of(token_budget=300, max_sequences=40, quantization="wf6af16")
     tokens = TokenIds(VOCABULARY)
@@ -295,7 +297,7 @@ def test_settings_reach_mii_and_deepspeed() -> None:
 def test_tensor_parallel_size_is_the_groups_and_not_the_environments() -> None:
     from mii.config import ModelConfig
 
-    from harness.engines.mii import TokenIds
+    from harness.engines.mii.engine import TokenIds
 
     group = TensorParallel(rank=0, size=4, leader=0, group=None, messages=None)
     settings = replace(settings_of(), tensor=group, max_context=None)
@@ -351,7 +353,7 @@ def test_greedy_is_the_argmax_of_the_whole_vocabulary_and_nothing_is_sorted() ->
     from mii.batching.data_classes import RequestBatch
     from mii.batching.postprocess import run_batch_logit_processing, run_batch_sampler
 
-    from harness.engines.mii import RequestPipeline
+    from harness.engines.mii.engine import RequestPipeline
 
     pipeline = pipeline_of(settings_of(), RequestPipeline, counting, 8, 8)
     stock = pipeline_of(settings_of(), MIIPipeline, counting, 8, 8)
@@ -584,7 +586,7 @@ def test_longest_outputs_go_first() -> None:
 
 @given(prompt=st.integers(1, 200), output=st.integers(1, 100), block_size=st.sampled_from([8, 64, 128]))
 def test_blocks_needed_are_those_that_deepspeed_takes(prompt: int, output: int, block_size: int) -> None:
-    from harness.engines.mii import RequestPipeline
+    from harness.engines.mii.engine import RequestPipeline
 
     arithmetic: Any = BlockArithmetic(block_size)
     blocks, seen = 0, 0
@@ -643,7 +645,7 @@ def _rank(number: int, port: int, queue: Any) -> None:
     """One of two ranks that share a model: the leader generates, the other follows, as MII's own ranks do."""
     from mii.batching import ragged_batching
 
-    from harness.engines.mii import MiiEngine, RequestPipeline
+    from harness.engines.mii.engine import MiiEngine, RequestPipeline
 
     os.environ["DS_ACCELERATOR"] = "cpu"
     for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
@@ -721,13 +723,13 @@ def test_the_other_ranks_compute_the_leaders_batches() -> None:
 def nothing_unsupported(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """What DeepSpeed's kernels cannot run has tests of its own."""
     if "gpu" not in request.keywords:
-        monkeypatch.setattr(deepspeed_checks, "unsupported", lambda *what, **more: None)
+        monkeypatch.setattr(ragged_kernels, "unsupported", lambda *what, **more: None)
 
 
 def save(place: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **more: Any) -> Source:
     """Writes a small checkpoint as transformers does; returns what the harness finds there."""
     source = Source("dummy", None, None, None, {**LLAMA, **more}, False)
-    model = checkpoint.load_model(source, dtype=dtype)
+    model = loading.load_model(source, dtype=dtype)
     model.save_pretrained(place, max_shard_size=shard)
     return find(str(place), False, need_weights=True)
 
@@ -751,7 +753,7 @@ def test_checkpoint_as_mii_sees_it(tmp_path: Path, shard: str) -> None:
     weights = dict(seen.parameters())
     assert {name: tuple(weight.shape) for name, weight in weights.items()} == {
         name: tuple(weight.shape)
-        for name, weight in checkpoint.load_model(source, dtype=torch.float32).state_dict().items()
+        for name, weight in loading.load_model(source, dtype=torch.float32).state_dict().items()
     }
     assert stored_weights(source) == {name: (weight.numel(), "F32") for name, weight in weights.items()}
 
@@ -808,7 +810,7 @@ def test_what_would_end_in_a_traceback_is_one_line(tmp_path: Path, monkeypatch: 
         asked.append(what)
         return "rope scaling"
 
-    monkeypatch.setattr(deepspeed_checks, "unsupported", unsupported)
+    monkeypatch.setattr(ragged_kernels, "unsupported", unsupported)
     together = replace(settings_of(source, quantization="wf6af16"), tensor=group, host_ranks=4)
     assert "mii cannot run" in refused(together, source)
     assert asked == [(source.architecture, "bfloat16", 4, "wf6af16", together.max_context)]
@@ -817,27 +819,27 @@ def test_what_would_end_in_a_traceback_is_one_line(tmp_path: Path, monkeypatch: 
 def test_mii_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("mii", "mii.batching"):
         monkeypatch.setitem(sys.modules, name, None)  # what import sees when there is none
-    monkeypatch.delitem(sys.modules, "harness.engines.mii", raising=False)
+    monkeypatch.delitem(sys.modules, "harness.engines.mii.engine", raising=False)
     with pytest.raises(UserError, match=r"^engine: mii is not installed, or not all of it \(.*run bash launch/install"):
-        importlib.import_module("harness.engines.mii")
+        importlib.import_module("harness.engines.mii.engine")
 
 
 # With a GPU
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(environment.accelerator() != "cuda", reason="needs a GPU")
+@pytest.mark.skipif(accelerator() != "cuda", reason="needs a GPU")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_ids_on_a_gpu_differ_from_float32_by_rounding_only(tmp_path: Path, dtype: str) -> None:
     """Teacher-forced in fp32, each token is the best or all but the best, in standard deviations of the logits.
 
     Hugging Face's own bfloat16 on this model: mean 0.0005, largest 0.045. A prompt token dropped: 0.16 and 3.2.
     """
-    from harness.engines.mii import MiiEngine
+    from harness.engines.mii.engine import MiiEngine
 
     sizes = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
     architecture = {**LLAMA, **sizes, "vocab_size": 512}
-    model = checkpoint.load_model(Source("dummy", None, None, None, architecture, False), dtype=torch.float32)
+    model = loading.load_model(Source("dummy", None, None, None, architecture, False), dtype=torch.float32)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim == 2:

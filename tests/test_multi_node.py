@@ -19,10 +19,11 @@ import yaml
 from support.hosts import NAMESPACES, NETWORK
 from support.runs import BIN, RANDOM, ROOT, TINY, Run, assert_refused, check_against_ids, variables
 
-from harness.completions import read_completions
-from harness.launcher import MAIN, command, free_port
-from harness.ranks import decoded, encoded
-from harness.runs_table import read_rows
+from harness.ranks.rank import decoded, encoded, free_port
+from harness.results.completions import read_completions
+from harness.results.table import read_rows
+from harness.running.launcher import command
+from harness.running.watch import MAIN
 
 HOSTS = ("127.0.0.1", "127.0.0.2")
 # Everything that a shell, pdsh or Hydra might take for its own.

@@ -25,12 +25,12 @@ from support.models import SIZES, save_model
 from support.runs import ROOT, variables
 from torch import Tensor
 
-from harness.config import Kernels, Order, Stop
+from harness.basics.errors import UserError
+from harness.config.schema import Kernels, Order, Stop
 from harness.engines.fastgen.engine import FastGenEngine
-from harness.engines.fastgen.native import build, checks
-from harness.engines.fastgen.native_runner import NativeRunner
+from harness.engines.fastgen.runners.native import build, checks
+from harness.engines.fastgen.runners.native_runner import NativeRunner
 from harness.engines.fastgen.scheduler import Chunk, RaggedBatch, Sequence
-from harness.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -455,7 +455,7 @@ PLAIN = FLAGS - {checks.BFLOAT16}
 BUILDER = f"""
 import json, os, sys
 sys.path.insert(0, os.getcwd())
-from harness.engines.fastgen.native import build
+from harness.engines.fastgen.runners.native import build
 build.cpu_flags = lambda: {PLAIN!r}
 path = build.library()
 print(json.dumps([str(path), path.stat().st_mtime_ns]))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from harness.engines.fastgen.packed_linear import PackedLinear, can_pack, pack_linears
+from harness.engines.shared.packed_linear import PackedLinear, can_pack, pack_linears
 
 needs_kernels = pytest.mark.skipif(
     not can_pack(torch.device("cpu"), torch.bfloat16), reason="this machine has no bfloat16 kernels"

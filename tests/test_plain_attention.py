@@ -10,13 +10,14 @@ import torch
 from support.engines import generate, hugging_face, requests, settings
 from support.models import LONGROPE
 
-from harness.config import EngineConfig, Kernels
-from harness.engines import auto_tp, proof
+from harness.basics.errors import UserError
+from harness.config.schema import EngineConfig, Kernels
 from harness.engines.base import Engine, EngineSettings
-from harness.engines.baseline import BaselineEngine
-from harness.engines.ds_inference import DsInferenceEngine
+from harness.engines.baseline.engine import BaselineEngine
+from harness.engines.ds_inference.engine import DsInferenceEngine
 from harness.engines.fastgen.engine import FastGenEngine
-from harness.errors import UserError
+from harness.engines.proof import proof
+from harness.engines.shared import auto_tp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,15 +16,15 @@ from support.models import SIZES, save_model
 from support.runs import RANDOM, Run, launched
 from support.runs import TINY as SMALL
 
-from harness.config import EngineConfig, Kernels
-from harness.engines import proof, proof_cache
-from harness.engines.ds_inference import DsInferenceEngine
-from harness.engines.fastgen import torch_runner
+from harness.basics.errors import UserError
+from harness.config.schema import EngineConfig, Kernels
+from harness.engines.ds_inference.engine import DsInferenceEngine
+from harness.engines.ds_inference.kernel_inject import InjectedBatch
 from harness.engines.fastgen.engine import FastGenEngine
-from harness.engines.fastgen.native_runner import NativeRunner
-from harness.engines.fastgen.torch_runner import TorchRunner
-from harness.engines.kernel_inject import InjectedBatch
-from harness.errors import UserError
+from harness.engines.fastgen.runners import torch_runner
+from harness.engines.fastgen.runners.native_runner import NativeRunner
+from harness.engines.fastgen.runners.torch_runner import TorchRunner
+from harness.engines.proof import cache, proof
 
 pytestmark = pytest.mark.usefixtures("one_thread", "empty_cache")
 
@@ -84,13 +84,13 @@ def test_another_weight_setting_or_code_is_another_proof(tmp_path: Path) -> None
     one = settings_of(save_model(tmp_path / "one", "llama", torch.float32, **SIZES))
     other = settings_of(save_model(tmp_path / "other", "llama", torch.float32, sharp=1.1, **SIZES))
     keys = {
-        proof_cache.key(each, kernels)
+        cache.key(each, kernels)
         for each in (one, other, replace(one, dtype="bfloat16"), replace(one, max_context=64))
         for kernels in ("torch", "native")
     }
     assert len(keys) == 8 and None not in keys
     smaller = replace(one, engine=replace(one.engine, token_budget=64, max_sequences=8))
-    assert proof_cache.key(smaller, "torch") == proof_cache.key(one, "torch")
+    assert cache.key(smaller, "torch") == cache.key(one, "torch")
 
 
 # --- engines that are wrong -----------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_a_fault_in_the_passes_is_found(
     line = str(caught.value)
     assert line.startswith("model: engine=fastgen does not compute it as Hugging Face does: after a prompt of ")
     assert line.endswith("; use engine=baseline") and "of their spread from Hugging Face's (bound " in line
-    assert not list(proof_cache.root().glob("*.json"))
+    assert not list(cache.root().glob("*.json"))
 
 
 @needs_native
@@ -211,7 +211,7 @@ def test_a_model_that_does_not_fit_twice_is_compared_by_its_first_layers(
     layers = 3 if kind == "dummy" else 4
     assert engine.proof is not None and engine.proof["layers"] == 2
     assert loaded == [2, layers] and engine.proof["largest_distance"] < proof.EXACT
-    left = {path.suffix for path in proof_cache.root().iterdir()}
+    left = {path.suffix for path in cache.root().iterdir()}
     assert left == {".json"}, "the checkpoint of the first layers was left behind"
 
 
@@ -234,7 +234,7 @@ def test_a_cache_without_room_for_all_of_them_is_said(monkeypatch: pytest.Monkey
     engine = proof.load(FastGenEngine(settings(kv_block_size=16, kv_memory=block, max_sequences=7)))
     assert engine.proof is not None and engine.proof["requests"] == 0  # a part of a proof is not kept as one
     assert engine.notes == ["the engine was not compared with Hugging Face's model: there is no room for a request"]
-    assert not list(proof_cache.root().glob("*.json"))
+    assert not list(cache.root().glob("*.json"))
 
 
 # --- several ranks, and a whole run ---------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import UserError
-from harness.faults import OomKills
-from harness.launcher import MAIN, check_devices, command, describe, free_port, variables
-from harness.ranks import Rank, bind_cores, check_world, decoded, encoded, rank_of, without_local_rank
+from harness.basics.errors import UserError
+from harness.machine.memory import OomKills
+from harness.ranks.rank import Rank, bind_cores, check_world, decoded, encoded, free_port, rank_of, without_local_rank
+from harness.running.launcher import check_devices, command, describe, variables
+from harness.running.watch import MAIN
 
 
 def test_a_plain_process_is_no_rank() -> None:

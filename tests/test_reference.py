@@ -15,11 +15,13 @@ import torch
 from support.models import LONGROPE, SIZES, save_model
 from support.runs import ROOT, Run, command, variables
 
-from harness import reference as references
-from harness.checkpoint_files import Source, find, rotary_threshold
-from harness.config import GenerationConfig, Stop
-from harness.reference import Answer, Reference, forced_logits
-from harness.verification.judging import BOUNDS, Scores
+from harness.config.schema import GenerationConfig, Stop
+from harness.models import reference as references
+from harness.models.architecture import rotary_threshold
+from harness.models.directory import find
+from harness.models.judging import BOUNDS, Scores
+from harness.models.reference import Answer, Reference, forced_logits
+from harness.models.source import Source
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},

@@ -13,10 +13,9 @@ from typing import Any
 import psutil
 import pytest
 
-from harness.errors import INTERRUPTED, REFUSED, UserError
-from harness.launcher import free_port
-from harness.ranks import Rank
-from harness.rendezvous import RankFailed, Rendezvous, use_interface
+from harness.basics.errors import INTERRUPTED, REFUSED, UserError
+from harness.ranks.rank import Rank, free_port
+from harness.ranks.rendezvous import RankFailed, Rendezvous, use_interface
 
 FACTS = {"engine.token_budget": 64, "dataset's sha256": "abc"}
 

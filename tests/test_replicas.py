@@ -9,11 +9,11 @@ from support.runs import launched
 RANK = """
 import json, os, sys, time
 sys.path.insert(0, os.getcwd())
-from harness import ranks
-from harness.rendezvous import RankFailed, Rendezvous
-from harness.replicas import Replicas
-from harness.errors import UserError
-from harness.workload import Completion, Request
+from harness.ranks import rank as ranks
+from harness.ranks.rendezvous import RankFailed, Rendezvous
+from harness.ranks.replicas import Replicas
+from harness.basics.errors import UserError
+from harness.workload.records import Completion, Request
 
 mode, place = sys.argv[-2:]
 rank = ranks.current()

@@ -19,13 +19,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from harness import results
-from harness.completions import percentile, read_completions
-from harness.config import DType, Weights
-from harness.errors import UserError
-from harness.results import PassRecord, RunRecorder, close_unfinished
-from harness.runs_table import COLUMNS, read_rows
-from harness.workload import Completion
+from harness.basics import outcome
+from harness.basics.errors import UserError
+from harness.config import identity
+from harness.config.schema import DType, Weights
+from harness.results import directory
+from harness.results.closing import close_unfinished
+from harness.results.columns import COLUMNS
+from harness.results.completions import percentile, read_completions
+from harness.results.recorder import RunRecorder
+from harness.results.table import read_rows
+from harness.workload.records import Completion, PassRecord
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG: dict[str, Any] = {
@@ -51,7 +55,7 @@ def record_of(recorder: RunRecorder) -> dict[str, Any]:
 
 
 def test_statuses_are_the_contract() -> None:
-    assert results.STATUSES == ("ok", "failed", "oom", "timeout", "interrupted", "invalid")
+    assert outcome.STATUSES == ("ok", "failed", "oom", "timeout", "interrupted", "invalid")
 
 
 # --- a run that ends well ---
@@ -98,7 +102,7 @@ def test_round_trip(tmp_path: Path) -> None:
         "tp": 1,
         "dp": 2,
         "energy_j": None,
-        "config_hash": results.config_hash(CONFIG),
+        "config_hash": identity.config_hash(CONFIG),
         "git_commit": "ab" * 20,
     }
     assert {name: row[name] for name in expected} == expected
@@ -185,7 +189,7 @@ def test_passes_are_written_by_finish(tmp_path: Path) -> None:
 
 
 def test_passes_reach_the_disk_during_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "PASSES_FLUSH_S", 0.0)
+    monkeypatch.setattr("harness.results.recorder.PASSES_FLUSH_S", 0.0)
     recorder = start(tmp_path)
     for step in range(2):
         recorder.add_pass(PassRecord(step, 0.0, 0.1, 1, 0, 1, 1, 0.0, 0))
@@ -234,11 +238,11 @@ def test_a_failed_run_has_counts_but_no_rates(tmp_path: Path) -> None:
 
 
 def test_run_ids_are_safe_names() -> None:
-    assert re.fullmatch(r"\d{8}-\d{6}-ds_inference-[0-9a-f]{4}", results.new_run_id("ds_inference"))
+    assert re.fullmatch(r"\d{8}-\d{6}-ds_inference-[0-9a-f]{4}", directory.new_run_id("ds_inference"))
     for engine in ("../../etc", "a b\n", "", "x" * 500, "c:\\con", "한국"):
-        run_id = results.new_run_id(engine)
+        run_id = directory.new_run_id(engine)
         assert re.fullmatch(r"\d{8}-\d{6}-[A-Za-z0-9_]{1,40}-[0-9a-f]{4}", run_id)
-        assert results.run_directory("r", run_id) == Path("r", run_id)
+        assert directory.run_directory("r", run_id) == Path("r", run_id)
 
 
 @pytest.mark.parametrize("run_id", ["../x", "..", "", "a/b", "a\x00b", "-x", "a\n"])
@@ -250,14 +254,14 @@ def test_a_run_id_cannot_leave_the_results(tmp_path: Path, run_id: str) -> None:
 
 
 def test_config_hash_is_of_the_job() -> None:
-    reference = results.config_hash(CONFIG)
+    reference = identity.config_hash(CONFIG)
     assert re.fullmatch(r"[0-9a-f]{12}", reference)
     elsewhere = {"results_dir": "other", "resume": "x", "repeat": 3, "timeout_s": 5, "verify": 8, "sweep": {}}
-    assert results.config_hash({**CONFIG, **elsewhere}) == reference
-    assert results.config_hash(dict(reversed(CONFIG.items()))) == reference
-    assert results.config_hash({**CONFIG, "engine": {**CONFIG["engine"], "token_budget": 256}}) != reference
+    assert identity.config_hash({**CONFIG, **elsewhere}) == reference
+    assert identity.config_hash(dict(reversed(CONFIG.items()))) == reference
+    assert identity.config_hash({**CONFIG, "engine": {**CONFIG["engine"], "token_budget": 256}}) != reference
     as_enum = {**CONFIG, "model": {**CONFIG["model"], "weights": Weights.pretrained, "dtype": DType.auto}}
-    assert results.config_hash(as_enum) == reference
+    assert identity.config_hash(as_enum) == reference
 
 
 def test_config_yaml_keeps_texts_that_look_like_something_else(tmp_path: Path) -> None:
@@ -341,9 +345,9 @@ def test_a_write_that_stops_half_way_leaves_whole_lines(tmp_path: Path) -> None:
     script = f"""
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
-from harness.errors import UserError
-from harness.results import RunRecorder
-from harness.workload import Completion
+from harness.basics.errors import UserError
+from harness.results.recorder import RunRecorder
+from harness.workload.records import Completion
 recorder = RunRecorder.create({str(tmp_path)!r}, "r1", {{}}, [])
 soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
@@ -375,8 +379,8 @@ def test_a_killed_rank_is_closed_by_its_parent(tmp_path: Path) -> None:
     script = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from harness.results import RunRecorder
-from harness.workload import Completion
+from harness.results.recorder import RunRecorder
+from harness.workload.records import Completion
 recorder = RunRecorder.create({str(tmp_path)!r}, {parent.run_id!r}, {CONFIG!r}, ["as a rank"])
 recorder.note(device="cpu", load_s=1.5)
 for index in range(7):
@@ -493,7 +497,7 @@ def test_a_closed_run_is_not_taken_over(tmp_path: Path) -> None:
 
 def test_nothing_heavy_is_imported() -> None:
     script = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import harness.results, harness.environment; "
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import harness.results.recorder, harness.machine.snapshot; "
         "print(sorted({'torch', 'transformers', 'deepspeed', 'numpy', 'pandas'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -45,15 +45,19 @@ from support.runs import (
     variables,
 )
 
-from harness import resume, segments
-from harness.completions import read_completions
-from harness.config import register
-from harness.errors import UserError
-from harness.ranks import Rank
-from harness.results import RunRecorder, close_unfinished, config_hash, read_record
-from harness.run_lock import LOCK
-from harness.runs_table import read_rows
-from harness.workload import Completion
+from harness.basics.errors import UserError
+from harness.config.compose import register
+from harness.config.identity import config_hash
+from harness.ranks.rank import Rank
+from harness.results import segments
+from harness.results.closing import close_unfinished
+from harness.results.completions import read_completions
+from harness.results.directory import read_record
+from harness.results.lock import LOCK
+from harness.results.recorder import RunRecorder
+from harness.results.table import read_rows
+from harness.running import resume
+from harness.workload.records import Completion
 
 Harness = Callable[..., Run]
 

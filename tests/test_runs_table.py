@@ -11,9 +11,10 @@ from typing import Any
 import filelock
 import pytest
 
-from harness import runs_table
-from harness.errors import UserError
-from harness.runs_table import COLUMNS, put_row, read_rows
+from harness.basics.errors import UserError
+from harness.results import table
+from harness.results.columns import COLUMNS
+from harness.results.table import put_row, read_rows
 
 
 def row_of(run_id: str, **cells: Any) -> dict[str, Any]:
@@ -160,7 +161,7 @@ def test_a_linked_table_stays_a_link(tmp_path: Path) -> None:
 
 
 def test_a_lock_that_is_never_given_up_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs_table, "LOCK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(table, "LOCK_TIMEOUT_S", 0.1)
     with filelock.FileLock(tmp_path / "runs.csv.lock"):
         failures: list[BaseException] = []
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.engines.fastgen.kv_blocks import KvBlocks
 from harness.engines.fastgen.scheduler import RaggedBatch, Scheduler, Sequence
+from harness.engines.shared.kv_blocks import KvBlocks
 
 EOS = 7
 

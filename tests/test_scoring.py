@@ -21,15 +21,16 @@ from support.runs import SAMPLE
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness import checkpoint, engines
-from harness.config import Kernels
+from harness.basics.errors import UserError
+from harness.config.schema import Kernels
+from harness.engines import catalogue
 from harness.engines.base import Engine
-from harness.engines.ds_inference import DsInferenceEngine
+from harness.engines.ds_inference.engine import DsInferenceEngine
+from harness.engines.ds_inference.kernel_inject import InjectedBatch
+from harness.engines.ds_inference.static_cache import StaticCache
 from harness.engines.fastgen.engine import FastGenEngine
-from harness.engines.kernel_inject import InjectedBatch
 from harness.engines.scoring import Forced, Score, Scored, force, grouped
-from harness.engines.static_cache import StaticCache
-from harness.errors import UserError
+from harness.models import loading
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,7 +67,7 @@ def scored(engine: Engine, wanted: list[Scored], prefill: bool = False) -> dict[
 
 def engine_of(name: str, **keys: Any) -> Engine:
     chosen = settings()
-    engine = engines.create(replace(chosen, engine=replace(chosen.engine, name=name, **keys)))
+    engine = catalogue.create(replace(chosen, engine=replace(chosen.engine, name=name, **keys)))
     engine.load()
     return engine
 
@@ -88,7 +89,7 @@ def engine_of(name: str, **keys: Any) -> Engine:
 def test_scores_are_hugging_faces_in_fp32(name: str, keys: dict[str, Any]) -> None:
     engine = engine_of(name, **keys)
     wanted = items(30)
-    model = checkpoint.load_model(engine.settings.source, dtype=torch.float32)
+    model = loading.load_model(engine.settings.source, dtype=torch.float32)
     assert differences(model, wanted, scored(engine, wanted)).max() < 1e-5
     if name == "ds_inference":
         with pytest.raises(UserError, match=r"^--prefill: ds_inference gives no logits within a prompt"):
@@ -117,7 +118,7 @@ def test_a_preempted_sequence_is_scored_once() -> None:
     found = scored(engine, wanted)
     assert schedulers[0].preemptions > 0
     assert schedulers[0].blocks.used == 0
-    model = checkpoint.load_model(engine.settings.source, dtype=torch.float32)
+    model = loading.load_model(engine.settings.source, dtype=torch.float32)
     assert differences(model, wanted, found).max() < 1e-5
 
 
@@ -142,7 +143,7 @@ def test_an_end_of_sequence_in_a_target_ends_nothing() -> None:
         if isinstance(engine, DsInferenceEngine):
             engine.stop_ids = frozenset([2])
         wanted = [Scored(0, [5, 6, 7], [2, 8, 2, 9])]
-        model = checkpoint.load_model(engine.settings.source, dtype=torch.float32)
+        model = loading.load_model(engine.settings.source, dtype=torch.float32)
         assert differences(model, wanted, scored(engine, wanted)).max() < 1e-5
 
 
@@ -155,7 +156,7 @@ def test_choices_of_one_question_are_computed_once() -> None:
     question = list(range(3, 40))
     wanted = [Scored(number, question, [40, 50, choice]) for number, choice in enumerate([60, 61, 62, 63])]
     wanted += [Scored(4, question, [40, 51, 60]), Scored(5, question, [60]), Scored(6, question, [61])]
-    model = checkpoint.load_model(engine.settings.source, dtype=torch.float32)
+    model = loading.load_model(engine.settings.source, dtype=torch.float32)
     found = scored(engine, wanted)
     assert differences(model, wanted, found).max() < 1e-5
     assert {index: score.greedy for index, score in found.items()} == {
@@ -195,7 +196,7 @@ def test_a_model_without_numbers_is_noticed() -> None:
 
 
 def test_an_engine_that_cannot_score_says_so() -> None:
-    from harness.engines.mii import MiiEngine
+    from harness.engines.mii.engine import MiiEngine
 
     chosen = settings()
     mii = MiiEngine(replace(chosen, engine=replace(chosen.engine, name="mii")))
@@ -212,7 +213,7 @@ def test_the_fixed_cache_of_a_cuda_graph_is_what_is_scored(width: int) -> None:
     assert isinstance(engine, DsInferenceEngine)
     engine.graphed = StaticCache(4, width, "cpu", fixed=True)
     wanted = items(10, seed=5)
-    model = checkpoint.load_model(engine.settings.source, dtype=torch.float32)
+    model = loading.load_model(engine.settings.source, dtype=torch.float32)
     assert differences(model, wanted, scored(engine, wanted)).max() < 1e-5
 
 
@@ -223,7 +224,7 @@ def test_injected_layers_are_what_is_scored() -> None:
     engine.injected = InjectedBatch(layers, 4, "cpu", torch.float32)
     wanted = items(14, seed=11)
     found = scored(engine, wanted)
-    whole = checkpoint.load_model(engine.settings.source, dtype=torch.float32)
+    whole = loading.load_model(engine.settings.source, dtype=torch.float32)
     assert differences(whole, wanted, found).mean() > 0.001
     layers.model.set_attn_implementation("eager")
     assert differences(layers.model, wanted, found).max() < 1e-5
@@ -302,7 +303,7 @@ def test_deepspeeds_kernels_and_its_fp6_weights(tmp_path: Path, monkeypatch: pyt
         found[quantization] = scored(engine, wanted)
         with pytest.raises(UserError, match="deepspeed kernels gives no logits within a prompt"):
             scored(engine, wanted, prefill=True)
-    model = checkpoint.load_model(engine.settings.source, dtype=torch.float32)
+    model = loading.load_model(engine.settings.source, dtype=torch.float32)
     rounding = differences(model, wanted, found[None]).max()
     assert rounding < 0.05
     assert differences(model, wanted, found["wf6af16"]).mean() > 0.1

@@ -20,13 +20,16 @@ from safetensors.torch import load_file, save_file
 from support.models import save_model
 from support.runs import ROOT, Run, variables
 
-from harness.checkpoint import load_model, load_tokenizer, locate
-from harness.config import Kernels, ModelConfig, Weights
-from harness.engines import mii_settings
+from harness.basics.cells import FORMULA_STARTS
+from harness.basics.errors import UserError
+from harness.config.schema import Kernels, ModelConfig, Weights
 from harness.engines.base import EngineSettings
-from harness.engines.fastgen.deepspeed_weights import skeleton
-from harness.errors import UserError
-from harness.runs_table import FORMULA_STARTS
+from harness.engines.fastgen.runners.deepspeed_weights import skeleton
+from harness.engines.mii.settings import _beyond_mii, end_of_sequence, local_checkpoint
+from harness.models.directory import weight_files
+from harness.models.loading import load_model
+from harness.models.locate import locate
+from harness.models.tokenizer import load_tokenizer
 
 Harness = Callable[..., Run]
 FORMULAS = (*FORMULA_STARTS, "\t", "\r")
@@ -124,8 +127,8 @@ def test_engines_that_cannot_read_a_pickle_say_so(model: Path, demo_model: Path,
     source = locate(config.model)
     settings = EngineSettings(config.engine, config.generation, source, "float16", "cpu")
     with pytest.raises(UserError, match=r"^model\.allow_pickle: true: mii reads safetensors alone"):
-        mii_settings.local_checkpoint(settings)
-    from harness.job import _ragged_kernels
+        local_checkpoint(settings)
+    from harness.running.job import _ragged_kernels
 
     assert not _ragged_kernels(config, "cuda", source, "float16", 2048)  # auto takes torch
     config.engine.kernels = Kernels.deepspeed
@@ -139,13 +142,14 @@ def fresh() -> Callable[..., Any]:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from harness import config
+    from harness.config import schema
+    from harness.config.compose import register, to_config
 
-    def composed(*overrides: str) -> config.Config:
-        config.register()
+    def composed(*overrides: str) -> schema.Config:
+        register()
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return config.to_config(compose("config", list(overrides)))
+            return to_config(compose("config", list(overrides)))
 
     return composed
 
@@ -220,8 +224,8 @@ def test_a_checkpoint_s_code_is_not_run(
         lambda: load_tokenizer(locate(ModelConfig("x", str(demo_model), str(model)))),
         lambda: load_model(source, dtype=torch.float32),
         lambda: skeleton(source),
-        lambda: mii_settings.end_of_sequence(source, settings),
-        lambda: list(mii_settings._beyond_mii(source, None)),
+        lambda: end_of_sequence(source, settings),
+        lambda: list(_beyond_mii(source, None)),
         lambda: load_model(
             locate(ModelConfig("x", str(model), weights=Weights.dummy, architecture={"model_type": "llama"})),
             dtype=torch.float32,
@@ -277,7 +281,7 @@ def test_kernels_of_a_hub_are_not_fetched_for_another_s_config(model: Path, tmp_
     (place / "refs").mkdir()
     (place / "refs" / "main").write_text("0123")
     code = (
-        "import torch; from harness.checkpoint import Source, load_model\n"
+        "import torch; from harness.models.source import Source; from harness.models.loading import load_model\n"
         "load_model(Source('hub', 'org/tiny', None, 'org/tiny', {}, False), dtype=torch.float32)"
     )
     here = variables(HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
@@ -303,7 +307,7 @@ def test_an_index_names_files_of_its_own_directory_alone(
     assert "which is no file of that directory" in line
     # What reads the weights without locate() asks the same function.
     with pytest.raises(UserError, match="no file of that directory"):
-        mii_settings.weight_files(model, index)
+        weight_files(model, index)
 
 
 def test_files_of_a_hub_s_cache_are_links(model: Path, demo_model: Path, tmp_path: Path) -> None:
@@ -344,7 +348,7 @@ def test_what_an_evaluation_shows_has_no_control_characters() -> None:
 
     from rich.console import Console
 
-    from harness.evaluation.report import comparison
+    from harness.accuracy.report import comparison
 
     screen = Console(file=StringIO(), force_terminal=True, no_color=True)
     comparison(screen, "id\x1b]0;owned", [], ["model.path=a\x9b2J"])
@@ -354,7 +358,7 @@ def test_what_an_evaluation_shows_has_no_control_characters() -> None:
 
 
 def test_a_recorded_config_is_data(tmp_path: Path) -> None:
-    from harness.files import yaml_bytes
+    from harness.basics.files import yaml_bytes
 
     evil = ["!!python/object/apply:os.system ['true']", "${oc.env:HOME}", "a\n!!python/name:os.system", "\x1b[2J"]
     path = tmp_path / "config.yaml"

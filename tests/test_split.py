@@ -9,11 +9,13 @@ import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 
-from harness import config, environment, job, split
-from harness.errors import UserError
-from harness.ranks import Rank
-from harness.split import Launch, Memory, Needs, choose, shortage, useful_tokens
-from harness.workload import Request
+from harness.basics.errors import UserError
+from harness.config.compose import register
+from harness.machine import snapshot
+from harness.ranks.rank import Rank
+from harness.running import job, split
+from harness.running.split import Launch, Memory, Needs, choose, shortage, useful_tokens
+from harness.workload.records import Request
 
 GIB = 2**30
 EIGHT = Launch(8, 8)
@@ -126,7 +128,7 @@ def test_a_useful_cache_has_the_longest_request_and_some_more() -> None:
 
 @pytest.fixture
 def conf() -> Iterator[None]:
-    config.register()
+    register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         yield
 
@@ -135,7 +137,7 @@ SEVEN, SEVENTY = (["model=llama2_7b", "model.weights=dummy"], ["model=llama2_70b
 FP6 = ["engine.quantization=wf6af16", "model.dtype=float16"]
 
 
-@pytest.mark.skipif(environment.device_memory_bytes() is not None, reason="the GPU here has a size of its own")
+@pytest.mark.skipif(snapshot.device_memory_bytes() is not None, reason="the GPU here has a size of its own")
 @pytest.mark.parametrize(
     ("overrides", "world", "found"),
     [

@@ -19,10 +19,11 @@ from support.in_process import answered
 from support.models import save_model
 from support.runs import RANDOM, ROOT, TINY, Run, assert_refused, command, deepspeed, variables
 
-from harness.runs_table import read_rows
-from harness.sweep import Run as SweepRun
-from harness.sweep import SweepJob, choices, finished_runs, spread
-from harness.tune import _without_search, parallel_splits
+from harness.results.table import read_rows
+from harness.running.sweep import finished_runs
+from harness.running.sweep_table import Run as SweepRun
+from harness.running.sweep_table import SweepJob, choices, spread
+from harness.running.tune import _without_search, parallel_splits
 
 Harness = Callable[..., Run]
 SMALL = [*TINY, *RANDOM, "dataset.num_samples=3", "dataset.input_len=70", "dataset.output_len=3"]

@@ -21,12 +21,15 @@ import pytest
 from rich.console import Console
 from support.runs import RANDOM, ROOT, TINY, Run
 
-from harness import environment
-from harness.display import summary as show
-from harness.energy import Packages
-from harness.results import PASS_COLUMNS, pass_figures, percentile
-from harness.runs_table import COLUMNS
-from harness.telemetry import HOST_COLUMNS, Sampler, combined, last_sample, ranks_here
+from harness.machine import device
+from harness.machine.energy import Packages
+from harness.machine.telemetry import HOST_COLUMNS, Sampler, combined, last_sample
+from harness.results.columns import COLUMNS
+from harness.results.completions import percentile
+from harness.results.passes import pass_figures
+from harness.results.summary import summary as show
+from harness.running.sampling import ranks_here
+from harness.workload.records import PASS_COLUMNS
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -104,7 +107,7 @@ def test_a_crash_leaves_the_series_readable(tmp_path: Path) -> None:
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from harness.telemetry import Sampler
+from harness.machine.telemetry import Sampler
 
 sampler = Sampler(Path({str(series)!r}), interval_s=0.001)
 sampler.start()
@@ -180,7 +183,7 @@ def test_a_missing_library_is_a_note(tmp_path: Path) -> None:
 
 
 def test_this_rank_alone_is_sampled_where_nothing_says_who_else_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    from harness.ranks import Rank
+    from harness.ranks.rank import Rank
 
     assert ranks_here(Rank()) == [psutil.Process()]
     monkeypatch.setenv("MASTER_PORT", "1")
@@ -294,8 +297,8 @@ ON_GPUS = """
 import itertools, json, sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from harness.energy import bus_ids
-from harness.telemetry import Sampler, combined
+from harness.machine.energy import bus_ids
+from harness.machine.telemetry import Sampler, combined
 
 series = Path({series!r})
 sampler = Sampler(series, bus_ids({count}), interval_s=0.01, powercap=series.parent)
@@ -452,7 +455,7 @@ def test_the_summary_shows_energy_where_it_is_known(energy: float | None, line: 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(environment.accelerator() != "cuda", reason="needs a GPU")
+@pytest.mark.skipif(device.accelerator() != "cuda", reason="needs a GPU")
 def test_a_gpu_run_has_its_gpu_in_it(harness: Callable[..., Run]) -> None:
     job = ["dataset.num_samples=64", "dataset.input_len=30", "dataset.output_len=200", "engine.kernels=torch"]
     run = harness(*TINY, *RANDOM, *job, DS_ACCELERATOR="cuda")

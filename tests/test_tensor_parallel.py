@@ -14,10 +14,10 @@ import pytest
 from support.in_process import answered
 from support.runs import RANDOM, ROOT, TINY, assert_refused, command, launched, variables
 
-from harness.completions import read_completions
-from harness.config import AUTO_TP_FAMILIES
-from harness.results import read_record
-from harness.runs_table import read_rows
+from harness.engines.catalogue import AUTO_TP_FAMILIES
+from harness.results.completions import read_completions
+from harness.results.directory import read_record
+from harness.results.table import read_rows
 
 HEAD = """
 import json, os, sys
@@ -25,9 +25,9 @@ sys.path.insert(0, os.getcwd())
 from types import SimpleNamespace
 import torch
 import torch.distributed as dist
-from harness import ranks
-from harness.rendezvous import Rendezvous
-from harness.replicas import Replicas
+from harness.ranks import rank as ranks
+from harness.ranks.rendezvous import Rendezvous
+from harness.ranks.replicas import Replicas
 place = sys.argv[-1]
 rank = ranks.current()
 rendezvous = Rendezvous(rank, failed=lambda: None)
@@ -61,9 +61,9 @@ FAMILIES = (
     HEAD
     + """
 import transformers
-from harness.config import AUTO_TP_FAMILIES
-from harness.engines.auto_tp import init_inference
-from harness.engines.fastgen.packed_linear import can_pack, pack_linears
+from harness.engines.catalogue import AUTO_TP_FAMILIES
+from harness.engines.shared.auto_tp import init_inference
+from harness.engines.shared.packed_linear import can_pack, pack_linears
 transformers.logging.set_verbosity_error()
 replicas = Replicas(rank, "cpu", rendezvous, tp=rank.world)
 replicas.join()
@@ -166,7 +166,7 @@ STUCK = """
 import os, signal, sys
 sys.path.insert(0, os.getcwd())
 from torch.distributed import TCPStore
-from harness import signals
+from harness.ranks import signals
 
 def hung(signum):
     print(signal.Signals(signum).name, flush=True)

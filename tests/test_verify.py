@@ -14,14 +14,15 @@ import pytest
 from support.models import save_model
 from support.runs import ROOT, Run, assert_refused, command, variables
 
-from harness import verify
-from harness.completions import Tally, read_completions
-from harness.config import GenerationConfig, ModelConfig
-from harness.errors import UserError
-from harness.files import yaml_bytes
-from harness.results import config_hash
-from harness.runs_table import COLUMNS, put_row, read_rows
-from harness.verification.judging import Scores, bound_for, judge
+from harness.basics.errors import UserError
+from harness.basics.files import yaml_bytes
+from harness.config.identity import config_hash
+from harness.config.schema import GenerationConfig, ModelConfig
+from harness.models.judging import Scores, bound_for, judge
+from harness.results.columns import COLUMNS
+from harness.results.completions import Tally, read_completions
+from harness.results.table import put_row, read_rows
+from harness.verify import __main__ as verify
 
 REQUESTS, CAP = 6, 8
 WORK = [f"dataset.num_samples={REQUESTS}", f"generation.max_output_len={CAP}", "model.dtype=float32"]
@@ -220,12 +221,13 @@ def test_a_token_that_is_not_the_models_is_wrong_or_a_near_tie(
     """The last token of a request becomes the second best one; how far below the best it is, is the bound to pass."""
     import torch
 
-    from harness import checkpoint
+    from harness.models import loading, locate
+    from harness.models.tokenizer import load_tokenizer
 
-    source = checkpoint.locate(ModelConfig(path=str(demo_model)))
-    tokenizer = checkpoint.load_tokenizer(source)
-    model = checkpoint.load_model(source, dtype=torch.float32, device="cpu")
-    prompt = json.loads((ROOT / "harness/data/sample.jsonl").read_text().splitlines()[1])["prompt"]
+    source = locate.locate(ModelConfig(path=str(demo_model)))
+    tokenizer = load_tokenizer(source)
+    model = loading.load_model(source, dtype=torch.float32, device="cpu")
+    prompt = json.loads((ROOT / "harness/workload/data/sample.jsonl").read_text().splitlines()[1])["prompt"]
     ids = tokenizer(prompt).input_ids + honest.token_ids[1][:-1]
     with torch.inference_mode():
         logits = model(torch.tensor([ids])).logits[0, -1]
@@ -367,12 +369,12 @@ def test_a_checkpoints_penalties_are_not_the_references(tmp_path: Path, demo_mod
     """Greedy is greedy, and ``stop=length`` goes on past the end of sequence, whatever generation_config.json says."""
     import torch
 
-    from harness import checkpoint
-    from harness.config import GenerationConfig, Stop
-    from harness.parity import Reference
+    from harness.config.schema import GenerationConfig, Stop
+    from harness.models import locate
+    from harness.models.reference import Reference
 
     directory = save_model(tmp_path / "model", "llama", torch.float32, **SIZES)
-    source = checkpoint.locate(ModelConfig(path=str(directory), tokenizer=str(demo_model)))
+    source = locate.locate(ModelConfig(path=str(directory), tokenizer=str(demo_model)))
     generation = GenerationConfig(stop=Stop.length)
     plain = Reference(source, "float32", generation, "cpu").generate([1, 2, 3], 24)
     odd = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "eos_token_id": plain[2], "do_sample": True}
@@ -443,16 +445,20 @@ def test_damaged_files_are_one_line(
 
 def test_a_request_checked_in_a_run_may_be_wrong(copies: Path, honest: Run, demo_model: Path) -> None:
     """What ``verify=N`` makes of ids that are not the model's: the run's own completions, one of them changed."""
-    from harness import checkpoint, parity, workload
-    from harness.config import DatasetConfig
+    from harness.config.schema import DatasetConfig
+    from harness.models import locate
+    from harness.models import reference as references
+    from harness.models.tokenizer import load_tokenizer
+    from harness.verify import in_run
+    from harness.workload import reading
 
     generation = GenerationConfig(max_output_len=CAP)
-    reference = parity.Reference(
-        checkpoint.locate(ModelConfig(path=str(demo_model))), "float32", generation, "cpu", False
+    reference = references.Reference(
+        locate.locate(ModelConfig(path=str(demo_model))), "float32", generation, "cpu", False
     )
-    tokenizer = checkpoint.load_tokenizer(checkpoint.locate(ModelConfig(path=str(demo_model))))
-    work = workload.resolve(
-        workload.read(DatasetConfig(name="sample", num_samples=REQUESTS)),
+    tokenizer = load_tokenizer(locate.locate(ModelConfig(path=str(demo_model))))
+    work = reading.resolve(
+        reading.read(DatasetConfig(name="sample", num_samples=REQUESTS)),
         generation,
         vocab_size=reference.vocab_size,
         count_tokens=lambda texts: [len(ids) for ids in tokenizer(texts).input_ids],
@@ -461,7 +467,7 @@ def test_a_request_checked_in_a_run_may_be_wrong(copies: Path, honest: Run, demo
     lines[2]["token_ids"] = [*lines[2]["token_ids"][:3], 11, *lines[2]["token_ids"][4:]]
     lines[5]["token_ids"] = lines[5]["token_ids"][:-1]
     prompts = [tokenizer(request.prompt).input_ids for request in work.requests]
-    found = parity.check(reference, work.requests, prompts, lines, "float32")
+    found = in_run.check(reference, work.requests, prompts, lines, "float32")
     assert (found["checked"], found["exact"], found["near_tie"], found["wrong"]) == (REQUESTS, REQUESTS - 2, 0, 2)
     verdicts = {one["index"]: one for one in found["requests"]}
     assert (verdicts[2]["position"], verdicts[2]["token_id"]) == (3, 11)

@@ -16,12 +16,14 @@ from support.forgeries import FORGERIES, SLOWER, Forgery, Lines, Record, faster,
 from support.models import save_model
 from support.runs import ROOT, TINY, Run, command, variables
 
-from harness import identity, segments, verify
-from harness.results import config_hash
-from harness.runs_table import read_rows
-from harness.verification import clock, limits, names, runs
-from harness.verification.report import NOT_PROVEN
-from harness.workload import Request
+from harness.config.identity import config_hash
+from harness.models.loaded import NAMES, problems, unchecked
+from harness.results import segments
+from harness.results.table import read_rows
+from harness.verify import __main__ as verify
+from harness.verify import clock, limits, names, runs
+from harness.verify.report import NOT_PROVEN
+from harness.workload.records import Request
 
 # The seventh prompt, of 930 tokens, is rejected rightly.
 REQUESTS, REJECTED = 8, 6
@@ -80,7 +82,7 @@ def loaded_of(run: Path) -> dict[str, Any]:
 
 def as_at_load(record: Record) -> None:
     """Has the section ``loaded`` say what the record says, and digests it as the harness does."""
-    facts = {name: record[name] for name in identity.NAMES}
+    facts = {name: record[name] for name in NAMES}
     facts = {"checkpoint_sha256": record["loaded"]["checkpoint_sha256"], **facts}
     text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
     record["loaded"] = facts | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -92,7 +94,7 @@ def test_an_honest_run_is_right(honest: Run, copy: Path, verified: Verified) -> 
         assert (status, findings(found), err.replace("7/7 requests judged\n", "")) == (0, [], "")
         assert found["notes"] == [NOT_PROVEN]
     loaded = loaded_of(copy)
-    assert {name: loaded[name] for name in identity.NAMES} == {name: honest.row[name] for name in identity.NAMES}
+    assert {name: loaded[name] for name in NAMES} == {name: honest.row[name] for name in NAMES}
     assert len(loaded["checkpoint_sha256"]) == len(loaded["sha256"]) == 64
 
 
@@ -357,16 +359,16 @@ def test_names_of_a_run_that_was_gone_on_with() -> None:
         return record | {name: value for name, value in segments.combined(padded(record)).items() if name in JOINED}
 
     for honest in (whole("A CPU", "A CPU"), whole("A GPU", "A CPU"), whole("A GPU", None, "Another")):
-        assert (list(identity.problems(honest)), identity.unchecked(honest)) == ([], False)
+        assert (list(problems(honest)), unchecked(honest)) == ([], False)
     assert whole("A GPU", None, "Another")["device_name"] == "A GPU + A CPU + Another"
     forged = whole("A GPU", "A CPU") | {"device_name": "A GPU"}
-    (found,) = identity.problems(forged)
+    (found,) = problems(forged)
     assert found == "record.json says device_name A GPU, its section loaded A GPU + A CPU"
-    (found,) = identity.problems(whole("A CPU", "A CPU", checkpoint=("aa", "bb")))
+    (found,) = problems(whole("A CPU", "A CPU", checkpoint=("aa", "bb")))
     assert found == "its segments loaded 2 checkpoints: sha256 aa, bb"
     older = whole("A CPU", "A CPU")
     del older["segments"][0]["loaded"]
-    assert identity.unchecked(older) and list(identity.problems(older)) == []
+    assert unchecked(older) and list(problems(older)) == []
 
 
 JOINED = ("device_name", "kernels")
@@ -395,7 +397,7 @@ def test_prompts_that_cannot_be_tokenized_are_told(
 def test_a_hub_id_is_not_looked_up(
     copy: Path, verified: Verified, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("harness.checkpoint_files._hub_reachable", pytest.fail)
+    monkeypatch.setattr("harness.models.directory._hub_reachable", pytest.fail)
     edit(copy / "record.json", lambda record: record["config"]["model"].update(change))
     notes = verified(copy)[1]["notes"]
     assert any("'nobody/nothing' is not on this machine" in note for note in notes)

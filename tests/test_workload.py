@@ -1,4 +1,4 @@
-"""Readers, checks and error lines of ``harness.workload``, on real files."""
+"""Readers, checks and error lines of ``harness.workload.reading``, on real files."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from harness import workload
-from harness.config import DatasetConfig, GenerationConfig, SyntheticPrompt
-from harness.errors import UserError
-from harness.workload import Completion, Request, Workload, read, resolve
+from harness.basics.errors import UserError
+from harness.config.schema import DatasetConfig, GenerationConfig, SyntheticPrompt
+from harness.workload import datasets, json_file, reading
+from harness.workload.reading import read, resolve
+from harness.workload.records import Completion, Request, Workload
 
 ROOT = Path(__file__).resolve().parents[1]
 TEN_THOUSAND = Path(__file__).resolve().parents[2] / "shared/data/asc24_like_10k.json.gz"
@@ -272,7 +273,7 @@ def test_ten_thousand_requests() -> None:
 
 
 def test_shipped_sample() -> None:
-    lines = workload.SAMPLE_PATH.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    lines = datasets.SAMPLE_PATH.read_text(encoding="utf-8").rstrip("\n").split("\n")
     records = [json.loads(line) for line in lines]
     assert len(records) >= 64
     languages = {record["language"] for record in records}
@@ -285,7 +286,7 @@ def test_shipped_sample() -> None:
         Request(index, record["prompt"], record["output_len"], record["prompt_len"])
         for index, record in enumerate(records)
     ]
-    assert loaded.sha256 == hashlib.sha256(workload.SAMPLE_PATH.read_bytes()).hexdigest()
+    assert loaded.sha256 == hashlib.sha256(datasets.SAMPLE_PATH.read_bytes()).hexdigest()
     assert_valid(resolve(loaded, NO_CAP))
 
 
@@ -309,7 +310,7 @@ def test_sample_is_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.
 def test_damaged_sample(
     write: Callable[..., str], monkeypatch: pytest.MonkeyPatch, content: str, expected: str
 ) -> None:
-    monkeypatch.setattr(workload, "SAMPLE_PATH", Path(write(content, "sample.jsonl")))
+    monkeypatch.setattr(reading, "SAMPLE_PATH", Path(write(content, "sample.jsonl")))
     assert expected in refusal("sample")
 
 
@@ -317,7 +318,7 @@ def test_sample_lines_may_hold_other_line_separators(
     write: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = '{"prompt": "a\u2028b\u0085c", "prompt_len": 3, "output_len": 1}\n'
-    monkeypatch.setattr(workload, "SAMPLE_PATH", Path(write(line * 2, "sample.jsonl")))
+    monkeypatch.setattr(reading, "SAMPLE_PATH", Path(write(line * 2, "sample.jsonl")))
     assert [request.prompt for request in read(DatasetConfig(name="sample")).requests] == ["a\u2028b\u0085c"] * 2
 
 
@@ -468,7 +469,7 @@ def test_huge_files_are_refused_before_they_fill_the_memory(
     path = write(b"")
     os.truncate(path, 2**31 + 1)  # sparse: takes no space
     assert "more than 2,147,483,648 bytes" in refusal("asc24", path)
-    monkeypatch.setattr(workload, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(json_file, "MAX_FILE_BYTES", 1000)
     assert "more than 1,000 bytes when uncompressed" in refusal("asc24", write(gzip.compress(b" " * 1001)))
 
 
@@ -662,9 +663,9 @@ def test_no_usable_conversation(write: Callable[..., str]) -> None:
 
 def test_a_small_file_that_would_fill_the_memory(write: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(gzip.compress(b"[" + b"[]," * 10_000 + b"[]]"))
-    monkeypatch.setattr(workload.environment, "available_memory_bytes", lambda: 2_600_000)
+    monkeypatch.setattr(reading.memory, "available_memory_bytes", lambda: 2_600_000)
     assert refusal("asc24", path).startswith("dataset.path: reading it may take 0.0 GiB, 0.0 GiB of memory are free: ")
-    monkeypatch.setattr(workload.environment, "available_memory_bytes", lambda: 2_700_000)
+    monkeypatch.setattr(reading.memory, "available_memory_bytes", lambda: 2_700_000)
     assert refusal("asc24", path).startswith("dataset.path, record 0")
 
 
@@ -734,7 +735,7 @@ def test_any_file_is_valid_or_one_line(
     fuzzed.write_bytes((gzip.compress(content) if compress else content)[:cut])
     path = None if name == "sample" else str(fuzzed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workload, "SAMPLE_PATH", fuzzed)
+        patch.setattr(reading, "SAMPLE_PATH", fuzzed)
         try:
             loaded = read(DatasetConfig(name=name, path=path, num_samples=num_samples))
             loaded = resolve(loaded, NO_CAP, count_tokens=lambda texts: [len(text.split()) for text in texts])
@@ -764,7 +765,7 @@ def test_every_good_file_is_read_unchanged(
 
 def test_module_is_light() -> None:
     code = (
-        "import sys, harness.workload\n"
+        "import sys, harness.workload.reading\n"
         "print([m for m in ('torch', 'transformers', 'deepspeed', 'numpy', 'pandas') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

@@ -8,19 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from harness.config import EngineConfig, GenerationConfig, Order, Stop
+from harness.basics.clock import Clock
+from harness.basics.errors import UserError
+from harness.config.schema import EngineConfig, GenerationConfig, Order
 from harness.engines.scoring import Forced, Score, Scored
-from harness.errors import UserError
-from harness.results import PassRecord
-from harness.workload import Completion, Request
+from harness.workload.records import Completion, PassRecord, Request
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
-    from harness.checkpoint import Source
-    from harness.tensor_parallel import TensorParallel
-
+    from harness.models.source import Source
+    from harness.ranks.tensor_parallel import TensorParallel
 
 SCORING = "use engine=fastgen, ds_inference or baseline"
 
@@ -118,7 +114,7 @@ class Engine(ABC):
         self.statistics = EngineStatistics()
         self.phase = "load"  # "cache" while load() makes the KV cache: what to lower if memory runs out
         self.notes: list[str] = []  # what the record should say about choices made while loading
-        self.proof: dict[str, Any] | None = None  # how it was compared with the model (harness.engines.proof)
+        self.proof: dict[str, Any] | None = None  # how it was compared with the model (harness.engines.proof.proof)
         self.on_pass: Callable[[PassRecord], None] = lambda record: None
         self.on_progress: Callable[[Progress], None] = lambda progress: None
 
@@ -256,20 +252,6 @@ class Engine(ABC):
         return None
 
 
-class Clock:
-    """Seconds since the run started, on this host's monotonic clock.
-
-    Args:
-        already: seconds that earlier segments of a resumed run took.
-    """
-
-    def __init__(self, already: float = 0.0) -> None:
-        self.started = time.perf_counter() - already
-
-    def __call__(self) -> float:
-        return time.perf_counter() - self.started
-
-
 def arranged(requests: Sequence[Request], order: Order) -> list[Request]:
     """Returns the requests as ``engine.order`` says; equal lengths keep the dataset's order."""
     if order is Order.dataset:
@@ -290,50 +272,3 @@ def rejection(request: Request, reason: str, clock: Clock) -> Completion:
         finished_s=clock(),
         error=reason,
     )
-
-
-def stop_ids(model: PreTrainedModel, generation: GenerationConfig) -> frozenset[int]:
-    """Returns the token ids that end a sequence: the checkpoint's own, or none under ``stop: length``."""
-    if generation.stop is Stop.length:
-        return frozenset()
-    ids = getattr(model.generation_config, "eos_token_id", None)
-    if ids is None:
-        ids = getattr(model.config, "eos_token_id", None)
-    if ids is None:
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)
-
-
-def greedy(
-    model: Any, input_ids: torch.Tensor, output_len: int, stop_ids: frozenset[int], **options: Any
-) -> torch.Tensor:
-    """Returns what Hugging Face's ``generate`` makes of a prompt, greedily.
-
-    Args:
-        model: loses its own generation config, from which ``generate`` would fill what ours leaves open: penalties,
-            and an end of sequence under ``stop=length``. :func:`stop_ids` reads it, and comes first.
-        input_ids: ``[1, tokens]``, on the model's device.
-        output_len: ids to generate at most.
-        options: of ``generate``, such as a ``streamer``.
-
-    Returns:
-        Prompt and output ids, ``[tokens]``, on the model's device.
-    """
-    import torch
-    from transformers import GenerationConfig as Generation
-
-    model.generation_config = Generation()
-    config = Generation(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=output_len,
-        use_cache=True,
-        eos_token_id=sorted(stop_ids) or None,
-        pad_token_id=min(stop_ids, default=0),
-    )
-    with torch.inference_mode():
-        output = model.generate(
-            input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config, **options
-        )
-    ids: torch.Tensor = output[0]
-    return ids

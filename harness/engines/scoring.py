@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from harness.errors import UserError
+from harness.basics.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

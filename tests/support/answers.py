@@ -66,9 +66,9 @@ def digests(model: Path) -> dict[str, str]:
 
 def main() -> None:
     """Computes all ids and writes the file."""
-    from harness import demo_model
+    from harness.models import demo
 
-    model = demo_model.ensure()
+    model = demo.ensure()
     ids = {str(index): ids for index, ids in sorted(computed(model, EVERY).items())}
     lines = ",\n".join(f"{json.dumps(index)}: {json.dumps(row)}" for index, row in ids.items())
     KEPT.write_text(f'{{"of": {json.dumps(digests(model))},\n"ids": {{\n{lines}\n}}}}\n')

@@ -12,10 +12,11 @@ import yaml
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from harness import checkpoint
-from harness.checkpoint import load_model, locate
-from harness.config import ModelConfig, Weights
-from harness.errors import UserError
+from harness.basics.errors import UserError
+from harness.config.schema import ModelConfig, Weights
+from harness.models.architecture import parameters
+from harness.models.loading import load_model
+from harness.models.locate import locate
 from support.runs import ROOT
 
 TINY: dict[str, Any] = {
@@ -77,7 +78,7 @@ def refused(model: ModelConfig, *words: str) -> UserError:
 
 
 def total(architecture: dict[str, Any]) -> int:
-    count = checkpoint.parameters(architecture)
+    count = parameters(architecture)
     assert count is not None
     return count.total
 

@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from harness import checkpoint
-from harness.checkpoint import Source
-from harness.checkpoint_files import find
-from harness.config import EngineConfig, GenerationConfig, Kernels, Stop
-from harness.engines import proof
-from harness.engines.base import Clock, Engine, EngineSettings
-from harness.engines.ds_inference import DsInferenceEngine
+from harness.basics.clock import Clock
+from harness.basics.errors import UserError
+from harness.config.schema import EngineConfig, GenerationConfig, Kernels, Stop
+from harness.engines.base import Engine, EngineSettings
+from harness.engines.ds_inference.engine import DsInferenceEngine
 from harness.engines.fastgen.engine import FastGenEngine
-from harness.engines.fastgen.torch_runner import TorchRunner
+from harness.engines.fastgen.runners.torch_runner import TorchRunner
+from harness.engines.proof import proof
 from harness.engines.scoring import Scored
-from harness.errors import UserError
-from harness.workload import Completion, Request
+from harness.models import loading
+from harness.models.directory import find
+from harness.models.source import Source
+from harness.workload.records import Completion, Request
 
 TINY: dict[str, Any] = {
     "hidden_size": 96,
@@ -75,7 +76,7 @@ def generate(engine: Engine, jobs: list[Request]) -> dict[int, Completion]:
 
 
 def hugging_face(source: Source, jobs: list[Request], eos: int | None = None) -> dict[int, list[int]]:
-    model = checkpoint.load_model(source, dtype=torch.float32)
+    model = loading.load_model(source, dtype=torch.float32)
     model.generation_config.eos_token_id = eos
     answers = {}
     for job in jobs:
@@ -119,7 +120,7 @@ class LayersThatRemember(torch.nn.Module):
     def __init__(self, rows: int, damage: float = 0.0) -> None:
         super().__init__()
         self.rows = rows
-        self.model = checkpoint.load_model(settings().source, dtype=torch.float32, attention="eager")
+        self.model = loading.load_model(settings().source, dtype=torch.float32, attention="eager")
         with torch.no_grad():
             self.model.model.layers[0].self_attn.o_proj.weight.mul_(1 + damage)
         self.cache = DynamicCache()
@@ -149,12 +150,12 @@ def expected(model: Any, item: Scored) -> tuple[Tensor, bool]:
 
 def team_of_two(fault: str, place: str) -> None:
     """Loads the tiny model over two ranks; rank 1's weights are damaged if ``fault`` says so."""
-    from harness import ranks
-    from harness.rendezvous import Rendezvous
-    from harness.replicas import Replicas
+    from harness.ranks.rank import current
+    from harness.ranks.rendezvous import Rendezvous
+    from harness.ranks.replicas import Replicas
 
     torch.set_num_threads(1)
-    rank = ranks.current()
+    rank = current()
     assert rank is not None
     rendezvous = Rendezvous(rank, failed=lambda: None)
     rendezvous.open()

@@ -16,20 +16,27 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from harness import checkpoint, engines
-from harness.checkpoint_files import Source, find
-from harness.config import EngineConfig, GenerationConfig, Kernels, Stop, check_auto_tp, check_kv_heads
-from harness.engines import proof
-from harness.engines.attention_checks import refuse_by_its_file
-from harness.engines.base import Clock, EngineSettings, greedy
-from harness.engines.fastgen.native import checks as native_checks
-from harness.errors import UserError, one_line
-from harness.verification.judging import BOUNDS
-from harness.workload import Request
+from harness.basics.clock import Clock
+from harness.basics.errors import UserError, one_line
+from harness.config.checks import check_kv_heads
+from harness.config.schema import EngineConfig, GenerationConfig, Kernels, Stop
+from harness.engines import catalogue
+from harness.engines.base import EngineSettings
+from harness.engines.catalogue import check_auto_tp
+from harness.engines.fastgen.runners.native import checks as native_checks
+from harness.engines.proof import proof
+from harness.engines.shared.attention_checks import refuse_by_its_file
+from harness.models import loading
+from harness.models.architecture import context_length
+from harness.models.directory import find
+from harness.models.generation import greedy
+from harness.models.judging import BOUNDS
+from harness.models.source import Source
+from harness.workload.records import Request
 from support.families_sizes import PROMPT_IDS
 
 if TYPE_CHECKING:
-    from harness.tensor_parallel import TensorParallel
+    from harness.ranks.tensor_parallel import TensorParallel
 
 T = TypeVar("T")
 
@@ -86,7 +93,7 @@ class Reference:
         from transformers import AutoModelForCausalLM
         from transformers import GenerationConfig as Generation
 
-        with checkpoint.quiet():
+        with loading.quiet():
             self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
         self.model.generation_config = Generation()  # as greedy() does: nothing else may fill in what we leave open
         if rounded:
@@ -100,7 +107,7 @@ class Reference:
         found = []
         for job in requests():
             prompt = torch.tensor([job.prompt_ids])
-            with checkpoint.quiet():
+            with loading.quiet():
                 ids = greedy(self.model, prompt, job.output_len or 0, frozenset())
             found.append(ids.tolist()[prompt.shape[1] :])
         return found
@@ -124,7 +131,7 @@ class Reference:
 
         prompt = torch.tensor([job.prompt_ids])
         config = Generation(do_sample=False, max_new_tokens=len(ids), pad_token_id=0)
-        with checkpoint.quiet(), torch.inference_mode():
+        with loading.quiet(), torch.inference_mode():
             self.model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -135,10 +142,10 @@ class Reference:
 
 
 def refuse_early(source: Source, column: Column) -> int | None:
-    """Refuses from config.json what ``harness.job.prepare`` refuses; returns the longest sequence."""
+    """Refuses from config.json what ``harness.running.job.prepare`` refuses; returns the longest sequence."""
     architecture = source.architecture
     check_kv_heads(column.tp, architecture.get("num_key_value_heads"))
-    max_context = checkpoint.context_length(architecture, None)
+    max_context = context_length(architecture, None)
     refuse_by_its_file(architecture, max_context, column.engine)
     check_auto_tp(column.tp, architecture.get("model_type"))
     if column.kernels is Kernels.native:
@@ -161,7 +168,7 @@ def run(directory: Path, column: Column, tensor: TensorParallel | None = None) -
         tensor=tensor,
         host_ranks=column.tp,
     )
-    engine = proof.load(engines.create(settings))
+    engine = proof.load(catalogue.create(settings))
     engine.warm_up()
     if not settings.leads:
         engine.follow()
@@ -177,7 +184,7 @@ def run(directory: Path, column: Column, tensor: TensorParallel | None = None) -
 def outcome(work: Callable[[], T]) -> str | T:
     """Returns what ``work`` comes to, or says what has kept it from that."""
     try:
-        with checkpoint.quiet():
+        with loading.quiet():
             return work()
     except UserError as error:
         text = str(error)
@@ -251,11 +258,11 @@ def on_ranks(directories: list[Path], place: Path) -> None:
 
     A rank that fails alone leaves the other waiting: both end then, and whoever launched them goes on without it.
     """
-    from harness import ranks
-    from harness.rendezvous import Rendezvous
-    from harness.replicas import Replicas
+    from harness.ranks.rank import current
+    from harness.ranks.rendezvous import Rendezvous
+    from harness.ranks.replicas import Replicas
 
-    rank = ranks.current()
+    rank = current()
     assert rank is not None
     rendezvous = Rendezvous(rank, failed=lambda: None)
     rendezvous.open()

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.completions import Tally, read_completions
-from harness.results import pass_figures
-from harness.runs_table import COLUMNS, put_row
+from harness.results.columns import COLUMNS
+from harness.results.completions import Tally, read_completions
+from harness.results.passes import pass_figures
+from harness.results.table import put_row
 
 Record = dict[str, Any]
 Lines = list[dict[str, Any]]

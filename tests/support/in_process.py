@@ -15,7 +15,7 @@ from unittest import mock
 
 from hydra.core.global_hydra import GlobalHydra
 
-from harness import launcher, sweep
+from harness.running import launcher, start, sweep
 from support.runs import ROOT, variables
 
 
@@ -30,7 +30,10 @@ def entry() -> Iterator[ModuleType]:
     with mock.patch.object(sys, "path", list(sys.path)), mock.patch.dict(os.environ):
         import harness.main
 
-        with mock.patch.object(launcher, "watch", side_effect=Launched):
+        with (
+            mock.patch.object(launcher, "watch", side_effect=Launched),
+            mock.patch.object(start, "_become_the_rank", side_effect=Launched),
+        ):
             try:
                 yield harness.main
             finally:

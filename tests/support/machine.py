@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.engines.fastgen.native import checks as native_checks
-from harness.environment import cpu_flags
+from harness.engines.fastgen.runners.native import checks as native_checks
+from harness.machine.device import cpu_flags
 
 needs_native = pytest.mark.skipif(
     not cpu_flags().issuperset(native_checks.INSTRUCTIONS), reason="this processor has no AVX-512"

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from harness import compare
-from harness.comparison.groups import Comparison
-from harness.comparison.groups import compare as compared
-from harness.comparison.reading import load
-from harness.results import RunRecorder
-from harness.workload import Completion
+from harness.compare import __main__ as compare
+from harness.compare.groups import Comparison
+from harness.compare.groups import compare as compared
+from harness.compare.reading import load
+from harness.results.recorder import RunRecorder
+from harness.workload.records import Completion
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FACTS = {

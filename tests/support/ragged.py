@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.checkpoint import ByteTokenizer, Source
-from harness.checkpoint_files import find
-from harness.config import EngineConfig, GenerationConfig, Order, Stop
-from harness.engines.base import Clock, EngineSettings
-from harness.engines.fastgen.deepspeed_runner import DeepSpeedRunner
+from harness.basics.clock import Clock
+from harness.config.schema import EngineConfig, GenerationConfig, Order, Stop
+from harness.engines.base import EngineSettings
 from harness.engines.fastgen.engine import FastGenEngine
+from harness.engines.fastgen.runners.deepspeed_runner import DeepSpeedRunner
 from harness.engines.fastgen.scheduler import Chunk, RaggedBatch, Sequence
-from harness.workload import Completion, Request
+from harness.models.directory import find
+from harness.models.source import Source
+from harness.models.tokenizer import ByteTokenizer
+from harness.workload.records import Completion, Request
 from support.models import save_model
 
 TINY: dict[str, Any] = {

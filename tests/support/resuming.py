@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness import verify
+from harness.verify import __main__ as verify
 from support.runs import (
     ROOT,
     Run,

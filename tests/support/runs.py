@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from harness.completions import read_completions
-from harness.runs_table import read_rows
+from harness.results.completions import read_completions
+from harness.results.table import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BIN = Path(sys.executable).parent
@@ -73,7 +73,7 @@ def command(*overrides: str, launcher: tuple[str, ...] = (sys.executable,)) -> l
 
 def deepspeed(ranks: int, *flags: str) -> tuple[str, ...]:
     """Returns DeepSpeed's launcher for ``ranks`` CPU ranks."""
-    from harness.launcher import free_port
+    from harness.ranks.rank import free_port
 
     return (str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port()), *flags)
 

@@ -7,19 +7,20 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from harness import checkpoint
-from harness.config import Kernels
-from harness.engines.base import Clock, Engine, EngineSettings, EngineStatistics, Progress, arranged, rejection
-from harness.engines.fastgen import deepspeed_checks, scoring
-from harness.engines.fastgen.kv_blocks import KvBlocks
-from harness.engines.fastgen.native import checks as native_checks
-from harness.engines.fastgen.runner import Runner
+from harness.basics.clock import Clock
+from harness.basics.errors import UserError
+from harness.config.schema import Kernels
+from harness.engines.base import Engine, EngineSettings, EngineStatistics, Progress, arranged, rejection
+from harness.engines.fastgen import scoring
+from harness.engines.fastgen.runners.base import Runner
+from harness.engines.fastgen.runners.native import checks as native_checks
+from harness.engines.fastgen.runners.sharded_runner import ShardedRunner
 from harness.engines.fastgen.scheduler import RaggedBatch, Scheduler, Sequence
-from harness.engines.fastgen.sharded_runner import ShardedRunner
 from harness.engines.scoring import Forced, Score, Scored, no_prefill
-from harness.errors import UserError
-from harness.results import PassRecord
-from harness.workload import Completion, Request
+from harness.engines.shared import ragged_kernels
+from harness.engines.shared.kv_blocks import KvBlocks
+from harness.models import tokenizer
+from harness.workload.records import Completion, PassRecord, Request
 
 PROOF_BUDGET = 32  # tokens a pass of a proof
 
@@ -76,7 +77,7 @@ class FastGenEngine(Engine):
     def load(self) -> None:
         """Loads the model and makes the KV cache."""
         settings = self.settings.engine
-        self.tokenizer = checkpoint.load_tokenizer(self.settings.source)
+        self.tokenizer = tokenizer.load_tokenizer(self.settings.source)
         self.runner.load()
         self.phase = "cache"
         context = self.settings.max_context
@@ -231,7 +232,7 @@ class FastGenEngine(Engine):
         # Imported here, by name: each of the kernels brings its own library.
         import torch
 
-        reason = deepspeed_checks.unsupported(
+        reason = ragged_kernels.unsupported(
             settings.source.architecture,
             settings.dtype,
             settings.tp,
@@ -241,12 +242,12 @@ class FastGenEngine(Engine):
             remote_code=settings.source.trust_remote_code,
         )
         if settings.source.pickled:
-            reason = deepspeed_checks.PICKLED
-        reason = reason or deepspeed_checks.not_installed(engine.quantization)
+            reason = ragged_kernels.PICKLED
+        reason = reason or ragged_kernels.not_installed(engine.quantization)
         major = torch.cuda.get_device_capability(settings.device)[0]
-        reason = reason or deepspeed_checks.device_unsupported(engine.quantization, major)
+        reason = reason or ragged_kernels.device_unsupported(engine.quantization, major)
         if reason is None:
-            from harness.engines.fastgen.deepspeed_runner import DeepSpeedRunner
+            from harness.engines.fastgen.runners.deepspeed_runner import DeepSpeedRunner
 
             return DeepSpeedRunner(settings)
         if engine.quantization is not None:
@@ -257,7 +258,7 @@ class FastGenEngine(Engine):
 
     def _torch_runner(self, others: str = "", reason: str = "") -> Runner:
         """Returns PyTorch's kernels; given why ``engine.kernels=auto`` did not take others, a note says so."""
-        from harness.engines.fastgen.torch_runner import TorchRunner
+        from harness.engines.fastgen.runners.torch_runner import TorchRunner
 
         if reason:
             self.notes.append(f"engine.kernels=auto took torch, not {others} kernels: {reason}")
@@ -265,8 +266,8 @@ class FastGenEngine(Engine):
 
     def _native_runner(self) -> Runner:
         """Returns the C++ pass, or PyTorch's kernels where ``engine.kernels=auto`` has to do without it."""
-        from harness.engines.fastgen.native.build import BuildError
-        from harness.engines.fastgen.native_runner import NativeRunner
+        from harness.engines.fastgen.runners.native.build import BuildError
+        from harness.engines.fastgen.runners.native_runner import NativeRunner
 
         settings, auto = self.settings, self.settings.engine.kernels is Kernels.auto
         source = settings.source

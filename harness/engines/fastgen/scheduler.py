@@ -15,7 +15,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from harness.engines.fastgen.kv_blocks import KvBlocks, refusal
+from harness.engines.shared.kv_blocks import KvBlocks, refusal
 
 
 @dataclass(slots=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count, islice
 
-from harness.engines.fastgen.runner import Runner
+from harness.engines.fastgen.runners.base import Runner
 from harness.engines.fastgen.scheduler import RaggedBatch, Scheduler, Sequence
 from harness.engines.scoring import Forced, Score, Scored, force, grouped
 

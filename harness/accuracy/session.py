@@ -1,0 +1,271 @@
+"""One rank of an evaluation: load, then score (rank 0 asks, all compute), then record and compare."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from harness.accuracy import perplexity, record, tasks
+from harness.accuracy.pool import Pool
+from harness.accuracy.tasks import TaskOptions
+from harness.basics.clock import utc_now
+from harness.basics.errors import FULL_ERROR, INTERRUPTED, REFUSED, UserError, complain, one_line, printable
+from harness.basics.files import json_bytes, plain, replace, yaml_bytes
+from harness.config.identity import config_hash
+from harness.engines import catalogue
+from harness.engines.base import SCORING
+from harness.engines.catalogue import NOT_BUILT
+from harness.machine import device, memory
+from harness.machine import snapshot as snapshots
+from harness.models import locate
+from harness.ranks import signals
+from harness.ranks.rank import Rank
+from harness.ranks.rendezvous import RankFailed, Rendezvous
+from harness.results.directory import new_run_id
+from harness.running import faults, setup
+from harness.running import job as jobs
+from harness.running.job import Job
+from harness.running.lifecycle import LAST_WORDS_S
+from harness.running.worker import together
+from harness.workload import reading
+
+LINES = "scores.jsonl"
+CANNOT_SCORE = ("mii", *NOT_BUILT)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line asks for beside the config."""
+
+    tasks: TaskOptions | None
+    against: str | None
+    within: float
+    prefill: bool
+
+
+def check(composed: DictConfig, options: Options, rank: Rank | None = None) -> Job:
+    """Returns the job; raises UserError for what can be refused before a model is loaded."""
+    job = jobs.prepare(composed, rank)
+    config = job.config
+    if config.engine.name in CANNOT_SCORE:
+        raise UserError("engine", f"{config.engine.name} cannot score given tokens", SCORING)
+    if config.repeat > 1:
+        raise UserError("repeat", f"{config.repeat}: scores do not vary as times do", "leave it out")
+    if rank is None or rank.first:
+        if options.against is not None:
+            names = None if options.tasks is None else options.tasks.names
+            record.check_comparable(names, record.read(config.results_dir, options.against))
+        if options.tasks is not None:
+            tasks.check(options.tasks)
+    return job
+
+
+def run(composed: DictConfig, rank: Rank, options: Options) -> int:
+    """Runs this rank's part of an evaluation; returns the exit status: 1 where it failed, or is worse than allowed."""
+    # A thread cannot raise in this one; a signal can.
+    rendezvous = Rendezvous(rank, failed=lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+    def ending(signum: int) -> tuple[str, int]:
+        if signum == signal.SIGALRM:
+            return f"not finished after timeout_s={composed.timeout_s}", 1
+        if rank.world > 1 and signum == signal.SIGTERM:
+            cause = rendezvous.heard(LAST_WORDS_S) or RankFailed("another rank died, or the launcher was ended")
+            return str(cause), cause.exit_status
+        return "interrupted", INTERRUPTED
+
+    def hung(signum: int) -> None:
+        line, status = ending(signum)
+        complain(line)
+        rendezvous.fail(line, status)
+        os._exit(status)
+
+    try:
+        with signals.handled(composed.timeout_s, hung):
+            signals.end_with_the_parent()
+            rendezvous.open()
+            job = together(lambda config: check(config, options, rank), composed, rank, rendezvous)
+            evaluation = _Evaluation(job, rank, rendezvous, options, job.settings)
+            return evaluation.run()
+    except UserError as error:
+        _trace(error)
+        line, status = str(error), REFUSED
+    except RankFailed as failure:
+        line, status = str(failure), failure.exit_status
+    except signals.Ended as end:
+        line, status = ending(end.signum)
+    except Exception as error:
+        # A rank that ends breaks its connections: why it ended says more than that they broke.
+        cause = rendezvous.heard(LAST_WORDS_S)
+        if cause is None:
+            _trace(error)
+            line, status = (
+                f"{one_line(f'{type(error).__name__}: {error}', 300)} ({FULL_ERROR}=1 shows the traceback)",
+                1,
+            )
+            if memory.out_of_memory(error):
+                fault = faults.classify(error, jobs.resolved(composed), {})
+                line, status = fault.error, fault.exit_status
+        else:
+            line, status = str(cause), cause.exit_status
+    if rank.first or rendezvous.failure is None:
+        complain(line if rank.first else f"rank {rank.rank}: {line}")
+    rendezvous.fail(line, status)
+    return status
+
+
+def _trace(error: Exception) -> None:
+    """Shows where an error came from, to a user who asked for that."""
+    if os.environ.get(FULL_ERROR, "0") not in ("", "0"):
+        traceback.print_exception(error)
+
+
+class _Evaluation:
+    """The state of one rank between its phases."""
+
+    def __init__(
+        self, job: Job, rank: Rank, rendezvous: Rendezvous, options: Options, resolved: dict[str, Any]
+    ) -> None:
+        from harness.basics.terminal import console
+
+        self.job = job
+        self.rank = rank
+        self.rendezvous = rendezvous
+        self.options = options
+        self.resolved = resolved
+        self.screen = console()
+        self.started_at = utc_now()
+        self.run_id = new_run_id(f"accuracy_{job.config.engine.name}")
+        self.lines: list[dict[str, Any]] = []  # one a request, or one an answered question
+        self.notes: list[str] = []
+
+    def run(self) -> int:
+        """Loads and computes on every rank; rank 0 also records and compares. Returns the exit status."""
+        pool = self._load()
+        if not self.rank.first:
+            pool.serve()
+            assert pool.replicas is not None
+            pool.replicas.leave()
+            return 0
+        directory = self._directory()  # before hours of scoring, not after them
+        started = time.perf_counter()
+        found: dict[str, Any] = {"perplexity": None, "tasks": None}
+        if self.options.tasks is None:
+            found["perplexity"] = self._perplexity(pool)
+        else:
+            found["tasks"], self.lines, notes = tasks.run(pool, self.options.tasks)
+            self.notes += notes
+        seconds = time.perf_counter() - started
+        pool.close()
+        if pool.replicas is not None:
+            pool.replicas.leave()
+        return self._conclude(directory, self._record(found, seconds))
+
+    def _load(self) -> Pool:
+        job, rank = self.job, self.rank
+        setup.use_cores(job, rank)
+        replicas = None
+        from harness.engines.proof import proof
+
+        if rank.world > 1:
+            from harness.ranks.replicas import Replicas
+
+            replicas = Replicas(rank, job.accelerator, self.rendezvous, job.tp)
+            replicas.join()
+        settings = setup.engine_settings(job, rank, replicas)
+        self.model = locate.model_name(job.config.model, job.source)
+        self.engine = catalogue.create(settings)
+        self._say(f"loading {self.model} ({job.dtype}) for {job.config.engine.name} on {settings.device}")
+        self.engine = proof.load(self.engine, self._say)
+        self.notes += self.engine.notes
+        return Pool(
+            self.engine,
+            replicas,
+            self.options.prefill,
+            lambda done, total: self._say(f"  {done:,} of {total:,} on rank 0"),
+        )
+
+    def _directory(self) -> Path:
+        directory = Path(self.job.config.results_dir) / self.run_id
+        try:
+            directory.mkdir(parents=True)
+        except (OSError, ValueError) as error:
+            found = f"{directory} cannot be made: {getattr(error, 'strerror', None) or error}"
+            raise UserError("results_dir", found, "set another directory") from error
+        replace(directory / "config.yaml", yaml_bytes(plain(self.resolved)))
+        return directory
+
+    def _perplexity(self, pool: Pool) -> dict[str, Any]:
+        job, tokenizer = self.job, self.engine.tokenizer
+        requests = reading.resolve(
+            job.workload,
+            job.config.generation,
+            vocab_size=job.source.architecture.get("vocab_size"),
+            count_tokens=lambda texts: [len(ids) for ids in tokenizer(texts).input_ids],
+        ).requests
+        bos = getattr(tokenizer, "bos_token_id", None)
+        items = perplexity.items(self.engine.tokenize(requests), bos)
+        self._say(f"scoring {sum(len(item.target_ids) for item in items):,} tokens of {len(items)} prompts")
+        self.lines = perplexity.per_request(pool.score(items))
+        return {
+            "dataset": job.workload.name,
+            "dataset_sha256": job.workload.sha256,
+            "conditioned_on": "bos" if bos is not None else "first token",
+            "fingerprint": perplexity.fingerprint(items),
+            **perplexity.figures(self.lines),
+        }
+
+    def _record(self, found: dict[str, Any], seconds: float) -> dict[str, Any]:
+        job, config = self.job, self.job.config
+        snapshot = snapshots.snapshot(job.accelerator)
+        return {
+            "run_id": self.run_id,
+            "started_at": self.started_at,
+            "finished_at": utc_now(),
+            "command_line": sys.argv,
+            "engine": config.engine.name,
+            "kernels": self.engine.kernels,
+            "model": self.model,
+            "weights": config.model.weights,
+            "dtype": job.dtype,
+            "quantization": config.engine.quantization,
+            "tp": job.tp,
+            "dp": job.dp,
+            "device": job.accelerator,
+            "device_name": device.device_name(job.accelerator),
+            **found,
+            "prefill": self.options.prefill,
+            "seconds": seconds,
+            "notes": self.notes,
+            "config": self.resolved,
+            "config_hash": config_hash(self.resolved),
+            "git_commit": (snapshot.get("git") or {}).get("commit"),
+            "environment": snapshot,
+            "lm_eval": None if self.options.tasks is None else tasks.version(),
+        }
+
+    def _conclude(self, directory: Path, made: dict[str, Any]) -> int:
+        """Writes the record, prints the summary and the comparison."""
+        from harness.accuracy.report import comparison, summary
+
+        replace(directory / LINES, b"".join(json_bytes(line) + b"\n" for line in self.lines))
+        replace(directory / record.FILE, json_bytes(plain(made), indent=2))
+        summary(self.screen, made, directory)
+        if self.options.against is None:
+            return 0
+        other = record.read(self.job.config.results_dir, self.options.against)
+        compared = record.differences(made, other, self.options.within)
+        comparison(self.screen, other["run_id"], compared, record.settings_that_differ(plain(made), other))
+        worse = any(difference.worse for difference in compared)
+        return 1 if worse else 0
+
+    def _say(self, line: str) -> None:
+        if self.rank.first:
+            self.screen.print(printable(line), markup=False)

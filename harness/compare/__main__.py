@@ -1,0 +1,153 @@
+"""Compares runs: ``python -m harness.compare [results/runs.csv] [--baseline RUN_ID] [--html FILE]``.
+
+Repeated runs of one config become one line; a line shows only the settings that differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from harness.basics.errors import INTERRUPTED, UserError, printable, report
+from harness.basics.files import replace
+from harness.compare.reading import load
+
+DEFAULT_TABLE = "results/runs.csv"
+DEFAULT_LIMIT = 40
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError("command line", message, "see --help")
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return number
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m harness.compare",
+        description="Compares runs: repeated ones on one line, only the settings that differ, ratios to a baseline.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "tables",
+        nargs="*",
+        metavar="CSV",
+        default=[DEFAULT_TABLE],
+        help=f"tables of runs, or directories that hold a runs.csv; several are put together ({DEFAULT_TABLE})",
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="RUN_ID",
+        help="what ratios are to: a run id or an unambiguous part of one "
+        "(the one group with engine=baseline, otherwise the oldest)",
+    )
+    parser.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="only runs with this setting, named as in the table or in runs.csv; the same KEY again is an alternative",
+    )
+    parser.add_argument(
+        "--limit", type=_positive, default=DEFAULT_LIMIT, metavar="N", help=f"lines in the terminal ({DEFAULT_LIMIT})"
+    )
+    formats = parser.add_mutually_exclusive_group()
+    formats.add_argument("--csv", action="store_true", help="print all groups and figures as CSV")
+    formats.add_argument("--json", action="store_true", help="print all groups, figures and settings as JSON")
+    parser.add_argument("--html", metavar="FILE", help="also write a page with charts, which needs no network")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a model's name shows its code
+    try:
+        _run(_parser().parse_args(arguments))
+        sys.stdout.flush()
+    except UserError as error:
+        return report(error)
+    except BrokenPipeError:  # the reader has seen enough, as in "| head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains once more
+        return report(UserError("standard output", f"cannot be written: {error.strerror}", "free space"))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    page = None if options.html is None else _writable(options.html)
+    runs = load(options.tables, lambda line: print(f"warning: {printable(line)}", file=sys.stderr))
+    # Only now: pandas takes longer to import than a mistyped path takes to find.
+    from harness.compare import groups, text
+
+    everything = options.csv or options.json or page is not None
+    compared = groups.compare(
+        runs, baseline=options.baseline, where=options.where, limit=None if everything else options.limit
+    )
+    if page is not None:
+        from harness.compare.page import html
+
+        _write(page, html(compared, options.tables))
+        print(f"wrote {printable(options.html)}", file=sys.stderr)
+    if options.csv:
+        sys.stdout.write(text.as_csv(compared))
+    elif options.json:
+        sys.stdout.write(text.as_json(compared))
+    else:
+        if page is not None:
+            compared = groups.limited(compared, options.limit)
+        screen = text.terminal(sys.stdout.isatty())
+        with screen.capture() as drawn:
+            text.print_table(screen, compared)
+        lines = drawn.get().split("\n")
+        sys.stdout.write("\n".join(line.rstrip() for line in lines))
+
+
+def _writable(name: str) -> Path:
+    """Returns the file to write a page to.
+
+    Raises:
+        UserError: no file can be made there.
+    """
+    remedy = "name a file in a directory that can be written"
+    try:
+        path = Path(os.path.realpath(name)) if name.strip() else None
+        if path is None:
+            raise UserError("--html", "names no file", remedy)
+        if path.exists() and not path.is_file():
+            raise UserError("--html", f"{name} is {'a directory' if path.is_dir() else 'not a plain file'}", remedy)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        found = f"{name} cannot be written: {getattr(error, 'strerror', None) or error}"
+        raise UserError("--html", found, remedy) from error
+    return path
+
+
+def _write(path: Path, page: str) -> None:
+    try:
+        replace(path, page.encode("utf-8", errors="replace"))
+    except UserError as error:
+        raise UserError("--html", f"{error.field} {error.found}", "free space, or name another file") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""What ``compare`` reads: tables of runs, and the configs in the records beside them.
+
+A setting has one name, wherever it was read: the one that the command line of a run has for it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.basics.errors import UserError, printable, quoted
+from harness.config.identity import UNHASHED_KEYS
+from harness.results.directory import read_record
+from harness.results.table import read_table
+
+# Columns that tell how a run was configured, and the key of the config that each of them settles.
+KEYS = {
+    "engine": "engine",
+    "kernels": "engine.kernels",
+    "model": "model",
+    "weights": "model.weights",
+    "dtype": "model.dtype",
+    "quantization": "engine.quantization",
+    "dataset": "dataset",
+    "stop": "generation.stop",
+    "requests": "dataset.num_samples",
+    "tp": "parallel.tp",
+    "dp": "parallel.dp",
+    "token_budget": "engine.token_budget",
+    "max_sequences": "engine.max_sequences",
+    "device": "device",
+    "device_name": "device_name",
+    "dataset_sha256": "dataset_sha256",
+    "git_commit": "git_commit",
+}
+DIGESTS = ("dataset_sha256", "git_commit")  # shown by their first digits
+FIGURES = (
+    "total_tokens_per_s",
+    "output_tokens_per_s",
+    "ttft_p50_s",
+    "latency_p50_s",
+    "latency_p99_s",
+    "elapsed_s",
+    "peak_memory_bytes",
+    "model_flops_utilisation",
+    "energy_j",
+    "preemptions",
+    "kv_peak_utilisation",
+    "parity_checked",
+    "parity_exact_share",
+    "parity_explained_share",
+)
+COUNTS = ("requests", "rejected", "tp", "dp", "token_budget", "max_sequences")
+NAMES_OF_GROUPS = ("engine", "model", "dataset", "hardware")
+BUDGETED = ("fastgen", "mii")  # engines whose passes token_budget and max_sequences bound
+
+
+@dataclass(slots=True)
+class Run:
+    """One row of a table: text by column, numbers by column (None where unknown), and where its files lie."""
+
+    cells: dict[str, str]
+    numbers: dict[str, float | None]
+    results_dir: Path
+
+    @property
+    def run_id(self) -> str:
+        """The name of the run and of its directory."""
+        return self.cells["run_id"]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every accepted request completed."""
+        return self.cells.get("status") == "ok"
+
+    def settings(self) -> dict[str, Any]:
+        """Returns what the row says of the config, by the command line's names; what it leaves open is absent."""
+        found: dict[str, Any] = {}
+        for column, key in KEYS.items():
+            if column in COUNTS:
+                number = self.numbers.get(column)
+                if number is not None:
+                    found[key] = _whole(number)
+            elif text := self.cells.get(column):
+                found[key] = text
+        if self.ok and "quantization" in self.cells:
+            found.setdefault("engine.quantization", None)  # an empty cell says that there was none
+        return found
+
+    def record_settings(self) -> dict[str, Any]:
+        """Returns the config in the run's ``record.json``, by the command line's names; empty without a record."""
+        try:
+            config = (read_record(self.results_dir, self.run_id) or {}).get("config")
+        except UserError:  # no run of ours: its id could not name a directory
+            config = None
+        if not isinstance(config, dict):
+            return {}
+        found = _flat({key: value for key, value in config.items() if key not in UNHASHED_KEYS})
+        for group in NAMES_OF_GROUPS:
+            if f"{group}.name" in found:
+                found[group] = found.pop(f"{group}.name")
+        return {key: value for key, value in found.items() if value != "auto"}
+
+
+def _whole(number: float) -> float | int:
+    return int(number) if number.is_integer() else number
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{printable(key)}.")
+        else:
+            found[f"{prefix}{printable(key)}"] = json.dumps(value) if isinstance(value, list) else value
+    return found
+
+
+def settings_of(runs: Sequence[Run]) -> dict[str, Any]:
+    """Returns the settings that runs of one config share: what their rows say, completed from one record."""
+    rows: dict[str, Any] = {}
+    for run in runs:
+        rows = {**run.settings(), **rows}
+    record = next((found for found in (run.record_settings() for run in runs) if found), {})
+    finished = any(run.ok for run in runs)
+    for column, key in KEYS.items():
+        # A run that was refused may not have come to the columns its config settles; of one that is ok they are right.
+        settled = finished and column in runs[0].cells
+        unused = column in ("token_budget", "max_sequences") and rows.get("engine") not in BUDGETED
+        if settled or unused or record.get(key) is None:
+            record.pop(key, None)
+    return {**record, **rows}
+
+
+def load(paths: Sequence[str], warn: Callable[[str], None]) -> list[Run]:
+    """Returns the runs of several ``runs.csv``, each run once.
+
+    Args:
+        paths: files, or directories that hold a ``runs.csv``.
+        warn: called with one line for each kind of trouble that leaves something to compare.
+
+    Raises:
+        UserError: a file is missing, cannot be read or is no table of runs, or there is no run in any of them.
+    """
+    runs: dict[str, Run] = {}
+    left_out = False
+    for given in paths:
+        path = Path(given) / "runs.csv" if Path(given).is_dir() else Path(given)
+        if not path.exists():
+            raise UserError(str(path), "there is no such file", "run a job first, or name another runs.csv")
+        try:
+            header, rows, _ = read_table(path)
+        except UserError as error:
+            raise UserError(error.field, error.found, "name the runs.csv of a results directory") from error
+        torn = [
+            number
+            for number, row in enumerate(rows, start=1)
+            if len(row) != len(header) or not row[header.index("run_id")].strip()
+        ]
+        if torn:
+            left_out = True
+            more = f" and {len(torn) - 1} more" if len(torn) > 1 else ""
+            has = f"{len(rows[torn[0] - 1])} of {len(header)} cells"
+            warn(f"{path}: row {torn[0]}{more} left out: it was cut short or edited ({has}, or no run_id)")
+        skipped = set(torn)
+        for number, row in enumerate(rows, start=1):
+            if number not in skipped:
+                cells = {name: _readable(cell) for name, cell in zip(header, row, strict=True)}
+                runs.setdefault(cells["run_id"], Run(cells, {}, path.parent))
+    if not runs:
+        where = ", ".join(str(path) for path in paths)
+        if left_out:
+            raise UserError(where, "no whole row is left in it", "run a job, or name another runs.csv")
+        raise UserError(where, "no runs in it", "run a job first")
+    found = list(runs.values())
+    _read_numbers(found, warn)
+    return found
+
+
+def _readable(cell: str) -> str:
+    """Returns a cell as text that every terminal and browser takes: what is not printable UTF-8 is replaced."""
+    text = cell if cell.isascii() else cell.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return text if text.isprintable() else "".join(char if char.isprintable() else " " for char in text)
+
+
+def _read_numbers(runs: list[Run], warn: Callable[[str], None]) -> None:
+    for name in (*FIGURES, *COUNTS):
+        wrong = []
+        for run in runs:
+            text = run.cells.get(name, "")
+            if not text:
+                continue
+            try:
+                number = float(text)
+            except ValueError:
+                number = math.nan
+            if math.isfinite(number):
+                run.numbers[name] = number
+            else:
+                wrong.append(run)
+        if wrong:
+            more = f" ({len(wrong) - 1} more such cells)" if len(wrong) > 1 else ""
+            first = f"{quoted(wrong[0].cells[name], 30)} of run {wrong[0].run_id}"
+            warn(f"{wrong[0].results_dir / 'runs.csv'}: {name} {first} is not a number; taken as unknown{more}")

@@ -1,0 +1,71 @@
+"""Hydra's plumbing: what it must know, and configs composed without its command line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from omegaconf import (
+    DictConfig,
+    OmegaConf,
+)
+from omegaconf.errors import OmegaConfBaseException
+
+from harness.basics.errors import UserError
+from harness.config.explain import explain
+from harness.config.identity import GROUPS
+from harness.config.schema import Config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def compose(overrides: list[str]) -> DictConfig:
+    """Returns the config that ``harness/main.py`` would compose; raises UserError."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+
+    from harness.config.compose import without_hydra
+
+    register()
+    try:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            composed = hydra_compose("config", overrides, return_hydra_config=True)
+        check_choices(composed.hydra.runtime.choices)
+        return without_hydra(composed)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise explain(error) from error
+
+
+def register() -> None:
+    """Makes known to Hydra what ``conf/config.yaml`` names: the schema, and our plugins."""
+    from hydra.core.config_store import ConfigStore
+
+    plugins = str(Path(__file__).resolve().parents[1] / "running" / "plugins")
+    if plugins not in sys.path:
+        sys.path.append(plugins)  # Hydra takes plugins from a package hydra_plugins alone, wherever parts of it lie
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def to_config(composed: DictConfig) -> Config:
+    """Returns the composed config as plain typed objects; raises UserError for a value that is missing."""
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise UserError(missing[0], "not set", f"give {missing[0]}=...")
+    # Merged anew: a key that was added with + is in the composed config, though not in the schema.
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(composed)))
+    assert isinstance(config, Config)
+    return config
+
+
+def check_choices(choices: Mapping[str, object]) -> None:
+    """Raises UserError unless one option of each group was chosen: Hydra would merge a list of them into one."""
+    for group in GROUPS:
+        if not isinstance(choices.get(group), str):
+            raise UserError(group, "no option, or several", f"choose one, or sweep over them with -m {group}=a,b")
+
+
+def without_hydra(composed: DictConfig) -> DictConfig:
+    """Returns a config without Hydra's own part, as a job sees it."""
+    return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])

@@ -1,0 +1,106 @@
+"""Hydra's and OmegaConf's exceptions as one line that names the field, the value and the way out."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from typing import get_type_hints
+
+from harness.basics.errors import UserError, one_line, quoted
+from harness.config.schema import Config
+
+HOW_TO_WRITE = "write group=option or group.key=value, special characters in quotes inside the shell's: \"key='a,b'\""
+PARSER_S_WORDS = "mismatched input|no viable alternative|extraneous input|token recognition|NoViableAlt|missing .* at "
+
+
+def explain(error: BaseException) -> UserError:
+    """Returns ``error``, raised while a config was composed, as a line for the user."""
+    text = _messages(error)
+    if match := re.search(
+        r"Could not find '([^']+)/([^'/]+)'.*?Available options in '[^']+':\n((?:\t\S+\n)+)", text, re.S
+    ):
+        remedy = f"choose one of {', '.join(match[3].split())}"
+        if match[1] == "hydra/sweeper":
+            remedy += f", or install the package hydra-{match[2]}-sweeper"
+        return UserError(match[1], f"no option named '{match[2]}'", remedy)
+    if match := re.search(
+        r"Value '(.*?)' of type '(\w+)' could not be converted to (\w+).*?full_key: (\S+)", text, re.S
+    ):
+        return UserError(match[4], f"'{match[1]}' is no {_kind(match[3])}", f"give a {_kind(match[3])}")
+    if match := re.search(r"Value '(.*?)' is not a valid bool.*?full_key: (\S+)", text, re.S):
+        return UserError(match[2], f"'{match[1]}' is no true or false", "give true or false")
+    if match := re.search(r"Invalid value '(.*?)', expected one of \[(.*?)\].*?full_key: (\S+)", text, re.S):
+        return UserError(match[3], f"'{match[1]}' is not known", f"choose one of {match[2]}")
+    if match := re.search(
+        r"non optional field '?(\S+?)'? cannot be assigned None|field '(\S+)' is not Optional.*?full_key: (\S+)",
+        text,
+        re.S,
+    ):
+        return UserError((match[3] or match[1]), "cannot be null", "give a value or leave it out")
+    if match := re.search(r"full_key: (\S+)", text):
+        key = match[1]
+        if re.search(r"Key '.*?' (is )?not (in|a member)|Could not override", text):
+            return UserError(key, "no such key", _nearest(key))
+        return UserError(key, one_line(text.splitlines()[0], 200), "see --help for the keys and their values")
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return UserError(match[1], "no such key", _nearest(match[1]))
+    if match := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
+        return UserError(match[1], "is there already", f"leave out the +: {match[1]}=...")
+    first = text.strip().split("\n")[0]
+    if (word := getattr(error, "override", None)) is not None:
+        parts = [
+            line for line in str(error).splitlines() if not line.startswith(("Error parsing override", "See http"))
+        ]
+        why = "" if re.search(PARSER_S_WORDS, text) or not parts else f": {one_line(parts[0], 200)}"
+        return UserError("command line", f"{quoted(word, 200)} cannot be read{why}", HOW_TO_WRITE)
+    if match := re.search(r"Could not find '([^']+)/'", text):
+        return UserError(match[1], "no option given", f"choose one: {match[1]}=...; see --help")
+    if "nterpolation" in first:
+        return UserError("command line", one_line(first, 200), "a ${...} stands for another key; check its name")
+    if key := getattr(error, "full_key", None):
+        return UserError(key, one_line(first, 200), "see --help for the keys and their values")
+    return UserError("command line", one_line(first, 200), HOW_TO_WRITE)
+
+
+def keys() -> list[str]:
+    """Returns every key of the schema, dotted."""
+    found = []
+    for name, kind in get_type_hints(Config).items():
+        if dataclasses.is_dataclass(kind):
+            found += [f"{name}.{inner.name}" for inner in dataclasses.fields(kind)]
+        else:
+            found.append(name)
+    return found
+
+
+def _nearest(key: str) -> str:
+    """Returns what the key may have been meant to be, as advice."""
+    known = keys()
+    group, dot, leaf = key.lstrip("+").rpartition(".")
+    if dot:
+        near = difflib.get_close_matches(
+            leaf, [name[len(group) + 1 :] for name in known if name.startswith(group + ".")]
+        )
+        near = [f"{group}.{name}" for name in near]
+    else:
+        near = difflib.get_close_matches(leaf, known + sorted({name.split(".")[0] for name in known if "." in name}))
+        # The group was left out: token_budget for engine.token_budget.
+        near = [name for name in known if name.split(".")[-1] == leaf] or near
+    return f"did you mean {near[0]}?" if near else "see --help for the keys"
+
+
+def _kind(type_name: str) -> str:
+    return {"Integer": "whole number", "Float": "number", "Boolean": "true or false"}.get(type_name, type_name)
+
+
+def _messages(error: BaseException) -> str:
+    """Returns the messages of ``error`` and of what caused it, outermost first."""
+    parts: list[str] = []
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        parts.append(str(current))
+        current = current.__cause__ or current.__context__
+    return "\n".join(parts) + "\n\n"

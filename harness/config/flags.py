@@ -1,0 +1,55 @@
+"""Hydra's flags, refused in one line where Hydra would print its usage or go on with something else."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from harness.basics.errors import UserError, quoted
+
+SEE_HELP = "write group.key=value; the flags are --help, --cfg job, -m and those of --hydra-help"
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Returns Hydra's flags and overrides among ``arguments``, its own parser's names for them.
+
+    Raises:
+        UserError: a flag is unknown, lacks its value, or makes no sense beside another.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    parser.__class__ = _Parser
+    flags = parser.parse_args(arguments)
+    commands = {
+        "-m": flags.multirun,
+        "--cfg": flags.cfg,
+        "--info": flags.info,
+        "--run": flags.run,
+        "--shell-completion": flags.shell_completion,
+    }
+    given = [name for name, value in commands.items() if value]
+    if len(given) > 1:
+        first, second = given[:2]
+        remedy = "leave out -m: the jobs of a sweep differ only in what it varies" if first == "-m" else "give one"
+        raise UserError("command line", f"{first} and {second} do not go together", remedy)
+    for name in ("package", "resolve"):
+        if getattr(flags, name) and not flags.cfg and not flags.help:
+            raise UserError("command line", f"--{name} says how --cfg prints, and there is none", "add --cfg job")
+    if flags.experimental_rerun is not None:
+        found = "--experimental-rerun reads a pickle, which can run code"
+        raise UserError("command line", found, "give the overrides again: a run's record.json has its command_line")
+    return flags
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises what argparse would print below its usage, and end the process."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message and not unknown.startswith("-"):
+            found = f"{quoted(unknown, 200)} stands apart from the overrides before a flag"
+            raise UserError("command line", found, "write all flags first, then the overrides")
+        if unknown != message:
+            raise UserError("command line", f"no such flag: {quoted(unknown, 200)}", SEE_HELP)
+        raise UserError("command line", message, SEE_HELP)

@@ -1,0 +1,21 @@
+"""Which runs are of the same config: groups, and the hash of what counts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from harness.basics.files import plain
+
+PLACES = ("model.path", "model.tokenizer", "dataset.path")  # hosts may keep the same files in different places
+GROUPS = ("engine", "model", "dataset", "generation", "parallel", "hardware")
+# Keys that change where and how often a job runs, not what it computes.
+UNHASHED_KEYS = ("results_dir", "resume", "sweep", "repeat", "timeout_s", "verify")
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """Returns 12 hex digits that are equal for equal jobs, wherever and however often they run."""
+    job = {key: value for key, value in config.items() if key not in UNHASHED_KEYS}
+    canonical = json.dumps(plain(job), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]

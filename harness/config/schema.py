@@ -1,0 +1,163 @@
+"""The schema of ``conf/``: typed groups, and the checks that span fields.
+
+Nothing here imports torch, transformers or deepspeed, so that a wrong config is refused within a second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Union
+
+from omegaconf import MISSING
+
+
+class Kernels(Enum):
+    """Which forward pass ``engine=fastgen`` uses: ``auto`` is deepspeed on CUDA, native on CPUs, torch elsewhere."""
+
+    auto = "auto"
+    deepspeed = "deepspeed"
+    native = "native"
+    torch = "torch"
+
+
+class Weights(Enum):
+    """``pretrained`` reads a checkpoint; ``dummy`` draws random weights of the real shape."""
+
+    pretrained = "pretrained"
+    dummy = "dummy"
+
+
+class DType(Enum):
+    """Type of weights and activations; ``auto`` takes what the device computes fastest."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Stop(Enum):
+    """``eos`` ends at the end-of-sequence token or ``output_len``; ``length`` at exactly ``output_len``."""
+
+    eos = "eos"
+    length = "length"
+
+
+class Order(Enum):
+    """In which order requests enter the engine: the dataset's, or the longest ``output_len`` first."""
+
+    dataset = "dataset"
+    longest_first = "longest_first"
+
+
+class SyntheticPrompt(Enum):
+    """``hi`` is the committee's prompt ``"hi" * (input_len - 1)``; ``random`` draws token ids."""
+
+    hi = "hi"
+    random = "random"
+
+
+@dataclass
+class EngineConfig:
+    """Which engine runs the job, and how; a key that an engine has no use for is ignored by it."""
+
+    name: str = MISSING
+    kernels: Kernels = Kernels.auto
+    token_budget: int = 512
+    max_sequences: int = 64
+    order: Order = Order.longest_first
+    kv_block_size: int = 64
+    kv_memory: Union[int, float, str] = 0.3  # noqa: UP007 (OmegaConf reads typing.Union)
+    batch_size: int = 16
+    batch_tokens: int = 32768
+    kernel_inject: bool = False
+    cuda_graph: bool = False
+    quantization: str | None = None
+
+
+@dataclass
+class ModelConfig:
+    """Where the weights and the tokenizer come from, and in which type they are used."""
+
+    name: str = MISSING
+    path: str | None = None
+    tokenizer: str | None = None
+    demo: bool = False
+    weights: Weights = Weights.pretrained
+    dtype: DType = DType.auto
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    max_context: int | None = None
+    architecture: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DatasetConfig:
+    """Which requests are run, and how many."""
+
+    name: str = MISSING
+    path: str | None = None
+    num_samples: int | None = None
+    input_len: int | None = None
+    output_len: int | None = None
+    prompt: SyntheticPrompt = SyntheticPrompt.hi
+    seed: int = 0
+
+
+@dataclass
+class GenerationConfig:
+    """When a request is finished. Decoding is greedy, as in the challenge."""
+
+    stop: Stop = Stop.eos
+    max_output_len: int | None = None
+
+
+@dataclass
+class ParallelConfig:
+    """Ranks: ``tp`` shards one model, ``dp`` runs replicas; the launch has ``tp * dp`` ranks.
+
+    None is chosen by what fits (:mod:`harness.running.split`); a run's own config has the numbers.
+    """
+
+    tp: int | None = None
+    dp: int | None = None
+
+
+@dataclass
+class HardwareConfig:
+    """Peak figures of one device, from its data sheet; null is unknown and leaves utilisation empty."""
+
+    name: str = MISSING
+    peak_flops: dict[str, float | None] = field(default_factory=dict)
+    memory_bytes: int | None = None
+    memory_bandwidth: float | None = None
+    interconnect_bandwidth: float | None = None
+
+
+@dataclass
+class SweepConfig:
+    """How ``--multirun`` treats jobs that already ran, and what it does with the best of a search."""
+
+    resume: bool = False
+    confirm: int = 0
+    confirm_samples: int | None = None
+    save_as: str | None = None
+
+
+@dataclass
+class Config:
+    """One run, resolved."""
+
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    results_dir: str = "results"
+    resume: str | None = None
+    repeat: int = 1
+    verify: int = 0
+    timeout_s: float | None = None

@@ -1,0 +1,1 @@
+"""DeepSpeed's ``init_inference`` over static batches."""

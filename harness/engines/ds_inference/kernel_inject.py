@@ -1,0 +1,96 @@
+"""DeepSpeed's injected kernels: fused decoder layers that keep the keys and values of a static batch themselves.
+
+They were written for earlier transformers, so little is taken for granted: the layers are driven here step by step
+(their ``generate`` would need the caches of transformers 4), and models they cannot compute are refused by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.basics.errors import UserError
+from harness.engines.ds_inference.static_cache import left_padded
+from harness.models.architecture import attention_heads
+
+OPTIONS = {
+    "replace_with_kernel_inject": True,
+    "return_tuple": False,  # a decoder layer of transformers 5 returns a tensor
+    "min_out_tokens": 1,
+}
+
+
+def refuse_unsupported(architecture: dict[str, Any], tp: int) -> None:
+    """Raises UserError for a model that DeepSpeed's kernel injection is known not to compute.
+
+    Source: ``deepspeed/module_inject/containers/llama.py`` (no ``num_kv``: as many key-value as query heads; rotary
+    embeddings from ``rope_theta`` alone) and ``replace_policy.py``.
+    """
+    reason = None
+    if architecture.get("model_type") != "llama":
+        reason = f"has no kernels for {architecture.get('model_type')} models"
+    else:
+        heads, kv_heads, head_dim = attention_heads(architecture)
+        if heads != kv_heads:
+            reason = f"has no grouped heads, the model has {heads} query and {kv_heads} key-value heads"
+        elif heads % tp:
+            reason = f"cuts heads evenly, {heads} do not go into {tp} ranks"
+        elif head_dim * heads != architecture["hidden_size"]:
+            reason = f"takes heads of {architecture['hidden_size'] // heads}, the model's are of {head_dim}"
+        elif architecture.get("attention_bias") or architecture.get("mlp_bias"):
+            reason = "drops the biases of this model"
+    if reason is not None:
+        raise UserError(
+            "engine.kernel_inject",
+            f"true: DeepSpeed's kernel injection {reason}",
+            "use engine.kernel_inject=false, or engine=fastgen",
+        )
+
+
+class InjectedBatch:
+    """Drives the injected model through one batch after the other, always with all rows.
+
+    Args:
+        module: the model with injected layers; ``reset_cache`` empties their workspace.
+        rows: sequences that the workspace has room for.
+    """
+
+    def __init__(self, module: Any, rows: int, device: str, dtype: torch.dtype) -> None:
+        self.module = module
+        self.rows = rows
+        self.device = device
+        self.dtype = dtype
+        self.begins = torch.zeros(rows, dtype=torch.int64)
+        self.column = 0
+
+    def prefill(self, prompts: list[list[int]]) -> Tensor:
+        """Begins a batch; returns the logits ``[rows, vocab]`` after each prompt, those of empty rows too."""
+        self.module.reset_cache()
+        # One column alone would look like a decode step to the layers.
+        self.column = columns = max(2, *(len(prompt) for prompt in prompts))
+        filled = prompts + [[0]] * (self.rows - len(prompts))
+        self.begins = torch.tensor([columns - len(prompt) for prompt in filled])
+        ids = torch.tensor([[0] * (columns - len(prompt)) + prompt for prompt in filled])
+        positions = (torch.arange(columns)[None] - self.begins[:, None]).clamp(min=0)
+        return self._forward(ids, positions, left_padded(self.begins, columns))
+
+    def decode(self, tokens: list[int]) -> Tensor:
+        """Feeds the newest token of each row, empty rows included; returns the logits ``[rows, vocab]``."""
+        positions = self.column - self.begins[:, None]
+        self.column += 1
+        sees = torch.arange(self.column)[None] >= self.begins[:, None]
+        return self._forward(torch.tensor(tokens)[:, None], positions, sees[:, None])
+
+    @torch.inference_mode()
+    def _forward(self, ids: Tensor, positions: Tensor, sees: Tensor) -> Tensor:
+        mask = torch.zeros(sees.shape, dtype=self.dtype).masked_fill_(~sees, torch.finfo(self.dtype).min)
+        output = self.module(
+            input_ids=ids.to(self.device),
+            position_ids=positions.to(self.device),
+            attention_mask=mask[:, None].to(self.device),
+            use_cache=False,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]

@@ -1,0 +1,358 @@
+"""Forward passes on DeepSpeed's ragged inference engine, ``InferenceEngineV2``: CUDA only.
+
+DeepSpeed's models, sharding, KV cache and kernels do the work. What is done differently here, each for a reason
+found in its source (0.19.8; paths start at ``deepspeed/inference/v2``):
+
+* Rotary frequencies. The kernel that the models launch rounds them to float16 or bfloat16, and with grouped
+  queries only those of the keys and of each group's first query (kernels/ragged_ops/linear_blocked_kv_rotary/
+  blocked_kv_rotary_cuda.cu): at position 1000, in bfloat16 and heads of 128, a key and a query of the same token
+  are turned by up to 1.2 radians against each other. The same kernel also takes frequencies in float32;
+  :class:`_Rotary` gives it Hugging Face's.
+* RMSNorm's epsilon. Only qwen_v2 takes it from the config, and not for the last norm; the others use 1e-5.
+* Type of the activations. qwen_v2 is always float16, the others read an attribute that transformers 5 deprecates.
+* Attention atoms. Their buffers hold ``max_ragged_sequence_count`` of them, and nothing checks it; a sequence takes
+  one for every 64 or 128 of its tokens (kernels/ragged_ops/atom_builder). :func:`engine_config` makes room.
+* Weights. DeepSpeed keeps all of them in host memory and then holds them twice on the device to lay them out in one
+  buffer. Here each goes to the device as it is read, is sharded there, and stays where it is.
+* Ranks. DeepSpeed's tensor-parallel group is the ranks from 0; here it is the one that ``EngineSettings`` brings.
+
+``put`` is called without its own checks, which raise TypeError (DeepSpeed issue 5407), and without them it would
+compute rubbish rather than fail when blocks run out. They cannot: DeepSpeed gives a sequence blocks for the tokens it
+has seen and those of the pass, ``ceil(tokens / block_size)``; the scheduler has given it at least as many, out of
+an equally large pool, before the pass; and what finishes or is preempted is freed here before the next.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.inference.v2.config_v2 import RaggedInferenceEngineConfig
+from deepspeed.inference.v2.engine_v2 import InferenceEngineV2
+from deepspeed.inference.v2.inference_utils import DtypeEnum, elem_size
+from deepspeed.inference.v2.logging import inference_logger
+from deepspeed.inference.v2.model_implementations import Llama2Policy, MistralPolicy, Phi3Policy, Qwen2Policy
+from deepspeed.inference.v2.model_implementations.llama_v2.model import Llama2InferenceModel
+from deepspeed.inference.v2.model_implementations.mistral.model import MistralInferenceModel
+from deepspeed.inference.v2.model_implementations.phi3.model import Phi3InferenceModel
+from deepspeed.inference.v2.model_implementations.qwen_v2.model import Qwen2InferenceModel
+from deepspeed.inference.v2.modules.configs import RotateHalfConfig
+from deepspeed.ops.op_builder import RaggedOpsBuilder
+from torch import Tensor
+
+from harness.basics.errors import UserError
+from harness.engines.base import EngineSettings
+from harness.engines.fastgen.runners.deepspeed_weights import Weights
+from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
+from harness.engines.shared.kv_memory import kv_memory_bytes, too_little, too_much
+from harness.engines.shared.ragged_kernels import FP6, TOKENS_MOST, device_unsupported, unsupported
+from harness.machine.memory import available_memory_bytes
+from harness.models.generation import stop_ids
+
+CLASSES = {
+    "llama": (Llama2Policy, Llama2InferenceModel),
+    "mistral": (MistralPolicy, MistralInferenceModel),
+    "qwen2": (Qwen2Policy, Qwen2InferenceModel),
+    "phi3": (Phi3Policy, Phi3InferenceModel),
+}
+SMALLEST_ATOM = 64  # tokens; kernels/ragged_ops/blocked_flash/blocked_flash.py, get_q_block_size
+INDEXABLE = 2**31  # elements of one layer's cache that the rotary kernel's int32 offsets reach
+
+
+def engine_config(settings: EngineSettings) -> RaggedInferenceEngineConfig:
+    """Returns DeepSpeed's settings for ours, with a KV cache of one block until it is known how large it can be.
+
+    A sequence of ``n`` tokens takes at most ``1 + (n - 1) // 64`` attention atoms, so a pass takes at most
+    ``max_sequences + token_budget // 64``, and never more than it has tokens.
+
+    Raises:
+        UserError: the token budget is more than the kernels take.
+    """
+    engine = settings.engine
+    if engine.token_budget > TOKENS_MOST:
+        found = f"{engine.token_budget} is more than deepspeed's kernels compute in one pass"
+        raise UserError("engine.token_budget", found, f"use at most {TOKENS_MOST}, or engine.kernels=torch")
+    atoms = min(engine.token_budget, engine.max_sequences + engine.token_budget // SMALLEST_ATOM)
+    context = {} if settings.max_context is None else {"max_context": settings.max_context}
+    return RaggedInferenceEngineConfig(
+        tensor_parallel={"tp_size": settings.tp},
+        state_manager={
+            "max_ragged_batch_size": engine.token_budget,
+            "max_ragged_sequence_count": atoms,
+            "max_tracked_sequences": atoms,
+            "memory_config": {"mode": "allocate", "size": 1},
+            **context,
+        },
+        quantization={"quantization_mode": engine.quantization},
+    )
+
+
+class DeepSpeedRunner:
+    """One ``put`` a pass.
+
+    The weights are there after :meth:`load`, the KV cache after :meth:`allocate`, when it is known how much memory
+    the weights and the engine's buffers have left.
+    """
+
+    name = "deepspeed"
+    every_token = False
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.settings = settings
+        self.tensor = settings.tensor
+        self.device = torch.device(settings.device)
+        self.dtype: torch.dtype = getattr(torch, settings.dtype)
+        self.block_size = 0
+        self.fed: dict[int, int] = {}  # tokens of each sequence that the engine holds, by uid
+
+    def load(self) -> None:
+        """Loads this rank's share of the weights; compiles the kernels where that was never done.
+
+        Raises:
+            UserError: the kernels cannot compute this model, or the device cannot run them.
+        """
+        inference_logger(level=logging.ERROR)  # its progress reports are not ours
+        settings = self.settings
+        self.engine_config = engine_config(settings)
+        quantization = settings.engine.quantization
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # where DeepSpeed puts all that it allocates
+            _refuse(device_unsupported(quantization, torch.cuda.get_device_capability(self.device)[0]))
+        # The kernels' own packing of FP6 weights runs on the host.
+        place = torch.device("cpu") if quantization == FP6 else self.device
+        weights = Weights(settings.source, self.dtype, self.device, place)
+        config = weights.model.config
+        _refuse(
+            unsupported(
+                config.to_dict(),
+                settings.dtype,
+                settings.tp,
+                quantization,
+                settings.max_context,
+                dummy=settings.source.kind == "dummy",
+                remote_code=settings.source.trust_remote_code,
+            )
+        )
+        config.dtype = self.dtype
+        config.max_seq_length = settings.max_context or config.max_position_embeddings  # DeepSpeed's name for it
+        self.stop = stop_ids(weights.model, settings.generation)
+        rotary = type(weights.model.model.rotary_emb)(config)  # a second one: the model's is on the meta device
+        self.policy = _policy(weights, rotary.inv_freq.to(self.device, torch.float32))
+        model = self.policy.build_model(self.engine_config, self._group)
+        self.block_size = model.attn.kv_block_size
+
+    def stop_ids(self) -> frozenset[int]:
+        """Returns the checkpoint's end-of-sequence ids, none under ``generation.stop=length``."""
+        return self.stop
+
+    def allocate(self, max_blocks: int) -> int:
+        """Makes the cache: ``engine.kv_memory`` worth of blocks, at most ``max_blocks``, as many on all ranks.
+
+        Raises:
+            UserError: the memory is not there, or does not hold one block.
+        """
+        (cache,) = self.policy.model.kv_cache_config()
+        layers, kv_heads, head_dim = cache.cache_shape
+        layer_elements = cache.block_size * 2 * kv_heads * head_dim
+        block_bytes = layers * layer_elements * elem_size(cache.cache_dtype)
+        setting, free = self.settings.engine.kv_memory, self._free_memory()
+        asked = kv_memory_bytes(setting, free)
+        blocks, possible = asked // block_bytes, free // block_bytes
+        if self.tensor is not None:
+            # All ranks must find the same, or some would refuse while the others wait for them.
+            blocks, possible = self.tensor.least(blocks), self.tensor.least(possible)
+        blocks = min(blocks, max_blocks, INDEXABLE // layer_elements)
+        if blocks > possible:
+            raise too_much(setting, asked, free)
+        if blocks < 1:
+            raise too_little(setting, asked, cache.block_size, block_bytes)
+        self.engine_config.state_manager.memory_config.size = blocks
+        self.engine = _Engine(self.policy, self.engine_config, self._group)
+        return int(blocks)
+
+    @torch.no_grad()
+    def forward(self, batch: RaggedBatch) -> Tensor:
+        """Returns the greedy token ids, int64 ``[rows]`` on the CPU, one for each ``last`` chunk.
+
+        A sequence is known from its first chunk, at position 0, until it is freed; a chunk at position 0 begins
+        it anew in any case.
+        """
+        if not batch.chunks:
+            return torch.empty(0, dtype=torch.int64)
+        return self._put(batch).argmax(-1).cpu()[_last(batch)]
+
+    @torch.no_grad()
+    def logits(self, batch: RaggedBatch, rows: list[int] | None = None) -> Tensor:
+        """Returns logits ``[rows, vocab]`` of the kernels' type, on the device, one row for each ``last`` chunk."""
+        assert rows is None
+        return self._put(batch)[_last(batch)]
+
+    def _put(self, batch: RaggedBatch) -> Tensor:
+        """Returns one row of logits for each chunk, those in the middle of a prompt too."""
+        tokens: list[int] = []
+        lengths: list[int] = []
+        for sequence, start, length, _ in batch.chunks:
+            uid = sequence.uid
+            if start == 0:
+                self._flush(uid)
+            if self.fed.get(uid, 0) != start:
+                raise RuntimeError(f"sequence {uid}: fed {self.fed.get(uid, 0)} tokens, the chunk begins at {start}")
+            self.fed[uid] = start + length
+            if length == 1:
+                tokens.append(sequence.tokens[start])
+            else:
+                tokens += sequence.tokens[start : start + length]
+            lengths.append(length)
+        uids = [chunk.sequence.uid for chunk in batch.chunks]
+        return self.engine.put(uids, torch.tensor(tokens).split(lengths), do_checks=False)
+
+    def free(self, sequence: Sequence) -> None:
+        """Gives the sequence's blocks back to the engine, which need not know it."""
+        self._flush(sequence.uid)
+
+    def _flush(self, uid: int) -> None:
+        if self.fed.pop(uid, None) is not None:
+            self.engine.flush(uid)
+
+    @property
+    def _group(self) -> Any:
+        return None if self.tensor is None else self.tensor.group
+
+    def _free_memory(self) -> int:
+        if self.device.type != "cuda":
+            return available_memory_bytes()
+        if self.tensor is not None:  # NCCL takes its buffers with the first reduction
+            torch.distributed.all_reduce(torch.zeros(1, device=self.device), group=self.tensor.group)
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self.device)[0]
+
+
+class _Engine(InferenceEngineV2):
+    """DeepSpeed's engine in a process group that is there already."""
+
+    def __init__(self, policy: Any, config: RaggedInferenceEngineConfig, group: Any) -> None:
+        self._group = group
+        super().__init__(policy, config)
+
+    def _initialize_tp_group(self) -> Any:
+        return self._group
+
+
+class _Policy:
+    """Mixed into DeepSpeed's policies: builds the model once, leaves the weights where they are."""
+
+    model: Any = None
+    model_class: Any
+    build_container_map: Any
+    _model_config: Any
+    _checkpoint_engine: Weights
+
+    def build_model(self, engine_config: RaggedInferenceEngineConfig, mp_group: Any) -> Any:
+        """Returns the model with its weights; the engine asks again for the one that ``load`` has built."""
+        if self.model is None:
+            self.model = self.model_class(self._model_config, engine_config, mp_group)
+            self.populate_model_parameters()
+        return self.model
+
+    def populate_model_parameters(self) -> None:
+        """Hands each weight to its container, which shards it; nothing is copied into one buffer."""
+        parameters = self.build_container_map()
+        for name, parameter in self._checkpoint_engine.parameters():
+            parameters.map_param(name, parameter)
+        device = get_accelerator().current_device()
+        layers, others = parameters.transformer_params, parameters.non_transformer_params
+        for container in (*layers, others):
+            for name in container.annotation_attrs:
+                setattr(container, name, getattr(container, name).to(device))  # packed weights come from the host
+        parameters.validate()
+        self.model.set_parameters(layers, others, flattened_param_buffer=None, flattened_param_metadata=None)
+
+
+class _Model:
+    """Mixed into DeepSpeed's models; see the module's docstring for the reasons."""
+
+    norm: Any
+    unembed: Any
+    attn: Any
+    frequencies: Tensor
+    _config: Any
+    _engine_config: RaggedInferenceEngineConfig
+    _base_mp_group: Any
+
+    def __init__(self, config: Any, engine_config: RaggedInferenceEngineConfig, base_mp_group: Any) -> None:
+        super().__init__(config, engine_config, base_mp_group)  # type: ignore[call-arg]
+        for kernel in (self.norm._fp_rms, self.norm._fp_rms_pre, self.unembed._norm):
+            kernel.epsilon = config.rms_norm_eps
+        self.attn._kv_copy = _Rotary(self.attn._kv_copy, self.frequencies)
+
+    @property
+    def tp_size(self) -> int:
+        """Ranks that share the model; known without a process group."""
+        return int(self._engine_config.tensor_parallel.tp_size)
+
+    @property
+    def tp_rank(self) -> int:
+        """This process among them."""
+        return 0 if self.tp_size == 1 else torch.distributed.get_rank(self._base_mp_group)
+
+    @property
+    def activation_dtype(self) -> DtypeEnum:
+        """The run's own."""
+        return DtypeEnum(self._config.dtype)
+
+    @property
+    def positional_embedding_config(self) -> RotateHalfConfig:
+        """Its base is not used."""
+        return RotateHalfConfig()
+
+
+class _Rotary:
+    """DeepSpeed's rotary embedding and copy into the KV cache, with exact frequencies.
+
+    Args:
+        rotary: the module's own, which has checked sizes and type.
+        frequencies: float32 ``[head_dim / 2]``, on the device.
+    """
+
+    def __init__(self, rotary: Any, frequencies: Tensor) -> None:
+        self.widths = [rotary.head_size * heads for heads in (rotary.n_q_heads, rotary.n_kv_heads, rotary.n_kv_heads)]
+        self.frequencies = frequencies
+        self.kernel = RaggedOpsBuilder().load().kv_trained_rotary_embeddings
+
+    def __call__(self, kv_cache: Tensor, qkv: Tensor, batch: Any) -> None:
+        """Rotates queries in place, writes keys, rotated, and values into ``kv_cache``; ``qkv`` is a row a token."""
+        query, key, value = qkv.split(self.widths, dim=1)
+        self.kernel(
+            kv_cache,
+            query,
+            key,
+            value,
+            self.frequencies,
+            batch.batch_metadata_buffer(),
+            batch.inflight_seq_descriptors(),
+            batch.tokens_to_seq(),
+            batch.kv_ptrs(),
+        )
+
+
+def _policy(weights: Weights, frequencies: Tensor) -> Any:
+    """Returns DeepSpeed's policy for the weights' family, it and its model with the changes above."""
+    config = weights.model.config
+    policy, model = CLASSES[config.model_type]
+    model_class = type(f"Harness{model.__name__}", (_Model, model), {"frequencies": frequencies})
+    policy_class = type(f"Harness{policy.__name__}", (_Policy, policy), {"model_class": model_class})
+    return policy_class(config, checkpoint_engine=weights)
+
+
+def _last(batch: RaggedBatch) -> list[int]:
+    """Returns which of the pass's chunks are ``last`` ones."""
+    return [number for number, chunk in enumerate(batch.chunks) if chunk.last]
+
+
+def _refuse(reason: str | None) -> None:
+    if reason is not None:
+        found = f"deepspeed's kernels cannot run this model: {reason}"
+        raise UserError("engine.kernels", found, "use engine.kernels=torch")

@@ -1,0 +1,90 @@
+"""Compiles the C++ forward pass, once for each set of sources, compiler and instructions.
+
+The sources need no header of torch or Python, so that g++ alone compiles them, in seconds; torch's own extension
+builder brings its headers (a minute more), and a lock that a killed build leaves behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+from harness.basics.cache import cache_root
+from harness.basics.errors import UserError, one_line
+from harness.engines.fastgen.runners.native.checks import BFLOAT16, INSTRUCTIONS
+from harness.machine.device import cpu_flags
+
+SOURCES = Path(__file__).parent
+OPTIONS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-w")
+LIMIT_S = 300
+
+
+class BuildError(Exception):
+    """The library cannot be had on this machine; the message says why, in a line."""
+
+
+def library() -> Path:
+    """Returns the compiled library, compiled first if need be; safe to call from several processes.
+
+    The compiler is the one that ``CXX`` names, else ``g++``.
+
+    Raises:
+        BuildError: no compiler, a compiler too old, or no place to write.
+    """
+    from filelock import FileLock, Timeout
+
+    wish = shlex.split(os.environ.get("CXX") or "g++")
+    program = shutil.which(wish[0]) if wish else None
+    if program is None:
+        raise BuildError(f"no C++ compiler: {' '.join(wish)} is not installed (CXX names another)")
+    # Named one by one: what -march=native means would depend on where the cache directory was filled.
+    names = [*INSTRUCTIONS, *([BFLOAT16] if BFLOAT16 in cpu_flags() else [])]
+    command = [program, *wish[1:], *OPTIONS, *(f"-m{name.replace('_', '')}" for name in names)]
+    try:
+        final = cache_root() / "native" / f"{_fingerprint(command)}.so"
+    except UserError as error:
+        raise BuildError(f"no directory for the compiled kernels: {error}") from error
+    if final.exists():
+        return final
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(final.with_suffix(".lock"), timeout=LIMIT_S):
+            if not final.exists():
+                _compile(command, final)
+    except (OSError, Timeout) as error:
+        raise BuildError(f"{final.parent} cannot hold the compiled kernels: {one_line(str(error), 200)}") from error
+    return final
+
+
+def _fingerprint(command: list[str]) -> str:
+    digest = hashlib.sha256()
+    for source in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    digest.update("\0".join([*command, _run([command[0], "--version"]).stdout]).encode())
+    return digest.hexdigest()[:20]
+
+
+def _compile(command: list[str], final: Path) -> None:
+    unfinished = final.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        done = _run([*command, str(SOURCES / "model.cpp"), "-o", str(unfinished)])
+        if done.returncode:
+            complaint = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr)
+            reason = one_line(complaint, 200) or f"it ended with status {done.returncode}"
+            raise BuildError(f"{command[0]} cannot compile the kernels: {reason}")
+        os.replace(unfinished, final)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=LIMIT_S
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildError(f"{command[0]} does not run: {one_line(str(error), 200)}") from error

@@ -1,0 +1,245 @@
+"""Forward passes in C++ for CPUs with AVX-512, from the weights of the Hugging Face model.
+
+The model is loaded by transformers and taken apart layer by layer: its weights are packed in the order in which
+``native/matrix.h`` reads them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence as SequenceOf
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from harness.engines.base import EngineSettings
+from harness.engines.fastgen.runners.native import build, library
+from harness.engines.fastgen.runners.native.library import HALF, LONGEST_BLOCK, PANEL, VECTOR
+from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
+from harness.engines.shared import auto_tp
+from harness.engines.shared.attention_checks import refuse_unusual_attention
+from harness.engines.shared.kv_memory import affordable_blocks, free_memory
+from harness.models.generation import stop_ids
+
+
+class NativeRunner:
+    """One ragged forward a pass through the compiled library, on all of torch's threads."""
+
+    name = "native"
+    every_token = True
+
+    def __init__(self, settings: EngineSettings) -> None:
+        """Raises BuildError where the library cannot be compiled or loaded."""
+        self.settings = settings
+        self.dtype: torch.dtype = getattr(torch, settings.dtype)
+        wish = settings.engine.kv_block_size
+        self.block_size = min(-(-wish // VECTOR) * VECTOR, LONGEST_BLOCK)
+        try:
+            self.library = library.load(build.library())
+        except OSError as error:
+            raise build.BuildError(f"the compiled kernels cannot be loaded: {error}") from error
+        self.handle = self.library.harness_new(self.dtype is torch.bfloat16)
+        if not self.handle:
+            raise MemoryError
+        weakref.finalize(self, self.library.harness_delete, self.handle)
+        self.kept: list[Any] = []  # what the structures have the addresses of
+        self.ids: frozenset[int] = frozenset()
+
+    def load(self) -> None:
+        """Loads and packs the weights; raises UserError for what the user can mend."""
+        model = auto_tp.load_whole(self.settings, None)
+        refuse_unusual_attention(model.config.to_dict(), self.settings.max_context, "fastgen")
+        self.ids = stop_ids(model, self.settings.generation)
+        with torch.inference_mode():
+            self._take(model)
+
+    def stop_ids(self) -> frozenset[int]:
+        """Returns the checkpoint's end-of-sequence ids, none under ``generation.stop=length``."""
+        return self.ids
+
+    def allocate(self, max_blocks: int) -> int:
+        """Makes the cache: ``engine.kv_memory`` worth of blocks, at most ``max_blocks``."""
+        model, block_size = self.model, self.block_size
+        block_bytes = 2 * model.layer_count * model.kv_heads * model.head_dim * block_size * self.dtype.itemsize
+        setting, free = self.settings.engine.kv_memory, free_memory(self.settings)
+        blocks = affordable_blocks(setting, free, max_blocks, block_size, block_bytes)
+        positions = blocks * block_size
+        self._make_cache(blocks, min(positions, self.settings.max_context or positions))
+        return blocks
+
+    def forward(self, batch: RaggedBatch) -> Tensor:
+        """Returns the greedy token ids, int64 ``[rows]``, one for each ``last`` chunk.
+
+        Raises:
+            FloatingPointError: a row has no logit that is a number.
+            IndexError: a token id is outside the model's vocabulary.
+            MemoryError: there is no room for the pass's activations.
+        """
+        return self._run(batch.chunks, _sampled(batch))
+
+    def logits(self, batch: RaggedBatch, rows: list[int] | None = None) -> Tensor:
+        """Returns logits, float32 ``[rows, vocab]``, of each ``last`` chunk or of ``rows``; raises as ``forward``."""
+        rows = _sampled(batch) if rows is None else rows
+        logits = torch.empty(len(rows), self.model.vocab)
+        self._run(batch.chunks, rows, logits)
+        return logits
+
+    def free(self, sequence: Sequence) -> None:
+        """Nothing to do: the blocks are the scheduler's, and their next holder overwrites them."""
+
+    def _run(
+        self, chunks: SequenceOf[tuple[Sequence, int, int, bool]], rows: list[int], logits: Tensor | None = None
+    ) -> Tensor:
+        tokens: list[int] = []
+        blocks: list[int] = []
+        begins: list[int] = []
+        for sequence, start, length, _ in chunks:
+            tokens += sequence.tokens[start : start + length]
+            begins.append(len(blocks))
+            blocks += sequence.blocks
+        arrays = [
+            np.array(values, np.int32)
+            for values in (tokens, [c[1] for c in chunks], [c[2] for c in chunks], blocks, begins, rows)
+        ]
+        if not 0 <= min(tokens) <= max(tokens) < self.model.vocab:
+            strange = next(token for token in tokens if not 0 <= token < self.model.vocab)
+            raise IndexError(f"token id {strange} is outside the model's vocabulary of {self.model.vocab}")
+        next_ids = np.empty(len(rows), np.int64)
+        outcome = self.library.harness_forward(
+            self.handle,
+            self.model,
+            library.Pass(
+                len(tokens),
+                len(chunks),
+                len(rows),
+                *(array.ctypes.data for array in arrays),
+                next_ids.ctypes.data,
+                None if logits is None else logits.data_ptr(),
+            ),
+            torch.get_num_threads(),
+        )
+        if outcome:
+            raise MemoryError(f"no memory for a pass of {len(tokens)} tokens")
+        if (next_ids < 0).any():
+            raise FloatingPointError("the model's logits are not numbers")
+        return torch.from_numpy(next_ids)
+
+    def _take(self, model: Any) -> None:
+        """Packs the weights into one piece of memory; the model's own go meanwhile, layer by layer."""
+        config, decoder = model.config, model.model
+        attention = decoder.layers[0].self_attn
+        query, key = attention.q_proj.out_features, attention.k_proj.out_features
+        head_dim = attention.head_dim
+        layers = len(decoder.layers)
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        shapes = [(query + 2 * key, hidden), (hidden, query), (2 * intermediate, hidden), (hidden, intermediate)]
+        shapes = [*shapes * layers, (config.vocab_size, hidden)]
+        self.packed = _Words(
+            sum(_whole_panels(columns) * depth for columns, depth in shapes) * self.dtype.itemsize // 4
+        )
+        self.layers = (library.Layer * layers)()
+        for number, layer in enumerate(decoder.layers):
+            self.layers[number] = self._layer(layer)
+            decoder.layers[number] = nn.Identity()
+        self.rotary = decoder.rotary_emb
+        self.model = library.Model(
+            layer_count=layers,
+            hidden=hidden,
+            intermediate=intermediate,
+            heads=query // head_dim,
+            kv_heads=key // head_dim,
+            head_dim=head_dim,
+            vocab=config.vocab_size,
+            block_size=self.block_size,
+            epsilon=config.rms_norm_eps,
+            scaling=attention.scaling,
+            embedding=self._keep(decoder.embed_tokens.weight.detach().contiguous()),
+            norm=self._vector(decoder.norm.weight),
+            head=self._pack(model.lm_head.weight),
+            layers=self.layers,
+        )
+
+    def _layer(self, layer: Any) -> library.Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        biases = [linear.bias for linear in projections]
+        gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
+        depth = gate.shape[1]
+        return library.Layer(
+            qkv=self._pack(torch.cat([linear.weight for linear in projections])),
+            output=self._pack(attention.o_proj.weight),
+            gate_up=self._pack(torch.stack([gate.view(-1, HALF, depth), up.view(-1, HALF, depth)], 1).flatten(0, 2)),
+            down=self._pack(mlp.down_proj.weight),
+            qkv_bias=None if biases[0] is None else self._vector(torch.cat(biases)),
+            output_bias=None if attention.o_proj.bias is None else self._vector(attention.o_proj.bias),
+            attention_norm=self._vector(layer.input_layernorm.weight),
+            mlp_norm=self._vector(layer.post_attention_layernorm.weight),
+            query_norm=self._vector(attention.q_norm.weight) if hasattr(attention, "q_norm") else None,
+            key_norm=self._vector(attention.k_norm.weight) if hasattr(attention, "k_norm") else None,
+        )
+
+    def _pack(self, weight: Tensor) -> int:
+        """Returns the address of packed ``weight``, ``[columns, depth]``."""
+        words = weight.detach().to(self.dtype).contiguous().view(torch.int32)
+        columns, depth = words.shape
+        to = self.packed.take(_whole_panels(columns) * depth)
+        self.library.harness_pack(words.data_ptr(), columns, depth, to, torch.get_num_threads())
+        return to
+
+    def _vector(self, values: Tensor) -> int:
+        """Returns the address of a float32 copy, which ends with zeros up to a whole panel."""
+        padded = torch.zeros(_whole_panels(len(values)))
+        padded[: len(values)] = values.detach()
+        return self._keep(padded)
+
+    def _keep(self, tensor: Tensor) -> int:
+        self.kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _make_cache(self, blocks: int, positions: int) -> None:
+        """Makes a cache of ``blocks`` blocks and the rotary tables of ``positions`` positions, float32."""
+        model = self.model
+        words = blocks * model.kv_heads * model.head_dim * self.block_size * self.dtype.itemsize // 4
+        self.cache = _Words(2 * model.layer_count * words)
+        for layer in self.layers:
+            layer.keys, layer.values = self.cache.take(words), self.cache.take(words)
+        with torch.inference_mode():
+            tables = self.rotary(torch.zeros(1), torch.arange(positions)[None])
+        half = model.head_dim // 2
+        self.tables = [table[0, :, :half].contiguous() for table in tables]
+        model.cosines, model.sines = (table.data_ptr() for table in self.tables)
+
+
+def _sampled(batch: RaggedBatch) -> list[int]:
+    """Returns which of the pass's tokens are the last ones of ``last`` chunks."""
+    rows, row = [], 0
+    for _, _, length, last in batch.chunks:
+        row += length
+        if last:
+            rows.append(row - 1)
+    return rows
+
+
+def _whole_panels(columns: int) -> int:
+    """Returns the columns of as many panels as hold ``columns``."""
+    return -(-columns // PANEL) * PANEL
+
+
+class _Words:
+    """Zeroed memory, 32-bit words, handed out in pieces that start at a cache line.
+
+    NumPy asks for large pages, which torch does not: measured, passes are 2 to 6% faster. Pages count once they are
+    used.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.array = np.zeros(count + VECTOR, np.int32)
+        self.at = self.array.ctypes.data + -self.array.ctypes.data % (4 * VECTOR)
+
+    def take(self, count: int) -> int:
+        """Returns the address of ``count`` words, a multiple of 16."""
+        address = self.at
+        self.at += 4 * count
+        return address

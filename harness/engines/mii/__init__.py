@@ -1,0 +1,1 @@
+"""The stock DeepSpeed-MII pipeline, made comparable."""

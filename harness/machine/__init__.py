@@ -1,0 +1,1 @@
+"""What this machine is, and how it does while a run lasts."""

@@ -1,0 +1,86 @@
+"""Finds the model that a config names."""
+
+from __future__ import annotations
+
+import os
+
+from harness.basics.errors import UserError
+from harness.config.schema import ModelConfig, Weights
+from harness.models.architecture import (
+    _sizes,
+    check_architecture,
+    positive_integer,
+)
+from harness.models.directory import find, find_tokenizer
+from harness.models.source import Source
+from harness.models.tokenizer import ByteTokenizer
+
+
+def locate(model: ModelConfig) -> Source:
+    """Finds the checkpoint and checks, from headers alone, that it can be whole.
+
+    Raises:
+        UserError: nothing is there, a file is broken or missing, or only pickled weights exist.
+    """
+    dummy = model.weights is Weights.dummy
+    found = Source("dummy", None, None, None, {}, model.trust_remote_code)
+    if model.path is not None:
+        found = find(model.path, model.trust_remote_code, not dummy, model.allow_pickle)
+    elif not dummy:
+        if not model.demo:
+            remedy = "give the directory of a LLaMA-2 checkpoint as model.path=DIR, or model.weights=dummy"
+            raise UserError("model.path", "not set", remedy)
+        from harness.models import demo
+
+        found = find(str(demo.ensure()), model.trust_remote_code, need_weights=True)
+    tokenizer = found.tokenizer if model.tokenizer is None else find_tokenizer(model.tokenizer)
+    architecture = found.architecture
+    if dummy:
+        conf = {key: value for key, value in model.architecture.items() if value is not None}
+        architecture = {**architecture, **conf}
+        check_architecture(architecture, "model.architecture, ")
+        if tokenizer is None and positive_integer(architecture.get("vocab_size")) < ByteTokenizer.vocab_size:
+            raise UserError(
+                "model.architecture, vocab_size",
+                f"{architecture.get('vocab_size')!r} is too small for the byte tokenizer",
+                f"give at least {ByteTokenizer.vocab_size}, or model.tokenizer=DIR",
+            )
+    elif tokenizer is None:
+        raise UserError(
+            "model.tokenizer",
+            f"no tokenizer files in {found.path}",
+            "give model.tokenizer=DIR with tokenizer.json",
+        )
+    return Source(
+        "dummy" if dummy else found.kind,
+        found.path,
+        None if dummy else found.gguf_file,
+        tokenizer,
+        architecture,
+        model.trust_remote_code,
+        found.pickled and not dummy,
+    )
+
+
+def model_name(model: ModelConfig, source: Source) -> str:
+    """Returns the name under which a run is recorded, so that no record claims a model that did not run.
+
+    Args:
+        model: the config, whose name and architecture are those of ``conf/model``.
+        source: what `locate` found for it.
+
+    Returns:
+        ``model.name`` for dummy weights and for a checkpoint whose sizes are those of ``model.architecture``
+        (as far as both state them); else the last part of the checkpoint's path: the name of the directory,
+        of the GGUF file without ``.gguf``, or of the hub id.
+    """
+    if source.path is None or source.kind == "dummy":
+        return model.name
+    if source.architecture:
+        conf, found = _sizes(model.architecture), _sizes(source.architecture)
+        if all(conf[key] == found[key] for key in conf.keys() & found.keys()):
+            return model.name
+    if source.gguf_file is not None:
+        return source.gguf_file.removesuffix(".gguf")
+    path = os.path.normpath(source.path)  # "models/tiny/.." is called "models"
+    return os.path.basename(path) or path

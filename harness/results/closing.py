@@ -1,0 +1,102 @@
+"""Closes the record of a run whose rank 0 could not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from harness.basics.clock import utc_now
+from harness.basics.files import (
+    json_bytes,
+    replace,
+)
+from harness.basics.outcome import RUNNING, STATUSES
+from harness.results import lifeline, segments
+from harness.results.columns import COLUMNS
+from harness.results.completions import Tally
+from harness.results.directory import read_record
+from harness.results.lock import LOCK
+from harness.results.passes import pass_figures
+from harness.results.table import put_row
+
+CLOSE_TIMEOUT_S = 2.0
+
+
+def _close(
+    results_dir: Path,
+    record: dict[str, Any],
+    tally: Tally,
+    status: str,
+    error: str | None,
+    expected: int | None = None,
+) -> dict[str, Any]:
+    """Completes ``record``, writes it and its row; returns the row. A run that is ok has ``expected`` lines.
+
+    ``record`` is as it was where that fails, so that it can be tried again.
+    """
+    if status not in STATUSES:
+        raise ValueError(f"status {status!r} is not one of {STATUSES}")
+    lines = tally.completed + tally.rejected
+    if status == "ok" and expected not in (None, lines):
+        status, error = "failed", f"completions.jsonl has {lines} lines for {expected} requests"
+    unfinished = record
+    record = unfinished | {"status": status, "error": error, "finished_at": utc_now()}
+    if "segments" in record:
+        record["segments"] = list(record["segments"])
+        segments.end(record, results_dir / record["run_id"], lines)
+        record |= segments.combined(record)
+        record["notes"] = [*(record.get("notes") or []), segments.note(record)]
+    record |= dict.fromkeys(name for name in COLUMNS if name not in record)
+    record |= tally.figures(record["elapsed_s"])
+    record["passes"] = pass_figures(results_dir / record["run_id"] / "passes.csv")
+    if record["git_commit"] is None:
+        git = (record.get("environment") or {}).get("git") or {}
+        record["git_commit"] = git.get("commit")
+    row = {name: record[name] for name in COLUMNS}
+    # In this order a failure in between leaves the run open to close_unfinished() and to resume, which put their row
+    # in the place of this one.
+    put_row(results_dir, row)
+    replace(results_dir / record["run_id"] / "record.json", json_bytes(record, indent=2))
+    if record.get("clock_s", record["elapsed_s"]) is not None or "segments" in record:
+        lifeline.forget(results_dir / record["run_id"])
+    unfinished.clear()
+    unfinished.update(record)
+    return row
+
+
+def close_unfinished(
+    results_dir: str | Path, run_id: str, status: str, error: str | None, **owner: Any
+) -> dict[str, Any] | None:
+    """Closes a run whose ranks died without a word: for the process that launched them.
+
+    Counts are of the completions on disk; the clock was never stopped, so that rates stay empty.
+
+    Args:
+        **owner: what the record must say for the run to be the caller's still; somebody may have gone on with it.
+
+    Returns:
+        The row, or None when the run is closed already or another's, or there is no such run.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    root = Path(results_dir)
+    record = read_record(results_dir, run_id)
+    if record is None or record["status"] != RUNNING:
+        return None
+    lock = filelock.FileLock(root / run_id / LOCK)
+    try:
+        lock.acquire(timeout=CLOSE_TIMEOUT_S)
+    except filelock.Timeout:
+        return None  # somebody else goes on with it
+    except (OSError, NotImplementedError):  # a full disk, or a file system without locks
+        pass
+    try:
+        record = read_record(results_dir, run_id)
+        if record is None or record["status"] != RUNNING or any(record.get(key) != owner[key] for key in owner):
+            return None
+        return _close(root, record, Tally.of_file(root / run_id / "completions.jsonl"), status, error)
+    finally:
+        lock.release()

@@ -1,0 +1,1 @@
+"""One rank's life, one launch, many runs."""

@@ -1,0 +1,338 @@
+"""A composed config made ready to run: everything that can be refused without loading a model is, here.
+
+The launching parent and every rank go through the same function, so both refuse the same things.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from harness.basics.errors import UserError
+from harness.config import checks
+from harness.config.checks import check_kv_heads, parse_bytes
+from harness.config.compose import to_config
+from harness.config.explain import explain
+from harness.config.identity import config_hash
+from harness.config.schema import Config, DType, Kernels, ParallelConfig
+from harness.engines import catalogue
+from harness.engines.catalogue import check_auto_tp
+from harness.engines.fastgen.runners.native import checks as native_checks
+from harness.engines.shared.attention_checks import refuse_by_its_file
+from harness.engines.shared.kv_memory import is_fraction
+from harness.engines.shared.ragged_kernels import PICKLED, unsupported
+from harness.machine import device, snapshot
+from harness.machine.memory import available_memory_bytes
+from harness.models import locate
+from harness.models.architecture import attention_heads, context_length, kv_bytes_per_token, parameters, required_bytes
+from harness.models.source import Source
+from harness.ranks.rank import Rank, current
+from harness.running import split
+from harness.running.split import Launch, Memory, Needs, Split
+from harness.workload import reading
+from harness.workload.records import Workload
+
+RANK_BYTES = (
+    300 * 2**20
+)  # that a process holds for itself once torch and DeepSpeed are imported (measured: 313 to 324 MiB)
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FP6_BYTES = 0.75
+DEVICE_BYTES = 2 * 2**30  # of a GPU, for CUDA's context, NCCL's buffers and what a pass computes
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a run needs to know before anything heavy is imported.
+
+    Attributes:
+        config: with numbers for ``parallel``, whatever was asked.
+        settings: the same as plain data, for ``config.yaml`` and the record.
+        split: what the ranks were asked to be, and why they are what they are.
+        dtype: torch type of weights and activations, ``auto`` resolved.
+        max_context: longest prompt plus output in tokens, None where the model states none.
+        job_hash: 12 hex digits, equal for runs of the same config on the same dataset, kind of device and code.
+    """
+
+    config: Config
+    settings: dict[str, Any]
+    split: Split
+    accelerator: str
+    dtype: str
+    workload: Workload
+    source: Source
+    max_context: int | None
+    job_hash: str
+
+    @property
+    def tp(self) -> int:
+        """Ranks that share one model."""
+        return self.split.tp
+
+    @property
+    def dp(self) -> int:
+        """Replicas."""
+        return self.split.dp
+
+    @property
+    def ranks(self) -> int:
+        """All ranks of the run."""
+        return self.tp * self.dp
+
+    @property
+    def work(self) -> dict[str, Any]:
+        """What the record says of the work itself: whatever resumes a run must have it in common."""
+        return {
+            "model": locate.model_name(self.config.model, self.source),
+            "dtype": self.dtype,
+            "dataset_sha256": self.workload.sha256,
+        }
+
+
+def resolved(composed: DictConfig) -> dict[str, Any]:
+    """Returns the composed config as plain data, for ``config.yaml`` and the record."""
+    data = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+    assert isinstance(data, dict)
+    return {str(key): value for key, value in data.items()}
+
+
+def prepare(composed: DictConfig, rank: Rank | None = None) -> Job:
+    """Checks config, dataset, model and memory, and settles how the ranks are split.
+
+    Args:
+        rank: this process in the launch that runs the job; None where it is to start one.
+
+    Raises:
+        UserError: for the first that is wrong.
+    """
+    try:
+        config = to_config(composed)
+    except OmegaConfBaseException as error:
+        raise explain(error) from error
+    accelerator = device.accelerator()
+    check(config, accelerator)
+    requests = reading.read(config.dataset)
+    source = locate.locate(config.model)
+    dtype = resolve_dtype(config.model.dtype, accelerator)
+    max_context = context_length(source.architecture, config.model.max_context)
+    if config.engine.name in ("fastgen", "ds_inference"):
+        refuse_by_its_file(source.architecture, max_context, config.engine.name)
+    job = Job(
+        config=config,
+        settings=resolved(composed),
+        split=Split((config.parallel.tp, config.parallel.dp), 1, 1, ""),
+        accelerator=accelerator,
+        dtype=dtype,
+        workload=requests,
+        source=source,
+        max_context=max_context,
+        job_hash="",
+    )
+    chosen = _choose(job, rank)
+    config = _with_split(config, chosen.tp, chosen.dp)
+    check(config, accelerator)
+    _check_sharding(replace(job, config=config, split=chosen))
+    local_ranks = chosen.tp * chosen.dp if rank is None else rank.local_world
+    if accelerator == "cpu":  # a device's free memory is not known before torch is there
+        _check_ranks(local_ranks, chosen.tp)
+        _check_memory(source, dtype, -(-local_ranks // chosen.tp))
+    settings = job.settings | {"parallel": asdict(config.parallel)}
+    return replace(
+        job, config=config, settings=settings, split=chosen, job_hash=_job_hash(settings, accelerator, requests)
+    )
+
+
+def with_split(composed: DictConfig, tp: int, dp: int) -> DictConfig:
+    """Returns ``composed`` with these numbers given."""
+    given = composed.copy()
+    given.parallel.tp, given.parallel.dp = tp, dp
+    return given
+
+
+def _with_split(config: Config, tp: int, dp: int) -> Config:
+    return replace(config, parallel=ParallelConfig(tp, dp))
+
+
+def _choose(job: Job, rank: Rank | None) -> Split:
+    """Returns how the ranks are split, by the memory there is and the sums of the engines; raises UserError."""
+    launch, memory, needs = _launch(rank, job.accelerator, job.config.engine.name), _memory(job), _needs(job)
+    chosen = split.choose(
+        job.split.asked,
+        launch,
+        lacks=lambda tp, ranks_here: split.shortage(tp, ranks_here, memory, needs),
+        refusal=lambda tp, dp: _refusal(job, tp, dp),
+        fits=split.UNKNOWN if needs is None or memory.size is None else split.FITS,
+    )
+    return replace(chosen, why=chosen.why + _idle(launch, chosen, job.accelerator))
+
+
+def _launch(rank: Rank | None, accelerator: str, engine: str) -> Launch:
+    """Returns the ranks that a job has, or can have."""
+    if rank is not None:
+        return Launch(rank.world, rank.local_world)
+    if (outer := current()) is not None:  # the first rank of a launch drives several, each of its own
+        return Launch(outer.world, outer.local_world, fixed=False)
+    # Shards on a CPU would share the memory that they have to read anyway, and one baseline spreads over all GPUs.
+    alone = accelerator == "cpu" or engine == "baseline"
+    return Launch(None, 1 if alone else device.cuda_devices())
+
+
+def _idle(launch: Launch, chosen: Split, accelerator: str) -> str:
+    """Returns how to use the GPUs that a run which started by itself has left."""
+    if accelerator != "cuda" or launch.ranks is not None or not chosen.chosen:
+        return ""
+    devices = device.cuda_devices()
+    idle = devices - chosen.tp * chosen.dp
+    return f"; deepspeed --num_gpus {devices} harness/main.py uses the other {idle} GPUs too" if idle > 0 else ""
+
+
+def _memory(job: Job) -> Memory:
+    if job.accelerator == "cpu":
+        return Memory(available_memory_bytes(), True, RANK_BYTES)
+    return Memory(snapshot.device_memory_bytes() or job.config.hardware.memory_bytes, False, DEVICE_BYTES)
+
+
+def _needs(job: Job) -> Needs | None:
+    """Returns what a replica takes; None where the model's sizes are not known."""
+    count = parameters(job.source.architecture)
+    if count is None:
+        return None
+    engine, element = job.config.engine, BYTES[job.dtype]
+    longest, part, given = 2**62, 1.0, None
+    if engine.name == "ds_inference":  # its cache is as large as its batch
+        longest = engine.batch_tokens
+    elif engine.name == "baseline":
+        longest = 1
+    elif is_fraction(engine.kv_memory):
+        part = parse_bytes(engine.kv_memory)
+    else:
+        given = int(parse_bytes(engine.kv_memory))
+    return Needs(
+        sharded=int(count.matmul * (element if engine.quantization is None else FP6_BYTES)),
+        whole=(count.total - count.matmul) * element,
+        token=kv_bytes_per_token(job.source.architecture, element),
+        kv_heads=attention_heads(job.source.architecture)[1],
+        tokens=split.useful_tokens(job.workload.requests, job.max_context, longest),
+        part=part,
+        given=given,
+    )
+
+
+def _refusal(job: Job, tp: int, dp: int) -> UserError | None:
+    """Returns why the run cannot be split so, whatever the memory; None when it can."""
+    architecture = job.source.architecture
+    heads = [architecture.get(key) for key in ("num_attention_heads", "num_key_value_heads")]
+    if any(isinstance(count, int) and count % tp for count in heads):
+        found = f"{tp} does not divide its {heads[0]} attention and {heads[1] or heads[0]} key/value heads"
+        return UserError("parallel.tp", found)
+    tried = replace(job, config=_with_split(job.config, tp, dp), split=replace(job.split, tp=tp, dp=dp))
+    try:
+        check(tried.config, job.accelerator)
+        _check_sharding(tried)
+    except UserError as error:
+        return error
+    return None
+
+
+def _check_sharding(job: Job) -> None:
+    """Raises UserError for a model that so many ranks cannot share."""
+    config, source = job.config, job.source
+    check_kv_heads(job.tp, source.architecture.get("num_key_value_heads"))
+    if config.engine.name != "mii" and not _ragged_kernels(job):
+        check_auto_tp(job.tp, source.architecture.get("model_type"))
+    _check_native(job)
+
+
+def check(config: Config, accelerator: str) -> None:
+    """Refuses what cannot work; raises UserError, naming the field, its value and the way out."""
+    checks.check(config)
+    catalogue.check(config, accelerator)
+
+
+def _job_hash(data: dict[str, Any], accelerator: str, requests: Workload) -> str:
+    facts = [config_hash(data), requests.sha256, accelerator, snapshot.code_fingerprint()]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+
+
+def resolve_dtype(dtype: DType, accelerator: str) -> str:
+    """Returns the torch type to use: ``auto`` is bfloat16 where the device computes it, else float32."""
+    if dtype is not DType.auto:
+        return dtype.value
+    if accelerator == "cuda" or device.supports_bfloat16_on_cpu():
+        return "bfloat16"
+    return "float32"
+
+
+def _ragged_kernels(job: Job) -> bool:
+    """Returns whether DeepSpeed's ragged kernels shard the model; raises UserError if they are asked for and cannot."""
+    engine, source = job.config.engine, job.source
+    if engine.name != "fastgen" or job.accelerator != "cuda" or engine.kernels is Kernels.torch:
+        return False
+    reason = unsupported(
+        source.architecture,
+        job.dtype,
+        job.tp,
+        engine.quantization,
+        job.max_context,
+        dummy=source.kind == "dummy",
+        remote_code=source.trust_remote_code,
+    )
+    if source.pickled:
+        reason = PICKLED
+    if reason is not None and engine.kernels is Kernels.deepspeed and source.architecture:
+        raise UserError("engine.kernels", f"deepspeed: {reason}", "use engine.kernels=torch or auto")
+    return reason is None
+
+
+def _check_native(job: Job) -> None:
+    """Raises UserError if the native kernels are asked for and cannot compute the model."""
+    config, source = job.config, job.source
+    if config.engine.name != "fastgen" or config.engine.kernels is not Kernels.native or not source.architecture:
+        return
+    reason = native_checks.unsupported(
+        source.architecture,
+        job.dtype,
+        job.tp,
+        dummy=source.kind == "dummy",
+        remote_code=source.trust_remote_code,
+    )
+    if reason is not None:
+        raise UserError("engine.kernels", f"native: {reason}", "use engine.kernels=torch or auto")
+
+
+def _check_ranks(ranks: int, tp: int) -> None:
+    """Raises UserError for more processes than this host's memory holds."""
+    free = available_memory_bytes()
+    if ranks > 1 and ranks * RANK_BYTES > free:
+        raise UserError(
+            "parallel",
+            f"{ranks} ranks need {ranks * RANK_BYTES / 2**30:.1f} GiB before they load a model, "
+            f"{free / 2**30:.1f} GiB of memory are free",
+            f"ask for at most {max(free // RANK_BYTES, 1)} ranks (tp={tp} x dp)",
+        )
+
+
+def _check_memory(source: Source, dtype: str, replicas: int) -> None:
+    if not source.architecture:
+        return
+    needed = required_bytes(source.architecture, BYTES[dtype])
+    if needed is None:
+        return
+    free = available_memory_bytes()
+    if needed * replicas > free:
+        if needed <= free:
+            raise UserError(
+                "parallel.dp",
+                f"{replicas} replicas need {needed * replicas / 2**30:.1f} GiB for their weights, "
+                f"{free / 2**30:.1f} GiB of memory are free",
+                f"use parallel.dp of at most {free // needed}",
+            )
+        raise UserError(
+            "model",
+            f"{dtype} weights need {needed * replicas / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of memory are free",
+            f"use a smaller model{' or model.dtype=bfloat16' if dtype == 'float32' else ''}, or a larger machine",
+        )

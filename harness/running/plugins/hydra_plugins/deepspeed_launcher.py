@@ -1,0 +1,87 @@
+"""Hydra's ``hydra/launcher=deepspeed``: every job of a sweep is a ``deepspeed`` launch of its own.
+
+Hydra looks for plugins in a package of this name; :func:`harness.config.compose.register` puts the directory above
+it on ``sys.path``.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus, setup_globals
+from hydra.plugins.launcher import Launcher
+from omegaconf import DictConfig
+
+from harness.basics.errors import UserError, quoted
+from harness.config.compose import check_choices
+
+if TYPE_CHECKING:
+    from hydra.types import HydraContext, TaskFunction
+
+
+# No settings: a job's are in its config.
+ConfigStore.instance().store(
+    group="hydra/launcher",
+    name="deepspeed",
+    node={"_target_": "hydra_plugins.deepspeed_launcher.DeepSpeedLauncher"},
+    provider="harness",
+)
+
+
+class DeepSpeedLauncher(Launcher):
+    """Hands the jobs that a sweeper has made up to :mod:`harness.running.sweep`."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Keeps what is needed to compose jobs; Hydra calls it once."""
+        if config.sweep.confirm or config.sweep.save_as is not None:
+            from harness.config import compose
+            from harness.running import tune
+
+            tune.check(compose.without_hydra(config))
+        trials = config.hydra.sweeper.get("n_trials")
+        if trials is not None and trials < 1:
+            raise UserError("hydra.sweeper.n_trials", str(trials), "give a whole number of at least 1")
+        if "optuna" in sys.modules:  # its sweeper is there; its own log would tear the display
+            logging.getLogger("optuna").setLevel(logging.WARNING)
+        try:
+            Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)  # not every sweeper makes it
+        except OSError as error:
+            found = f"{quoted(str(config.results_dir), 300)} cannot be written: {error.strerror}"
+            raise UserError("results_dir", found, "set another directory") from error
+        self.context = hydra_context
+        self.config = config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Runs the jobs; the value of each is its ``total_tokens_per_s``, 0 for one that failed."""
+        from harness.config.compose import without_hydra
+        from harness.running.sweep import SWEEP
+
+        setup_globals()
+        asked = OverridesParser.create().parse_overrides(list(self.config.hydra.overrides.task))
+        SWEEP.fixed = {override.get_key_element() for override in asked if not override.is_sweep_override()}
+        SWEEP.composed, SWEEP.compose = without_hydra(self.config), self._compose
+        trials = self.config.hydra.sweeper.get("n_trials") or 0  # a search asks for one job after the other
+        SWEEP.expected = max(SWEEP.expected, initial_job_idx + len(job_overrides), trials)
+        returns = []
+        for overrides in job_overrides:
+            words = list(overrides)
+            job = SWEEP.run(words, self._compose(words))
+            returned = JobReturn(overrides=words, status=JobStatus.COMPLETED)
+            returned.return_value = job.rate
+            returns.append(returned)
+        return returns
+
+    def _compose(self, overrides: list[str]) -> DictConfig:
+        from harness.config.compose import without_hydra
+
+        composed = self.context.config_loader.load_sweep_config(self.config, overrides)
+        check_choices(composed.hydra.runtime.choices)
+        HydraConfig.instance().set_config(composed)
+        return without_hydra(composed)

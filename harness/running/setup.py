@@ -1,0 +1,48 @@
+"""What every rank does before it loads a model, whatever it is started for."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from harness.machine import device
+from harness.ranks.rank import Rank, bind_cores
+from harness.running.job import Job
+
+if TYPE_CHECKING:
+    from harness.engines.base import EngineSettings
+    from harness.ranks.replicas import Replicas
+
+
+def use_cores(job: Job, rank: Rank) -> None:
+    """Gives each rank of this host cores of its own, and a thread a core unless the user chose a number."""
+    if job.accelerator == "cpu":
+        bind_cores(rank)
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        crowded = device.cores() < rank.local_world  # then no rank has a core of its own
+        torch.set_num_threads(1 if crowded else device.cores())
+
+
+def engine_settings(job: Job, rank: Rank, replicas: Replicas | None) -> EngineSettings:
+    """Returns what this rank's engine is told.
+
+    Args:
+        replicas: the ranks of the launch, which have met; None for a lone one.
+    """
+    from harness.engines.base import EngineSettings
+
+    config = job.config
+    return EngineSettings(
+        engine=config.engine,
+        generation=config.generation,
+        source=job.source,
+        dtype=job.dtype,
+        device="cpu" if job.accelerator == "cpu" else f"cuda:{rank.local_rank}",
+        max_context=job.max_context,
+        # What one replica has taken, no other can: only a lone rank may take many at a time.
+        lookahead=256 if job.dp == 1 else 4,
+        tensor=replicas.tensor if replicas is not None else None,
+        host_ranks=rank.local_world,
+    )

@@ -1,0 +1,62 @@
+"""What is asked of an engine, and what comes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(slots=True)
+class PassRecord:
+    """One forward pass: times in seconds from the start of the clock, counts of tokens and sequences."""
+
+    step: int
+    started_s: float
+    seconds: float
+    tokens: int
+    prompt_tokens: int
+    decode_tokens: int
+    sequences: int
+    kv_utilisation: float | None  # 0..1; None for an engine without a paged cache
+    waiting: int | None
+
+
+PASS_COLUMNS = tuple(field.name for field in fields(PassRecord))
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to run."""
+
+    index: int  # position among the requests of the workload, from 0
+    prompt: str  # empty when prompt_ids is given
+    output_len: int | None  # tokens to generate; None until resolve() has counted the reply (sharegpt)
+    claimed_prompt_len: int | None = None  # what the file says; only ever compared, never trusted
+    prompt_ids: tuple[int, ...] | None = None  # in place of text (dataset=synthetic dataset.prompt=random)
+    reply: str | None = None  # sharegpt: the reference whose token count becomes output_len
+
+
+@dataclass(slots=True)
+class Completion:
+    """One finished or rejected request: one line of ``completions.jsonl``, fields in this order."""
+
+    index: int
+    prompt_tokens: int  # ids fed to the model, BOS included, padding never; 0 when rejected
+    output_tokens: int  # ids generated, EOS included
+    finish_reason: str  # "eos", "length" or "rejected"
+    token_ids: list[int]  # the generated ids
+    text: str
+    first_token_s: float | None  # seconds after the clock started
+    finished_s: float | None
+    error: str | None = None  # why it was rejected
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The requests of a run and where they came from."""
+
+    name: str  # the dataset= option
+    requests: list[Request]  # in the file's order; requests[i].index == i
+    path: str | None  # None for synthetic
+    sha256: str | None  # of the file's bytes as stored, compressed if they are; None for synthetic
+    left_out: int = 0  # sharegpt: unusable conversations passed over on the way to the last request
+    seed: int = 0  # synthetic: of the ids which resolve() draws
