@@ -11,6 +11,7 @@ PYTHON=.venv/bin/python bash launch/install_mii.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
+.venv/bin/lint-imports
 # Two tests at a time: most of the time goes into starting ranks. One thread each, or they wait for each other.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
