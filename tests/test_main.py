@@ -272,9 +272,9 @@ def test_deepspeed_by_itself_splits_its_ranks(
     assert f"2 ranks (tp={split[0]}, dp={split[1]}), chosen: {why}" in " ".join(run.stdout.split())
 
 
-def test_python_by_itself_starts_one_rank_which_is_the_job_it_was(harness: Harness) -> None:
-    run = harness(*TINY, *RANDOM, *FEW, "dataset.input_len=4", "dataset.output_len=4")
-    single = harness(*TINY, *RANDOM, *FEW, "dataset.input_len=4", "dataset.output_len=4", "parallel=single")
+def test_python_by_itself_starts_one_rank_which_is_the_job_it_was(harness: Harness, tmp_path: Path) -> None:
+    job = [*TINY, *RANDOM, *FEW, "dataset.input_len=4", "dataset.output_len=4"]
+    run, single = harness(*job), harness(*job, "parallel=single", results=tmp_path / "single")
     assert (run.status, single.status) == (0, 0), run.stderr + single.stderr
     assert (run.row["tp"], run.row["dp"]) == ("1", "1")
     assert "1 rank (tp=1, dp=1), chosen: one rank where no launch brings more" in " ".join(run.stdout.split())

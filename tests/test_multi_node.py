@@ -108,9 +108,10 @@ def check_shared(run: Run, requests: int) -> None:
 
 def test_two_hosts_share_one_run(start: Callable[..., Hosts], tmp_path: Path) -> None:
     override = odd_dataset(tmp_path)
-    first, second = start(*TINY, "parallel.dp=2", "dataset=asc24", override, "engine.max_sequences=4").end()
+    first, second = start(*TINY, "dataset=asc24", override, "engine.max_sequences=4").end()
     assert second.status == 0, second.stderr
     check_shared(first, 20)
+    assert first.record["split"]["asked"] == {"tp": None, "dp": None}  # all ranks of all hosts were split
     assert [host["samples"] >= 2 for host in first.record["telemetry"]["hosts"]] == [True, True]
     assert override in first.record["command_line"]
     assert {n: line["prompt_tokens"] for n, line in first.completions.items()} == {n: 2 * n + 3 for n in range(20)}

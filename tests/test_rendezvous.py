@@ -46,8 +46,8 @@ class Ranks:
         ]
         self.ends[0].open()
 
-    def meet(self, number: int, facts: dict[str, Any] = FACTS) -> Future[None]:
-        return in_thread(self.ends[number].meet, facts)
+    def meet(self, number: int, facts: dict[str, Any] = FACTS, choice: tuple[int, ...] = ()) -> Future[list[int]]:
+        return in_thread(self.ends[number].meet, facts, choice)
 
     def all_meet(self) -> None:
         for end in [self.meet(number) for number in range(len(self.ends))]:
@@ -85,6 +85,13 @@ def test_ranks_meet_in_any_order_and_leave_in_peace(launch: Callable[[int], Rank
         end.leave()
     time.sleep(0.5)
     assert not any(event.is_set() for event in ranks.heard)
+
+
+def test_all_ranks_hear_what_rank_0_has_chosen(launch: Callable[[int], Ranks]) -> None:
+    ranks = launch(3)
+    meetings = [ranks.meet(number, choice=(number + 1, 2)) for number in range(3)]
+    assert [meeting.result(20) for meeting in meetings] == [[1, 2]] * 3
+    assert Rendezvous(Rank(), failed=lambda: None).meet(FACTS, (4, 1)) == [4, 1]
 
 
 def test_a_lone_rank_meets_nobody() -> None:

@@ -203,6 +203,15 @@ def test_a_default_run_is_the_job_that_it_was(conf: None, demo_model: Path, monk
     assert single.split.record["asked"] == {"tp": 1, "dp": 1} and not single.split.chosen
 
 
+def test_a_rank_follows_the_split_of_rank_0(conf: None, demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    composed, rank = compose("config", []), Rank(1, 2, 1, 2)
+    assert (found := job.prepare(composed, rank)).split.chosen and (found.tp, found.dp) == (1, 2)
+    followed = job.prepare(job.with_split(composed, 2, 1), rank)
+    assert (followed.tp, followed.dp, followed.settings["parallel"]) == (2, 1, {"tp": 2, "dp": 1})
+    assert composed.parallel == {"tp": None, "dp": None}
+
+
 def test_a_rank_that_drives_a_sweep_has_its_launch_for_each_job(
     conf: None, demo_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
