@@ -41,9 +41,9 @@ from support.documents import (
     tables,
 )
 
-from harness.config import checks
 from harness.config.compose import register, to_config
 from harness.results.columns import COLUMNS
+from harness.running import job as running_job
 
 DOCUMENTS = documents()
 BLOCKS = [block for document in DOCUMENTS for block in parts(document)[0]]
@@ -119,7 +119,7 @@ def composed(words: list[str], accelerator: str) -> None:
         for job in jobs:
             one = compose("config", job, return_hydra_config=True)
             with_schema = OmegaConf.masked_copy(one, [key for key in one if key != "hydra"])
-            checks.check(to_config(with_schema), accelerator)
+            running_job.check(to_config(with_schema), accelerator)
 
 
 def executable(command: Command) -> bool:
