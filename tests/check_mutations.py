@@ -42,7 +42,6 @@ JOB = [
 OWN_CHECK = "its own check found"  # how the verifier tells what verify=6 has found
 CHECKS = ("run", "recount", "against", "model")
 PASSES, CAUGHT, REFUSED, NOTHING = "passes", "caught", "refused", "-"
-ENGINE, SCHEDULER = "harness/engines/fastgen/engine.py", "harness/engines/fastgen/scheduler.py"
 FASTGEN, RESULTS = "tests/test_fastgen_engine.py", "tests/test_results.py"
 
 
@@ -51,30 +50,31 @@ class Fault:
     """A piece of code and what stands in its place; which checks must notice, and whose unit tests must fail."""
 
     name: str
-    path: str
     old: str
     new: str
     caught_by: tuple[str, ...] = CHECKS
     tests: str = FASTGEN
 
+    def places(self, tree: Path) -> list[Path]:
+        """Returns the file that has the piece, once for each time that it is there: one, if all is well."""
+        texts = {path: path.read_text() for path in sorted((tree / "harness").rglob("*.py"))}
+        return [path for path, text in texts.items() for _ in range(text.count(self.old))]
+
 
 FAULTS = (
     Fault(
         "drops a token",
-        ENGINE,
         "                    sequence.output_ids,\n",
         "                    sequence.output_ids[:3] + sequence.output_ids[4:],\n",
     ),
     Fault(
         "counts padding",
-        ENGINE,
         "                    sequence.prompt_len,\n                    sequence.output_ids,\n",
         "                    -(-sequence.prompt_len // 64) * 64,\n                    sequence.output_ids,\n",
         ("run", "against", "model"),  # without a tokenizer the sums are consistent with each other
     ),
     Fault(
         "swaps two sequences' caches",
-        SCHEDULER,
         "        decode_tokens = len(chunks)\n",
         "        decode_tokens = len(chunks)\n"
         "        if decode_tokens > 1:\n"
@@ -84,7 +84,6 @@ FAULTS = (
     ),
     Fault(
         "ignores the end of sequence",
-        SCHEDULER,
         "            if token in stop_ids:\n",
         "            if token in ():\n",
         ("run", "against", "model"),
@@ -92,21 +91,18 @@ FAULTS = (
     ),
     Fault(
         "computes at the position before",
-        "harness/engines/fastgen/runners/torch_runner.py",
         "                positions.append(start)\n",
         "                positions.append(start - 1)\n",
         ("run", "against", "model"),
     ),
     Fault(
         "gives rows to the wrong sequences",
-        ENGINE,
         "            token_ids = self._forward(batch)\n",
         "            token_ids = self._forward(batch)[::-1]\n",
         ("run", "against", "model"),
     ),
     Fault(
         "loses a request",
-        "harness/results/recorder.py",
         '            write_all(self._completions, json_bytes(entry) + b"\\n")\n',
         '            write_all(self._completions, (json_bytes(entry) + b"\\n") * (completion.index != 3))\n',
         ("run",),  # which is failed then, and says so: nothing is left that contradicts it
@@ -114,14 +110,12 @@ FAULTS = (
     ),
     Fault(
         "writes a request twice",
-        "harness/results/recorder.py",
         '            write_all(self._completions, json_bytes(entry) + b"\\n")\n',
         '            write_all(self._completions, (json_bytes(entry) + b"\\n") * (1 + (completion.index == 3)))\n',
         tests="tests/test_replicas.py tests/test_main.py::test_two_replicas_share_one_queue",
     ),
     Fault(
         "adds requests to the sum of tokens",
-        "harness/results/completions.py",
         "        total_tokens = self.prompt_tokens + self.output_tokens\n",
         "        total_tokens = self.prompt_tokens + self.output_tokens + self.completed\n",
         ("recount", "against", "model"),  # the run's own check is of tokens
@@ -129,7 +123,6 @@ FAULTS = (
     ),
     Fault(
         "stops the clock early",
-        "harness/results/completions.py",
         '            figures["total_tokens_per_s"] = total_tokens / elapsed_s\n',
         '            figures["total_tokens_per_s"] = total_tokens / (0.9 * elapsed_s)\n',
         ("recount", "against", "model"),
@@ -140,14 +133,18 @@ FAULTS = (
 
 def copied(place: Path, fault: Fault | None) -> Path:
     """Returns a copy of the tree, with the fault in it."""
-    kept = shutil.ignore_patterns(".git", ".venv", "results", "__pycache__", ".*_cache", "*.egg-info")
-    tree = shutil.copytree(ROOT, place / "tree", ignore=kept)
+    left_out = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", "*.egg-info")
+
+    def ignored(directory: str, names: list[str]) -> set[str]:
+        return left_out(directory, names) | ({"results"} if Path(directory) == ROOT else set())
+
+    tree = shutil.copytree(ROOT, place / "tree", ignore=ignored)
     if fault is not None:
-        text = (tree / fault.path).read_text()
-        if text.count(fault.old) != 1:
-            print(f"error: {fault.name}: {fault.path} has its place {text.count(fault.old)} times", file=sys.stderr)
+        found = fault.places(tree)
+        if len(found) != 1:
+            print(f"error: {fault.name}: its place in the code is there {len(found)} times", file=sys.stderr)
             sys.exit(2)
-        (tree / fault.path).write_text(text.replace(fault.old, fault.new))
+        found[0].write_text(found[0].read_text().replace(fault.old, fault.new))
     return tree
 
 

@@ -118,6 +118,7 @@ def test_the_samples_perplexity_is_hugging_faces(evaluate: Evaluate, tmp_path: P
     assert "ratio 1.0000" in done.stdout and "prefill: False -> True" in done.stdout
 
 
+@pytest.mark.slow
 def test_ranks_share_a_model_and_the_prompts(evaluate: Evaluate, tmp_path: Path) -> None:
     """On its own, sharded by fastgen, and two static replicas under deepspeed: the same scores."""
     job = [*TINY, *RANDOM, "dataset.num_samples=7", "dataset.input_len=20", "dataset.output_len=1"]
@@ -149,6 +150,7 @@ def test_ranks_share_a_model_and_the_prompts(evaluate: Evaluate, tmp_path: Path)
     assert "engine.name: fastgen -> baseline" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_early_says_why(evaluate: Evaluate) -> None:
     job = [*TINY, *RANDOM, "dataset.num_samples=3", "dataset.output_len=1"]
     done = evaluate(*job, "dataset.input_len=5000")
@@ -383,6 +385,7 @@ def test_sampling_is_refused(cpu_model: Callable[..., HarnessLM]) -> None:
         small.loglikelihood(asked("loglikelihood", ("word " * 400, "more")))
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_a_task_from_local_files_end_to_end(
     evaluate: Evaluate, tmp_path: Path, demo_model: Path, monkeypatch: pytest.MonkeyPatch
@@ -424,6 +427,7 @@ def test_a_task_from_local_files_end_to_end(
     assert "facts acc,none" in again.stdout and "facts_choice acc,none:" not in again.stdout
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_what_is_not_on_this_machine_is_not_fetched(evaluate: Evaluate, tmp_path: Path) -> None:
     (tmp_path / "far.yaml").write_text(

@@ -7,7 +7,6 @@ manager and allocators are DeepSpeed's own.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import json
 import os
@@ -15,53 +14,49 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from support import ragged
 from support.deepspeed_kernels import CPU, emulate
-from support.ragged import TINY, Judge, batch, chunk, float_quantize, gap_of, generate, loaded, requests, save, settings
+from support.ragged import (
+    ROUNDING,
+    Judge,
+    batch,
+    chunk,
+    gap_of,
+    generate,
+    loaded,
+    requests,
+    save,
+    settings,
+)
 from support.runs import ROOT, variables
-from torch import Tensor
 
 from harness.basics.errors import UserError
 from harness.config.schema import GenerationConfig, Stop
 from harness.engines.fastgen.runners import deepspeed_runner
 from harness.engines.fastgen.runners.deepspeed_runner import DeepSpeedRunner, engine_config
-from harness.engines.fastgen.runners.deepspeed_weights import Weights
 from harness.engines.fastgen.scheduler import Scheduler, Sequence
 from harness.engines.shared import ragged_kernels as checks
 from harness.engines.shared.kv_blocks import KvBlocks
-from harness.models.directory import find
-from harness.models.source import Source
 from harness.ranks.tensor_parallel import TensorParallel
 
+kernels, tiny = ragged.kernels, ragged.tiny
+
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    emulate(monkeypatch.setattr)
 
 
 # --- models and requests --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("tiny"))
-
-
 # --- the engine computes what Hugging Face computes -----------------------------------------------------------------
-
-ROUNDING = {"float16": 0.01, "bfloat16": 0.08}  # of the logits' standard deviation; a wrong token is off by 1 to 3
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -404,323 +399,3 @@ def test_two_ranks_of_three_share_a_model(tiny: Path, tmp_path: Path) -> None:
     jobs = requests(10)
     ids = {int(index): tokens for index, tokens in one["ids"].items()}
     assert Judge(tiny).worst_gap(jobs, ids) < ROUNDING["float16"]
-
-
-# --- weights --------------------------------------------------------------------------------------------------------
-
-
-def read(source: Source, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    weights = list(Weights(source, dtype, CPU, CPU).parameters())
-    assert len(dict(weights)) == len(weights)
-    return dict(weights)
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].equal(tensor), name
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_directorys_shards_are_read_whole(tmp_path: Path, tied: bool) -> None:
-    from safetensors.torch import load_file, save_file
-    from transformers import AutoModelForCausalLM
-
-    save(tmp_path, tie_word_embeddings=tied)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
-    (tmp_path / "model.safetensors").unlink()
-    model.save_pretrained(tmp_path, max_shard_size="1MB")
-    shards = sorted(tmp_path.glob("model-*.safetensors"))
-    assert len(shards) > 2
-    # What older checkpoints hold besides: rotary frequencies, and a head of their own that tying overrides.
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(32)}
-    if tied:
-        extra["lm_head.weight"] = torch.ones(320, 512)
-    save_file(load_file(shards[0]) | extra, shards[0], {"format": "pt"})
-    found = read(find(str(tmp_path), False, need_weights=True), torch.float16)
-    assert_same(found, model.state_dict())
-    assert (found["lm_head.weight"] is found["model.embed_tokens.weight"]) is tied
-
-
-def test_a_gguf_file_is_read(tmp_path: Path) -> None:
-    from support.checkpoints import write_gguf
-
-    from harness.models import loading
-
-    source = find(str(write_gguf(tmp_path / "tiny.gguf")), False, need_weights=True)
-    weights = Weights(source, torch.float32, CPU, CPU)
-    found = dict(weights.parameters())
-    assert_same(found, loading.load_model(source, dtype=torch.float32).state_dict())
-    assert not weights.state
-    assert {parameter.device.type for parameter in weights.model.parameters()} == {"meta"}
-
-
-def test_dummy_weights_depend_on_their_names_alone() -> None:
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    source = Source(
-        "dummy", None, None, None, {"model_type": "qwen2", **TINY, "quantization_config": {"bits": 4}}, False
-    )
-    found = read(source, torch.bfloat16)
-    expected = AutoModelForCausalLM.from_config(Qwen2Config(**TINY)).state_dict()
-    assert {name: tensor.shape for name, tensor in found.items()} == {n: t.shape for n, t in expected.items()}
-    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
-    assert_same(read(source, torch.bfloat16), found)
-    layers = [found[f"model.layers.{layer}.self_attn.o_proj.weight"] for layer in (0, 1)]
-    assert not layers[0].equal(layers[1])
-    assert 0.019 < float(layers[0].float().std()) < 0.021
-    assert found["model.norm.weight"].eq(1).all()
-    assert found["model.layers.0.self_attn.q_proj.bias"].eq(0).all()
-    tied = read(Source("dummy", None, None, None, {"model_type": "llama", **TINY, "tie_word_embeddings": True}, False))
-    assert tied["lm_head.weight"] is tied["model.embed_tokens.weight"]
-
-
-def test_dummy_weights_run(kernels: None) -> None:
-    found, _ = generate(loaded(settings(None, "bfloat16")), requests(6), 64)
-    assert all(completion.output_tokens == len(completion.token_ids) for completion in found.values())
-
-
-def test_weights_that_do_not_fit_are_refused(tiny: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(tiny / "model.safetensors")
-    name = "model.layers.1.mlp.up_proj.weight"
-    for changed, words in (
-        ({n: t for n, t in weights.items() if n != name}, f"lacks weights: 1, for example {name}"),
-        (weights | {name: torch.ones(3, 512)}, f"of another shape than its config says: 1, for example {name}"),
-        (weights | {"model.layers.2.x": torch.ones(3)}, "no place for: 1, for example model.layers.2.x"),
-    ):
-        shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
-        save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
-        with pytest.raises(UserError, match=rf"^model\.path: .*{re.escape(words)}"):
-            read(find(str(tmp_path), False, need_weights=True))
-
-
-def test_pickles_are_never_read(tiny: Path, tmp_path: Path) -> None:
-    shutil.copy(tiny / "config.json", tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
-    with pytest.raises(UserError, match=r"holds neither model\.safetensors nor its index"):
-        read(Source("directory", str(tmp_path), None, None, {}, False))
-
-
-def test_packed_weights_move_with_all_their_parts() -> None:
-    from deepspeed.inference.v2.inference_parameter import InferenceParameter
-
-    packed = InferenceParameter.initialize(torch.ones(4, dtype=torch.uint8), scales=torch.ones(2, dtype=torch.float16))
-    moved = packed.to("meta")
-    assert isinstance(moved, InferenceParameter)
-    assert moved.device.type == moved.scales.device.type == "meta"
-
-
-def test_fp6_weights_are_packed_on_the_host_and_used(
-    kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from deepspeed.inference.v2.modules.implementations.linear import fp_quantize
-
-    monkeypatch.setitem(sys.modules, "qtorch", types.ModuleType("qtorch"))
-    monkeypatch.setitem(sys.modules, "qtorch.quant", types.SimpleNamespace(float_quantize=float_quantize))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(major=8))
-    directory = save(tmp_path, dtype=torch.bfloat16)  # the packing takes float16 and does not convert
-    judge = Judge(directory)
-    jobs = requests(8)
-    runner = loaded(settings(directory, quantization="wf6af16"))
-    packed = runner.policy.model._transformer[0].qkv_w
-    assert packed.dtype is torch.uint8 and packed.scales.shape == (768, 1)
-    found, _ = generate(runner, jobs, 64)
-    ids = {index: completion.token_ids for index, completion in found.items()}
-    assert judge.worst_gap(jobs, ids) > 0.1  # six bits are not sixteen
-    for name, weight in judge.model.named_parameters():
-        if "proj" in name:
-            values, scales = fp_quantize(weight.data.half())
-            weight.data = values.float() * scales.float()
-    assert judge.worst_gap(jobs, ids) < ROUNDING["float16"]
-
-
-@pytest.mark.parametrize(("quantization", "place"), [(None, "cuda:3"), ("wf6af16", "cpu")])
-def test_only_weights_to_be_packed_stay_on_the_host(
-    kernels: None, monkeypatch: pytest.MonkeyPatch, quantization: str | None, place: str
-) -> None:
-    asked: list[Any] = []
-
-    def weights(*arguments: Any) -> None:
-        asked.extend(arguments)
-        raise InterruptedError
-
-    monkeypatch.setattr(deepspeed_runner, "Weights", weights)
-    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
-    chosen = dataclasses.replace(settings(None, quantization=quantization), device="cuda:3")
-    with pytest.raises(InterruptedError):
-        DeepSpeedRunner(chosen).load()
-    device = torch.device("cuda:3")
-    assert asked == [device, chosen.source, torch.float16, device, torch.device(place)]
-
-
-# --- what is refused ------------------------------------------------------------------------------------------------
-
-LLAMA_7B = yaml.safe_load((ROOT / "conf" / "model" / "llama2_7b.yaml").read_text())["architecture"]
-
-
-@pytest.mark.parametrize("dtype", checks.DTYPES)
-@pytest.mark.parametrize("tp", [1, 2, 4, 8])
-@pytest.mark.parametrize("name", ["llama2_7b", "llama2_13b", "llama2_70b"])
-def test_the_challenges_models_are_supported(name: str, tp: int, dtype: str) -> None:
-    architecture = yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text())["architecture"]
-    assert checks.unsupported(architecture, dtype, tp, None, 4096) is None
-
-
-@pytest.mark.parametrize(
-    ("more", "found"),
-    [
-        ({"model_type": "qwen3"}, "qwen3 is not one of the families"),
-        ({"dtype": "float32"}, "they compute in float16 or bfloat16, not in float32"),
-        ({"num_attention_heads": 96, "num_key_value_heads": 32, "hidden_size": 12288}, "is a ratio of 3, not one of"),
-        ({"hidden_size": 512, "num_attention_heads": 16, "num_key_value_heads": 16}, "its head size is 32, not one of"),
-        ({"head_dim": 64}, "32 heads of 64 are not its hidden_size 4096"),
-        (
-            {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4},
-            "adds up wrongly at hidden_size 256",
-        ),
-        ({"hidden_size": 16512, "num_attention_heads": 129, "num_key_value_heads": 129}, "16512 is above 16384"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rotary embedding is scaled (yarn;"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary embedding is scaled (dynamic;"),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
-        ({"partial_rotary_factor": 0.75, "model_type": "phi3"}, "partial_rotary_factor 0.75"),
-        ({"hidden_act": "gelu"}, "its hidden_act is gelu, not silu"),
-        ({"attention_bias": True}, "it has attention_bias"),
-        ({"mlp_bias": True}, "it has mlp_bias"),
-        ({"model_type": "mistral", "sliding_window": 1024}, "slides over 1024 tokens (model.max_context=1024"),
-        ({"model_type": "mistral", "max_position_embeddings": 8192}, "slides over 4096 tokens"),
-        ({"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": True}, "slides over 1024 tokens"),
-        ({"intermediate_size": 11010}, "11010 cannot be split over 1 ranks in steps of 32"),
-        ({"intermediate_size": 28704}, "28704 is above 28672"),
-        ({"vocab_size": 32004}, "vocab_size 32004 is not a multiple of 8"),
-        ({"vocab_size": 32008, "tp": 2}, "vocab_size 32008 is not a multiple of 8 a rank"),
-        ({"num_key_value_heads": 4, "tp": 3}, "32 query and 4 key-value heads cannot be split over 3 ranks"),
-        ({"num_key_value_heads": 4, "tp": 6}, "32 query and 4 key-value heads cannot be split over 6 ranks"),
-        ({"num_key_value_heads": 2, "tp": 10}, "3 query to 1 key-value heads a rank is a ratio of 3"),
-        ({"num_key_value_heads": 2, "tp": 4, "num_attention_heads": 44, "hidden_size": 5632}, "is a ratio of 11"),
-        ({"quantization_config": {"quant_method": "awq"}}, "weights are packed"),
-        ({"auto_map": {"AutoModel": "x.py"}, "remote_code": True}, "brings its own code"),
-        ({"quantization": "wf6af16", "dtype": "bfloat16"}, "wf6af16 computes with float16 activations"),
-        ({"quantization": "wf6af16", "tp": 8}, "the gate-up weight is 2752 x 4096 a rank"),
-        ({"quantization": "wf6af16", "intermediate_size": 11040}, "the gate-up weight is 22080 x 4096"),
-        ({"quantization": "wf6af16", "intermediate_size": 384, "tp": 4}, "gate-up weight is 192 x 4096 a rank"),
-        ({"vocab_size": None}, "its vocab_size is not known"),
-    ],
-    ids=str,
-)
-def test_each_hazard_is_refused(more: dict[str, Any], found: str) -> None:
-    given_to = {"dtype": "float16", "tp": 1, "quantization": None, "remote_code": False}
-    architecture = dict(LLAMA_7B)
-    architecture.pop("dtype")
-    for key, value in more.items():
-        (given_to if key in given_to else architecture)[key] = value
-    reason = checks.unsupported(architecture, max_context=None, **given_to)
-    assert reason is not None and found in reason and "\n" not in reason
-
-
-def test_harmless_settings_are_not_refused() -> None:
-    for more in (
-        {"model_type": "mistral", "sliding_window": None, "max_position_embeddings": 32768},
-        {"model_type": "mistral", "sliding_window": 4096},
-        {"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": False},
-        {"rope_scaling": None, "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}},
-        {"rms_norm_eps": 0.1, "tie_word_embeddings": True},
-    ):
-        assert checks.unsupported({**LLAMA_7B, **more}, "bfloat16", 1) is None
-    packed = {**LLAMA_7B, "quantization_config": {"quant_method": "awq"}, "auto_map": {"AutoModel": "x.py"}}
-    assert checks.unsupported(packed, "float16", 1, dummy=True) is None
-    window = {**LLAMA_7B, "model_type": "mistral", "sliding_window": 1024}
-    assert checks.unsupported(window, "float16", 1, max_context=1024) is None
-    assert checks.unsupported(LLAMA_7B, "float16", 2, "wf6af16") is None
-    assert checks.unsupported({}, "float16", 1) == "its config is not known before it is downloaded"
-
-
-def test_the_runner_refuses_too(kernels: None, tmp_path: Path) -> None:
-    runner = DeepSpeedRunner(settings(save(tmp_path, num_attention_heads=8, num_key_value_heads=8, hidden_act="gelu")))
-    with pytest.raises(UserError, match=r"^engine\.kernels: .*hidden_act is gelu, not silu; use engine\.kernels=torch"):
-        runner.load()
-
-
-def test_devices() -> None:
-    assert [checks.device_unsupported(None, major) is None for major in (7, 8, 9, 10, 12)] == [
-        False,
-        True,
-        True,
-        False,
-        False,
-    ]
-    assert checks.device_unsupported("wf6af16", 8) is None
-    assert "needs compute capability 8.x" in str(checks.device_unsupported("wf6af16", 9))
-
-
-def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tools = tmp_path / "tools" / "bin"
-    tools.mkdir(parents=True)
-    monkeypatch.setenv("PATH", str(tools))
-    monkeypatch.setenv("CUDA_HOME", str(tools.parent))
-    for name in ("dskernels", "qtorch"):
-        monkeypatch.syspath_prepend(tmp_path / name)
-        if name == "qtorch":
-            assert "qtorch" in str(checks.not_installed("wf6af16"))
-            assert "no nvcc" in str(checks.not_installed())
-        else:
-            assert checks.not_installed() == "the package deepspeed-kernels is not installed"
-        (tmp_path / name / name).mkdir(parents=True)
-        (tmp_path / name / name / "__init__.py").touch()
-        importlib.invalidate_caches()
-    (tools / "nvcc").touch(mode=0o755)
-    assert "no g++" in str(checks.not_installed("wf6af16"))
-    for tool in ("g++", "ninja"):
-        (tools / tool).touch(mode=0o755)
-    assert checks.not_installed("wf6af16") is None
-    monkeypatch.setattr(checks.importlib.metadata, "version", lambda name: "0.19.2+cu130")
-    assert "DeepSpeed 0.19.2+cu130 rounds rotary frequencies" in str(checks.not_installed())
-
-
-# --- what was read in DeepSpeed's source is still there -------------------------------------------------------------
-
-
-def test_limits_are_deepspeeds(kernels: None) -> None:
-    from deepspeed.inference.v2.kernels.core_ops import CUDABiasActivation, CUDAGatedActivation, CUDAWf6Af16Linear
-    from deepspeed.inference.v2.kernels.ragged_ops import BlockedFlashAttn, BlockedRotaryEmbeddings
-    from deepspeed.inference.v2.model_implementations.sharding.types import DEFAULT_SHARD_GRANULARITY
-    from deepspeed.inference.v2.modules.configs import DSNormConfig
-
-    assert list(checks.HEAD_DIMS) == BlockedRotaryEmbeddings.supported_head_sizes
-    assert list(checks.QUERY_RATIOS) == BlockedRotaryEmbeddings.supported_q_ratios
-    assert [dtype.name for dtype in BlockedFlashAttn.supported_dtypes] == ["fp16", "bf16"]
-    assert checks.INTERMEDIATE_GRANULE == DEFAULT_SHARD_GRANULARITY
-    assert DSNormConfig.model_fields["eps"].default == 1e-5
-    with pytest.raises(ValueError, match="divisible by 8"):
-        CUDABiasActivation(checks.VOCABULARY_GRANULE + 4, torch.float16, 6)
-    CUDAGatedActivation(checks.INTERMEDIATE_MOST, torch.float16, 5)
-    for out_features, in_features in ((checks.FP6_OUT_GRANULE + 64, 64), (256, checks.FP6_IN_GRANULE + 32)):
-        with pytest.raises(ValueError, match="multiple of 256 and 64"):
-            CUDAWf6Af16Linear()(*[None] * 5, out_features, 1, in_features)
-
-
-def test_deepspeeds_own_checks_of_a_pass_still_raise(kernels: None, tiny: Path) -> None:
-    runner = loaded(settings(tiny))
-    with pytest.raises(TypeError):
-        runner.engine.put([0], [torch.tensor([5])])
-
-
-@given(st.integers(1, 80), st.integers(1, 80), st.integers(1, 12))
-def test_heads_are_split_as_deepspeed_splits_them(heads: int, kv_heads: int, tp: int) -> None:
-    from deepspeed.inference.v2.model_implementations.sharding import get_local_heads
-
-    try:
-        expected = [get_local_heads(rank, tp, heads, kv_heads) for rank in range(tp)]
-    except ValueError:
-        expected = None
-    assert checks.local_heads(heads, kv_heads, tp) == expected
-
-
-@given(st.integers(1, 2000), st.integers(1, 12), st.sampled_from([1, 32, 64]))
-def test_sizes_are_split_as_deepspeed_splits_them(chunks: int, ranks: int, granule: int) -> None:
-    from deepspeed.inference.v2.model_implementations.sharding.utils import get_shard_endpoints
-
-    ends = [get_shard_endpoints(chunks * granule, rank, ranks, granule) for rank in range(ranks)]
-    assert checks.shares(chunks * granule, ranks, granule) == [end - start for start, end in ends]

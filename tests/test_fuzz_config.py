@@ -333,6 +333,7 @@ def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleType
         yield module
 
 
+@pytest.mark.slow
 @pytest.mark.endurance
 def test_every_malformed_config_is_one_line(
     main: ModuleType,

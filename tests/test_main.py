@@ -305,10 +305,8 @@ def test_ctrl_c_under_deepspeed_keeps_what_was_finished(tmp_path: Path) -> None:
     assert row["status"] == "interrupted"
 
 
-@pytest.mark.parametrize(
-    "killed",
-    ["harness", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deepspeed", "deepspeed.launcher.launch"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["harness", "deepspeed", "deepspeed.launcher.launch"])
 def test_a_killed_launch_leaves_no_stray_ranks(tmp_path: Path, killed: str) -> None:
     ours = ["parallel.dp=2"] if killed == "harness" else []
     process = start(tmp_path, *ours, launcher=(sys.executable,) if ours else deepspeed(1))

@@ -7,269 +7,51 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import multiprocessing
 import os
 import random
-import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from queue import Empty
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
-from deepspeed.inference.v2.checkpoint import HuggingFaceCheckpointEngine
-from deepspeed.inference.v2.engine_v2 import InferenceEngineV2
-from deepspeed.inference.v2.model_implementations.inference_transformer_base import DSTransformerModelBase
 from deepspeed.inference.v2.ragged import PlaceholderSequenceDescriptor
-from deepspeed.inference.v2.ragged.manager_configs import AllocationMode, KVCacheConfig, MemoryConfig
-from deepspeed.inference.v2.ragged.sequence_descriptor import DSSequenceDescriptor
+from deepspeed.inference.v2.ragged.manager_configs import AllocationMode, MemoryConfig
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from support import mii
 from support.engines import requests as jobs_of
+from support.mii import (
+    CONTEXT,
+    VOCABULARY,
+    BlockArithmetic,
+    counted,
+    counting,
+    engine_on_cpu,
+    hugging_face,
+    last_logits,
+    pipeline_of,
+    run,
+    settings_of,
+)
 
 from harness.basics.clock import Clock
 from harness.basics.errors import UserError
-from harness.config.schema import EngineConfig, GenerationConfig, Order, Stop
-from harness.engines.base import EngineSettings, Progress
-from harness.engines.mii.settings import (
-    end_of_sequence,
-    generation_settings,
-    lay_out,
-    local_checkpoint,
-    memory_settings,
-    model_settings,
-    refuse_unsupported,
-    stored_weights,
-)
-from harness.engines.shared import ragged_kernels
-from harness.engines.shared.kv_blocks import KvBlocks
-from harness.machine.device import accelerator
-from harness.models import loading
-from harness.models.directory import find
-from harness.models.source import Source
+from harness.config.schema import Order, Stop
+from harness.engines.base import Progress
+from harness.engines.mii.settings import generation_settings, memory_settings, model_settings
 from harness.models.tokenizer import ByteTokenizer
 from harness.ranks.rank import free_port
 from harness.ranks.tensor_parallel import TensorParallel
-from harness.workload.records import Completion, PassRecord, Request
+from harness.workload.records import PassRecord, Request
 
-if TYPE_CHECKING:
-    from harness.engines.mii.engine import MiiEngine
+no_gpu, tiny, nothing_unsupported = mii.no_gpu, mii.tiny, mii.nothing_unsupported
 
-VOCABULARY = 300
-CONTEXT = 256
 GIB = 2**30
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": CONTEXT,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-Logits = Callable[[list[int]], torch.Tensor]
-
-
-class Sequences:
-    """DeepSpeed's ``DSStateManager`` without its CUDA buffers: real sequence descriptors over a pool of blocks."""
-
-    def __init__(self, blocks: int, block_size: int) -> None:
-        self.pool = KvBlocks(blocks, block_size)
-        self.known: dict[int, DSSequenceDescriptor] = {}
-        self.held: dict[int, list[int]] = {}
-        self.tokens: dict[int, list[int]] = {}
-
-    @property
-    def n_tracked_sequences(self) -> int:
-        return len(self.known)
-
-    @property
-    def free_blocks(self) -> list[int]:
-        return [self.pool.free]
-
-    def get_sequence(self, uid: int) -> DSSequenceDescriptor | None:
-        return self.known.get(uid)
-
-    def feed(self, uid: int, tokens: list[int], model: Any) -> list[int]:
-        """Takes the blocks for ``tokens`` more tokens; returns all tokens of the sequence."""
-        if uid not in self.known:
-            table = torch.zeros(1, self.pool.total, dtype=torch.int32)
-            self.known[uid] = DSSequenceDescriptor(0, (table,), (table.clone(),))
-            self.held[uid], self.tokens[uid] = [], []
-        sequence = self.known[uid]
-        granted, blocks = model.get_kv_requirements(sequence, len(tokens), self.pool.free)
-        assert granted == len(tokens), "the cache has no room for these tokens"
-        if blocks > 0:
-            taken = self.pool.take(blocks)
-            self.held[uid] += taken
-            sequence.extend_kv_cache(torch.tensor(taken, dtype=torch.int32))
-        sequence.pre_forward(len(tokens))
-        sequence.post_forward()
-        self.tokens[uid] += tokens
-        return self.tokens[uid]
-
-    def flush_sequence(self, uid: int) -> None:
-        self.pool.give_back(self.held.pop(uid))
-        del self.known[uid], self.tokens[uid]
-
-
-class BlockArithmetic:
-    """The part of DeepSpeed's model class that counts KV blocks; the code is DeepSpeed's."""
-
-    get_kv_requirements = DSTransformerModelBase.get_kv_requirements
-    get_remaining_block_capacity = DSTransformerModelBase.get_remaining_block_capacity
-
-    def __init__(self, block_size: int) -> None:
-        self.attn = SimpleNamespace(kv_block_size=block_size)
-
-    def kv_cache_config(self) -> tuple[KVCacheConfig]:
-        return (KVCacheConfig(block_size=self.attn.kv_block_size, cache_shape=(1, 1, 1)),)
-
-
-class CpuEngine(InferenceEngineV2):
-    """DeepSpeed's engine with its own bookkeeping, whose logits come from a function of all tokens so far."""
-
-    def __init__(self, config: Any, blocks: int, block_size: int, logits_of: Logits) -> None:
-        self._config = config
-        self._state_manager = Sequences(blocks, block_size)
-        self._model = BlockArithmetic(block_size)
-        self.logits_of = logits_of
-        self.passes: list[list[int]] = []  # tokens of each sequence, pass by pass
-
-    def put(self, batch_uids: Any, batch_tokens: Any, do_checks: bool = True) -> torch.Tensor:
-        lengths = [len(tokens) for tokens in batch_tokens]
-        manager = self._config.state_manager
-        assert sum(lengths) <= manager.max_ragged_batch_size
-        assert len(lengths) <= manager.max_ragged_sequence_count
-        self.passes.append(lengths)
-        return torch.stack(
-            [
-                self.logits_of(self._state_manager.feed(uid, tokens.tolist(), self._model))
-                for uid, tokens in zip(batch_uids, batch_tokens, strict=True)
-            ]
-        )
-
-
-def successor(tokens: list[int]) -> int:
-    """Returns the token that :func:`counting` makes the largest."""
-    return (7 * tokens[-1] + 13 * len(tokens) + sum(tokens[:3])) % VOCABULARY
-
-
-def counting(tokens: list[int]) -> torch.Tensor:
-    """Returns logits of which the largest depends on the last token, the first ones and how many there are."""
-    return torch.nn.functional.one_hot(torch.tensor(successor(tokens)), VOCABULARY).float()
-
-
-def counted(job: Request, stops: frozenset[int] = frozenset()) -> list[int]:
-    """Returns what a request must give on :func:`counting`."""
-    tokens = list(job.prompt_ids or ())
-    output: list[int] = []
-    while len(output) < (job.output_len or 0) and not (output and output[-1] in stops):
-        output.append(successor(tokens))
-        tokens.append(output[-1])
-    return output
-
-
-@pytest.fixture
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MII waits for the GPU, then a second for its subscribers, in every pipeline it makes; here are neither."""
-    from mii.batching import ragged_batching
-
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(ragged_batching, "time", SimpleNamespace(sleep=lambda seconds: None))
-    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-
-
-def settings_of(source: Source | None = None, stop: Stop = Stop.length, **engine: Any) -> EngineSettings:
-    return EngineSettings(
-        engine=EngineConfig(name="mii", **engine),
-        generation=GenerationConfig(stop=stop),
-        source=source or Source("directory", "/models/llama", None, None, LLAMA, False),
-        dtype="bfloat16",
-        device="cpu",
-        max_context=CONTEXT,
-    )
-
-
-def pipeline_of(
-    settings: EngineSettings, kind: Any, logits_of: Logits, blocks: int, block_size: int, port: int = 0
-) -> Any:
-    from mii.config import ModelConfig
-
-    from harness.engines.mii.engine import TokenIds
-
-    tokens = TokenIds(VOCABULARY)
-    memory = {"mode": "allocate", "size": blocks}
-    config = ModelConfig(**model_settings(settings, "/models/llama", tokens, memory, port or free_port(), free_port()))
-    engine = CpuEngine(config.inference_engine_config, blocks, block_size, logits_of)
-    return kind(inference_engine=engine, tokenizer=tokens, model_config=config)
-
-
-def engine_on_cpu(
-    settings: EngineSettings, logits_of: Logits = counting, blocks: int = 400, block_size: int = 8
-) -> MiiEngine:
-    """Returns the engine as ``load`` leaves it, but for who computes the logits."""
-    from harness.engines.mii.engine import MiiEngine, RequestPipeline
-
-    engine = MiiEngine(settings)
-    engine.tokenizer = ByteTokenizer()
-    engine.stops = frozenset()
-    engine.pipeline = pipeline_of(settings, RequestPipeline, logits_of, blocks, block_size)
-    return engine
-
-
-def run(engine: MiiEngine, jobs: list[Request]) -> dict[int, Completion]:
-    found: dict[int, Completion] = {}
-    for completion in engine.generate(iter(engine.arrange(jobs)), Clock()):
-        assert completion.index not in found
-        found[completion.index] = completion
-    assert not engine.pipeline.active
-    assert engine.pipeline.reserved == 0
-    assert engine.pipeline.inference_engine.free_blocks == [engine.pipeline.total_blocks]
-    return found
-
-
-def hugging_face(model: Any, job: Request, eos: list[int] | None) -> list[int]:
-    ids = torch.tensor([job.prompt_ids], device=model.device)
-    with torch.inference_mode():
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=job.output_len,
-            pad_token_id=0,
-            eos_token_id=eos,
-        )
-    return output[0, ids.shape[1] :].tolist()
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Any:
-    source = Source("dummy", None, None, None, LLAMA, False)
-    model = loading.load_model(source, dtype=torch.float32)
-    model.generation_config.eos_token_id = None
-    return model
-
-
-def last_logits(model: Any) -> Logits:
-    @torch.inference_mode()
-    def logits_of(tokens: list[int]) -> torch.Tensor:
-        padded = tokens + [0] * (-len(tokens) % 64)  # causal: what follows changes nothing, and few shapes are fast
-        return model(torch.tensor([padded]), use_cache=False).logits[0, len(tokens) - 1]
-
-    return logits_of
 
 
 # What MII is told
@@ -714,178 +496,3 @@ def test_the_other_ranks_compute_the_leaders_batches() -> None:
     assert followed == led
     assert len(led) > 20
     assert free == free_there == [60]
-
-
-# The checkpoint, and what is refused
-
-
-@pytest.fixture(autouse=True)
-def nothing_unsupported(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """What DeepSpeed's kernels cannot run has tests of its own."""
-    if "gpu" not in request.keywords:
-        monkeypatch.setattr(ragged_kernels, "unsupported", lambda *what, **more: None)
-
-
-def save(place: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **more: Any) -> Source:
-    """Writes a small checkpoint as transformers does; returns what the harness finds there."""
-    source = Source("dummy", None, None, None, {**LLAMA, **more}, False)
-    model = loading.load_model(source, dtype=dtype)
-    model.save_pretrained(place, max_shard_size=shard)
-    return find(str(place), False, need_weights=True)
-
-
-@pytest.mark.parametrize("shard", ["1GB", "100KB"])
-def test_checkpoint_as_mii_sees_it(tmp_path: Path, shard: str) -> None:
-    source = save(tmp_path / "model", shard=shard)
-    directory = Path(str(source.path))
-    files = {path.name for path in directory.iterdir()}
-    assert ("model.safetensors.index.json" in files) == (shard == "100KB")
-    for name in ("ds_model_config.pkl", "pytorch_model.bin"):
-        (directory / name).write_bytes(b"a pickle")
-    place = tmp_path / "seen"
-    place.mkdir()
-    lay_out(replace(source, architecture={**source.architecture, "auto_map": {"AutoConfig": "x.Y"}}), "bfloat16", place)
-    assert {path.name for path in place.iterdir()} == files - {"generation_config.json"}
-    seen = HuggingFaceCheckpointEngine(str(place))
-    assert seen.model_config.torch_dtype == torch.bfloat16
-    assert seen.model_config.max_seq_length == CONTEXT
-    assert not hasattr(seen.model_config, "auto_map")
-    weights = dict(seen.parameters())
-    assert {name: tuple(weight.shape) for name, weight in weights.items()} == {
-        name: tuple(weight.shape)
-        for name, weight in loading.load_model(source, dtype=torch.float32).state_dict().items()
-    }
-    assert stored_weights(source) == {name: (weight.numel(), "F32") for name, weight in weights.items()}
-
-
-def test_end_of_sequence_ids_are_those_of_transformers(tmp_path: Path) -> None:
-    source = save(tmp_path, eos_token_id=9)
-    settings = settings_of(source, Stop.eos)
-    assert end_of_sequence(source, settings) == {9}
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 11]}))
-    assert end_of_sequence(source, settings) == {9, 11}
-    (tmp_path / "generation_config.json").unlink()
-    assert end_of_sequence(source, settings) == {9}
-    assert end_of_sequence(source, settings_of(source)) == frozenset()
-
-
-@pytest.mark.parametrize(
-    ("kind", "gguf_file", "what"), [("dummy", None, "model.weights=dummy"), ("gguf", "a.gguf", "the GGUF file a.gguf")]
-)
-def test_weights_that_mii_cannot_read(kind: str, gguf_file: str | None, what: str) -> None:
-    with pytest.raises(UserError, match=what) as caught:
-        local_checkpoint(settings_of(Source(kind, "/models", gguf_file, None, LLAMA, False)))
-    assert caught.value.field == "engine"
-
-
-def test_what_would_end_in_a_traceback_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = save(tmp_path / "plain")
-    refuse_unsupported(settings_of(source), source)
-
-    def refused(settings: EngineSettings, source: Source) -> str:
-        with pytest.raises(UserError) as caught:
-            refuse_unsupported(settings, source)
-        assert len(str(caught.value).splitlines()) == 1
-        return str(caught.value)
-
-    thin = save(tmp_path / "thin", rms_norm_eps=1e-6)
-    assert "its rms_norm_eps is 1e-06, and MII computes with 1e-05" in refused(settings_of(thin), thin)
-    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    scaling |= {"original_max_position_embeddings": 64, "rope_theta": 10000.0}
-    long = save(tmp_path / "long", rope_parameters=scaling)
-    assert "its rotary embedding is scaled (llama3)" in refused(settings_of(long), long)
-    tied = save(tmp_path / "tied", tie_word_embeddings=True)
-    assert "looks for lm_head.weight" in refused(settings_of(tied), tied)
-    fp6 = settings_of(source, quantization="wf6af16")
-    assert "some are stored as F32" in refused(fp6, source)
-    half = save(tmp_path / "half", torch.float16)
-    if importlib.util.find_spec("qtorch") is None:
-        assert "needs the package qtorch" in refused(fp6, half)
-    group = TensorParallel(rank=0, size=4, leader=0, group=None, messages=None)
-    message = refused(replace(settings_of(source), tensor=group, host_ranks=2), source)
-    assert message.startswith("parallel.tp: 4 ranks, 2 of them on this host")
-    asked: list[Any] = []
-
-    def unsupported(*what: Any) -> str:
-        asked.append(what)
-        return "rope scaling"
-
-    monkeypatch.setattr(ragged_kernels, "unsupported", unsupported)
-    together = replace(settings_of(source, quantization="wf6af16"), tensor=group, host_ranks=4)
-    assert "mii cannot run" in refused(together, source)
-    assert asked == [(source.architecture, "bfloat16", 4, "wf6af16", together.max_context)]
-
-
-def test_mii_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("mii", "mii.batching"):
-        monkeypatch.setitem(sys.modules, name, None)  # what import sees when there is none
-    monkeypatch.delitem(sys.modules, "harness.engines.mii.engine", raising=False)
-    with pytest.raises(UserError, match=r"^engine: mii is not installed, or not all of it \(.*run bash launch/install"):
-        importlib.import_module("harness.engines.mii.engine")
-
-
-# With a GPU
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(accelerator() != "cuda", reason="needs a GPU")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_ids_on_a_gpu_differ_from_float32_by_rounding_only(tmp_path: Path, dtype: str) -> None:
-    """Teacher-forced in fp32, each token is the best or all but the best, in standard deviations of the logits.
-
-    Hugging Face's own bfloat16 on this model: mean 0.0005, largest 0.045. A prompt token dropped: 0.16 and 3.2.
-    """
-    from harness.engines.mii.engine import MiiEngine
-
-    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
-    architecture = {**LLAMA, **sizes, "vocab_size": 512}
-    model = loading.load_model(Source("dummy", None, None, None, architecture, False), dtype=torch.float32)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim == 2:
-                weight.mul_(3)  # so that the layers have a say beside the last token's embedding
-    model = model.to(getattr(torch, dtype))
-    model.save_pretrained(tmp_path)
-    source = find(str(tmp_path), False, need_weights=True)
-    settings = replace(
-        settings_of(source, token_budget=100, max_sequences=8, kv_memory="2MiB"), dtype=dtype, device="cuda:0"
-    )
-    engine = MiiEngine(settings)
-    engine.load()
-    engine.warm_up()
-    rng = random.Random(0)
-    jobs = [
-        Request(
-            index=index,
-            prompt="",
-            output_len=rng.randint(5, 40),
-            prompt_ids=tuple(rng.randrange(3, 512) for _ in range(rng.choice([1, 3, 20, 130, 200]))),
-        )
-        for index in range(40)
-    ]
-    found = run(engine, jobs)
-    assert {index: (done.prompt_tokens, done.output_tokens) for index, done in found.items()} == {
-        job.index: (len(job.prompt_ids or ()), job.output_len) for job in jobs
-    }
-    assert 0.3 < (engine.statistics.kv_peak_utilisation or 0) <= 1
-    assert engine.statistics.preemptions == 0
-    model = model.float().cuda()
-    gaps = []
-    for job in jobs:
-        ids = found[job.index].token_ids
-        prompt = list(job.prompt_ids or ())
-        with torch.inference_mode():
-            logits = model(torch.tensor([prompt + ids[:-1]]).cuda()).logits[0, len(prompt) - 1 :].cpu()
-        gaps.append((logits.amax(-1) - logits[torch.arange(len(ids)), torch.tensor(ids)]) / logits.std(-1))
-    gap = torch.cat(gaps)
-    assert gap.max() < 0.15
-    assert gap.mean() < 0.005
-    # Again, ended by the token that comes up most.
-    stop = Counter(token for done in found.values() for token in done.token_ids).most_common(1)[0][0]
-    engine.stops = frozenset({stop})
-    ended = run(engine, jobs)
-    assert {done.finish_reason for done in ended.values()} == {"eos", "length"}
-    for done in ended.values():
-        assert (stop in done.token_ids) == (done.finish_reason == "eos")
-        assert stop not in done.token_ids[:-1]
-    assert sum(done.output_tokens for done in ended.values()) < len(gap)

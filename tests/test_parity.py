@@ -57,7 +57,7 @@ def test_the_sample_in_fp32(
 @pytest.mark.parametrize(
     ("count", "overrides"),
     [
-        (SOME, ["engine=fastgen"]),
+        slow(SOME, ["engine=fastgen"]),
         slow(SOME, ["engine=fastgen", *TORCH, "engine.token_budget=48", "engine.max_sequences=16"]),
         slow(
             SOME, ["engine=fastgen", "engine.token_budget=96", "engine.kv_block_size=16", f"engine.kv_memory={TIGHT}"]

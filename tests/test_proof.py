@@ -250,6 +250,7 @@ team_of_two(fault, place)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["none", "damage"])
 def test_two_ranks_prove_themselves_together(tmp_path: Path, fault: str) -> None:
     first, second = launched(tmp_path, RANKS, 2, fault, HARNESS_CACHE=str(tmp_path / "cache"))
@@ -261,6 +262,7 @@ def test_two_ranks_prove_themselves_together(tmp_path: Path, fault: str) -> None
         assert first.startswith("parallel.tp: 2: engine=fastgen does not compute this model: after a prompt of")
 
 
+@pytest.mark.slow
 def test_a_run_records_its_proof(harness: Callable[..., Run], tmp_path: Path, demo_model: Path) -> None:
     words = [f"model.path={demo_model}", "dataset.num_samples=2", "generation.max_output_len=4", "model.dtype=float32"]
     run = harness(*words, HARNESS_CACHE=str(tmp_path / "cache"))
@@ -270,6 +272,7 @@ def test_a_run_records_its_proof(harness: Callable[..., Run], tmp_path: Path, de
     assert "comparing" in run.stdout and "agree with Hugging Face's model" in " ".join(run.stdout.split())
 
 
+@pytest.mark.slow
 def test_a_run_of_what_is_computed_wrongly_is_refused(harness: Callable[..., Run], tmp_path: Path) -> None:
     """The sinks of its attention are weights that no config names."""
     words = [*SMALL, *RANDOM, "dataset.input_len=8", "dataset.output_len=4", "dataset.num_samples=2"]

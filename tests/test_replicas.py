@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from support.runs import launched
 
 RANK = """
@@ -91,6 +92,7 @@ def test_each_request_is_taken_once_and_comes_back(tmp_path: Path) -> None:
     assert outcome["stopped"] == 0
 
 
+@pytest.mark.slow
 def test_a_completion_that_cannot_be_written_ends_the_run(tmp_path: Path) -> None:
     outcome = launched(tmp_path, RANK, 2, "full")
     assert outcome["ended"].startswith("completions.jsonl: no space left on device")
@@ -98,6 +100,7 @@ def test_a_completion_that_cannot_be_written_ends_the_run(tmp_path: Path) -> Non
     assert outcome["taken"] < 50
 
 
+@pytest.mark.slow
 def test_a_failing_rank_is_heard_with_its_own_message(tmp_path: Path) -> None:
     outcome = launched(tmp_path, RANK, 2, "fails")
     assert outcome["failure"] == "rank 1: out of luck"

@@ -154,6 +154,7 @@ def fresh() -> Callable[..., Any]:
     return composed
 
 
+@pytest.mark.slow
 def test_pickles_through_the_command(harness: Harness, model: Path, demo_model: Path, tmp_path: Path) -> None:
     job = [f"model.path={model}", f"model.tokenizer={demo_model}", "dataset.num_samples=2"]
     job += ["generation.max_output_len=2", "model.dtype=float32"]
@@ -242,6 +243,7 @@ def test_a_checkpoint_s_code_is_not_run(
     assert refused == (0 if name == "llama" else 6)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_s_code_through_the_command(
     harness: Harness, model: Path, demo_model: Path, tmp_path: Path
 ) -> None:
@@ -393,6 +395,7 @@ def cells(text: str) -> Iterator[str]:
         yield from row
 
 
+@pytest.mark.slow
 def test_no_control_character_of_a_name_or_a_prompt_is_obeyed(
     harness: Harness, demo_model: Path, tmp_path: Path
 ) -> None:

@@ -404,6 +404,7 @@ def test_hosts_add_up_and_one_unknown_makes_the_whole_unknown() -> None:
 # --- whole runs ---
 
 
+@pytest.mark.slow
 def test_a_run_records_what_the_machine_did(harness: Callable[..., Run]) -> None:
     job = ["dataset.num_samples=200", "dataset.input_len=30", "dataset.output_len=20", "parallel.dp=2"]
     run = harness(*TINY, *RANDOM, *job)

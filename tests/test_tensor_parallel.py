@@ -90,6 +90,7 @@ replicas.leave()
 )
 
 
+@pytest.mark.slow
 def test_each_replica_has_a_group_of_its_own(tmp_path: Path) -> None:
     everyone = launched(tmp_path, GROUPS, 4, OMP_NUM_THREADS="1")
     # A reduction that ignored its group would give 1111 everywhere.

@@ -91,6 +91,7 @@ def test_a_run_that_checks_itself(honest: Run) -> None:
     assert f"4 of {REQUESTS} outputs checked against Hugging Face float32: 4 exact" in " ".join(tokens.split())
 
 
+@pytest.mark.slow
 def test_two_replicas_check_what_both_of_them_wrote(harness: Callable[..., Run]) -> None:
     run = harness(*WORK, "parallel.dp=2", f"verify={REQUESTS + 5}")
     assert run.status == 0, run.stderr

@@ -129,6 +129,7 @@ def test_which_rejection_was_forged(copy: Path, verified: Verified) -> None:
     assert one["found"].endswith("tokens + output_len 8 is within all limits of the run")
 
 
+@pytest.mark.slow
 def test_rejections_of_a_cache_that_is_too_small(tmp_path: Path, verified: Verified) -> None:
     """Of dummy weights: prompts of 40 bytes and BOS need two blocks of 32 tokens, and the cache has but one."""
     job = [*TINY, "dataset=synthetic", "dataset.num_samples=2", "dataset.input_len=21", "dataset.output_len=4"]
@@ -311,6 +312,7 @@ def test_a_model_renamed_everywhere(copy: Path, verified: Verified) -> None:
         )
 
 
+@pytest.mark.slow
 def test_another_checkpoint_of_the_same_name(
     copy: Path, verified: Verified, tmp_path: Path, demo_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -409,6 +411,7 @@ def test_code_of_a_checkpoint_is_not_run_for_its_prompts(copy: Path, verified: V
     assert any(f"{copy.name} ran with model.trust_remote_code=true" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_another_checkpoint_where_the_runs_was(tmp_path: Path, verified: Verified, demo_model: Path) -> None:
     import torch
 

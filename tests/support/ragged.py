@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from harness.models.directory import find
 from harness.models.source import Source
 from harness.models.tokenizer import ByteTokenizer
 from harness.workload.records import Completion, Request
+from support.deepspeed_kernels import emulate
 from support.models import save_model
 
 TINY: dict[str, Any] = {
@@ -131,3 +133,16 @@ def float_quantize(values: Tensor, exponent: int, mantissa: int, rounding: str) 
     assert (exponent, mantissa, rounding) == (3, 2, "nearest")
     step = 2.0 ** (values.abs().clamp(min=0.25).log2().floor() - 2)
     return ((values / step).round() * step).clamp(-28.0, 28.0)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    emulate(monkeypatch.setattr)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("tiny"))
+
+
+ROUNDING = {"float16": 0.01, "bfloat16": 0.08}  # of the logits' standard deviation; a wrong token is off by 1 to 3

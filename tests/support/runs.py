@@ -19,7 +19,7 @@ from harness.results.table import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BIN = Path(sys.executable).parent
-SAMPLE = ROOT / "harness" / "data" / "sample.jsonl"
+SAMPLE = ROOT / "harness" / "workload" / "data" / "sample.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
