@@ -3,6 +3,8 @@
     python launch/bench_engines.py --cores 0,1 [overrides ...]               # engine=baseline and engine=fastgen
     python launch/bench_engines.py --variant "cores=0 parallel.dp=1" --variant "cores=0,1 parallel.dp=2" [overrides ...]
 
+    python launch/bench_engines.py --variant "checkout=../before" --variant "" [overrides ...]   # another commit's code
+
 A variant is a string of overrides; the others come from the end of the command line. Every run is a normal one
 (python harness/main.py ...) pinned to --cores, or to the variant's own cores=...; its row goes to --results/runs.csv,
 from which the table is made. The first variant is the one compared with. Nothing else should run meanwhile: a busy
@@ -26,10 +28,12 @@ from harness.results.table import read_rows
 
 def run(variant: str, overrides: list[str], cores: str, results: Path) -> dict[str, str]:
     """Runs one job to its end and returns its row; ends the program if the job failed."""
-    own = [word for word in variant.split() if not word.startswith("cores=")]
-    cores = next((word.removeprefix("cores=") for word in variant.split() if word.startswith("cores=")), cores)
-    command = [sys.executable, "harness/main.py", *overrides, *own, f"results_dir={results}"]
-    done = subprocess.run(["taskset", "-c", cores, *command], cwd=ROOT, capture_output=True, text=True)
+    words = variant.split()
+    own = [word for word in words if not word.startswith(("cores=", "checkout="))]
+    cores = next((word.removeprefix("cores=") for word in words if word.startswith("cores=")), cores)
+    checkout = next((Path(word.removeprefix("checkout=")) for word in words if word.startswith("checkout=")), ROOT)
+    command = [sys.executable, "harness/main.py", *overrides, *own, f"results_dir={results.resolve()}"]
+    done = subprocess.run(["taskset", "-c", cores, *command], cwd=checkout, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr.strip()}")
     return read_rows(results / "runs.csv")[-1]
