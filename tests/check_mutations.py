@@ -103,15 +103,15 @@ FAULTS = (
     ),
     Fault(
         "loses a request",
-        '            write_all(self._completions, json_bytes(entry) + b"\\n")\n',
-        '            write_all(self._completions, (json_bytes(entry) + b"\\n") * (completion.index != 3))\n',
+        '        self.append(json_bytes(entry) + b"\\n")\n',
+        '        self.append((json_bytes(entry) + b"\\n") * (completion.index != 3))\n',
         ("run",),  # which is failed then, and says so: nothing is left that contradicts it
         tests="tests/test_replicas.py tests/test_main.py::test_two_replicas_share_one_queue",
     ),
     Fault(
         "writes a request twice",
-        '            write_all(self._completions, json_bytes(entry) + b"\\n")\n',
-        '            write_all(self._completions, (json_bytes(entry) + b"\\n") * (1 + (completion.index == 3)))\n',
+        '        self.append(json_bytes(entry) + b"\\n")\n',
+        '        self.append((json_bytes(entry) + b"\\n") * (1 + (completion.index == 3)))\n',
         tests="tests/test_replicas.py tests/test_main.py::test_two_replicas_share_one_queue",
     ),
     Fault(

@@ -189,7 +189,7 @@ def test_passes_are_written_by_finish(tmp_path: Path) -> None:
 
 
 def test_passes_reach_the_disk_during_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.results.recorder.PASSES_FLUSH_S", 0.0)
+    monkeypatch.setattr("harness.results.appending.PASSES_FLUSH_S", 0.0)
     recorder = start(tmp_path)
     for step in range(2):
         recorder.add_pass(PassRecord(step, 0.0, 0.1, 1, 0, 1, 1, 0.0, 0))

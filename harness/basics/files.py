@@ -9,7 +9,7 @@ import math
 import os
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -98,8 +98,16 @@ def replace(path: Path, data: bytes) -> None:
         raise cannot_write(path, error) from error
 
 
-def cut_torn_line(path: Path) -> None:
-    """Takes away what a process that died while it wrote left after the last whole line; raises OSError."""
+def mend_last_line(path: Path, is_whole: Callable[[bytes], bool] | None = None) -> None:
+    """Mends the last line that a process left which died while it wrote: it is cut off, or ended if it is whole.
+
+    Args:
+        path: nothing happens where there is no such file.
+        is_whole: says of a line whether nothing but its end is missing; None for lines that cannot tell.
+
+    Raises:
+        OSError: the file cannot be read or written.
+    """
     if not path.is_file():
         return
     with open(path, "r+b") as file:
@@ -111,7 +119,13 @@ def cut_torn_line(path: Path) -> None:
                 end = start + found + 1
                 break
             end = start
-        if end < size:
+        if end == size:
+            return
+        file.seek(end)
+        if is_whole is not None and is_whole(file.read()):
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n")
+        else:
             file.truncate(end)
 
 

@@ -21,7 +21,7 @@ import psutil
 
 from harness.basics.cells import cell_text
 from harness.basics.errors import one_line
-from harness.basics.files import cannot_write, numbered_lines, open_append, write_all
+from harness.basics.files import cannot_write, mend_last_line, numbered_lines, open_append, write_all
 from harness.machine.energy import POWERCAP, Gpus, GpuSample, Packages
 from harness.machine.memory import available_memory_bytes
 from harness.machine.quantities import _Counter, _Values
@@ -156,7 +156,7 @@ class Sampler:
             return
         self._columns = [*HOST_COLUMNS, *(f"gpu{number}_{name}" for number in range(count) for name in GPU_COLUMNS)]
         with self._writing():
-            header = _mend(self._series)
+            header = _header(self._series)
             self._file = open_append(self._series)
             if header:  # of a run that goes on, maybe on other devices
                 self._columns = header
@@ -338,15 +338,11 @@ def last_sample(series: Path) -> dict[str, str]:
     return dict(zip(header, cells, strict=True)) if cells else {}
 
 
-def _mend(series: Path) -> list[str]:
-    """Cuts off a last line that a crash tore; returns the header, empty where there is none."""
-    if not series.is_file():
-        return []
-    with open(series, "r+b") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
-    header, end, _ = content.partition(b"\n")
-    return header.decode(errors="replace").split(",") if end else []
+def _header(series: Path) -> list[str]:
+    """Returns the columns of a series that is resumed, without a last line that a crash tore; empty without one."""
+    mend_last_line(series)
+    first = next(numbered_lines(series), (1, b""))[1]
+    return first.decode(errors="replace").rstrip("\n").split(",") if first else []
 
 
 def _cpu_seconds() -> tuple[float, float]:

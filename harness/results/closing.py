@@ -1,4 +1,4 @@
-"""Closes the record of a run whose rank 0 could not."""
+"""Closes a run: its counts, its record and its row, by rank 0 or, where that could not, by whoever launched it."""
 
 from __future__ import annotations
 
@@ -8,23 +8,19 @@ from typing import Any
 import filelock
 
 from harness.basics.clock import utc_now
-from harness.basics.files import (
-    json_bytes,
-    replace,
-)
 from harness.basics.outcome import RUNNING, STATUSES
 from harness.results import lifeline, segments
+from harness.results.amending import write_row
 from harness.results.columns import COLUMNS
 from harness.results.completions import Tally
 from harness.results.directory import read_record
 from harness.results.lock import LOCK
 from harness.results.passes import pass_figures
-from harness.results.table import put_row
 
 CLOSE_TIMEOUT_S = 2.0
 
 
-def _close(
+def close(
     results_dir: Path,
     record: dict[str, Any],
     tally: Tally,
@@ -32,9 +28,17 @@ def _close(
     error: str | None,
     expected: int | None = None,
 ) -> dict[str, Any]:
-    """Completes ``record``, writes it and its row; returns the row. A run that is ok has ``expected`` lines.
+    """Completes ``record``, writes it and its row; returns the row.
 
-    ``record`` is as it was where that fails, so that it can be tried again.
+    Args:
+        record: of the run; as it was where this fails, so that it can be tried again.
+        tally: of its ``completions.jsonl``.
+        status: one of :data:`STATUSES`.
+        error: why it is not ok.
+        expected: lines that ``completions.jsonl`` must have if the run is ok; it is ``failed`` otherwise.
+
+    Raises:
+        UserError: a file cannot be written.
     """
     if status not in STATUSES:
         raise ValueError(f"status {status!r} is not one of {STATUSES}")
@@ -54,11 +58,7 @@ def _close(
     if record["git_commit"] is None:
         git = (record.get("environment") or {}).get("git") or {}
         record["git_commit"] = git.get("commit")
-    row = {name: record[name] for name in COLUMNS}
-    # In this order a failure in between leaves the run open to close_unfinished() and to resume, which put their row
-    # in the place of this one.
-    put_row(results_dir, row)
-    replace(results_dir / record["run_id"] / "record.json", json_bytes(record, indent=2))
+    row = write_row(results_dir, record)
     if record.get("clock_s", record["elapsed_s"]) is not None or "segments" in record:
         lifeline.forget(results_dir / record["run_id"])
     unfinished.clear()
@@ -69,12 +69,12 @@ def _close(
 def close_unfinished(
     results_dir: str | Path, run_id: str, status: str, error: str | None, **owner: Any
 ) -> dict[str, Any] | None:
-    """Closes a run whose ranks died without a word: for the process that launched them.
+    """Closes a run whose ranks died before they could: for the process that launched them.
 
     Counts are of the completions on disk; the clock was never stopped, so that rates stay empty.
 
     Args:
-        **owner: what the record must say for the run to be the caller's still; somebody may have gone on with it.
+        **owner: what the record must say for the run to be the caller's still; somebody may have resumed it.
 
     Returns:
         The row, or None when the run is closed already or another's, or there is no such run.
@@ -90,13 +90,13 @@ def close_unfinished(
     try:
         lock.acquire(timeout=CLOSE_TIMEOUT_S)
     except filelock.Timeout:
-        return None  # somebody else goes on with it
+        return None  # somebody else resumes it
     except (OSError, NotImplementedError):  # a full disk, or a file system without locks
         pass
     try:
         record = read_record(results_dir, run_id)
         if record is None or record["status"] != RUNNING or any(record.get(key) != owner[key] for key in owner):
             return None
-        return _close(root, record, Tally.of_file(root / run_id / "completions.jsonl"), status, error)
+        return close(root, record, Tally.of_file(root / run_id / "completions.jsonl"), status, error)
     finally:
         lock.release()

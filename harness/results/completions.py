@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,8 @@ def percentile(values: Sequence[float], q: float) -> float | None:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """Returns the completion that a line of the file is; None where it is none, as a torn one."""
     try:
         value = json.loads(line)
     except ValueError:
@@ -48,7 +48,7 @@ def read_completions(path: str | Path) -> list[dict[str, Any]]:
     found = []
     try:
         for number, line in numbered_lines(path):
-            completion = _parsed(line)
+            completion = parsed(line)
             if completion is not None:
                 found.append(completion)
             elif line.endswith(b"\n"):
@@ -82,7 +82,7 @@ class Tally:
         """Counts what is on disk; lines that are no completions are passed over."""
         tally = cls()
         for _, line in numbered_lines(path):
-            completion = _parsed(line)
+            completion = parsed(line)
             if completion is not None:
                 tally.add(completion)
         return tally
@@ -106,17 +106,3 @@ class Tally:
                 figures[f"{name}_p50_s"] = percentile(values, 50)
                 figures[f"{name}_p99_s"] = percentile(values, 99)
         return figures
-
-
-def mend_last_line(path: Path) -> None:
-    """Ends the last line of a file taken over from a process that died while it wrote, or cuts it off."""
-    last, size = b"", 0
-    for _, last in numbered_lines(path):
-        size += len(last)
-    if last and not last.endswith(b"\n"):
-        with open(path, "r+b") as file:
-            if _parsed(last) is None:
-                file.truncate(size - len(last))
-            else:
-                file.seek(0, os.SEEK_END)
-                file.write(b"\n")
