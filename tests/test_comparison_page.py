@@ -14,7 +14,7 @@ import pytest
 
 from harness.compare import __main__ as compare
 from harness.compare.page import BINS, passes_of
-from harness.compare.reading import Run
+from harness.compare.reading import ComparedRun
 from harness.results.recorder import RunRecorder
 from harness.workload.records import Completion, PassRecord
 
@@ -151,7 +151,7 @@ def test_two_hundred_runs_with_passes_stay_small(tmp_path: Path) -> None:
 
 
 def passes(results: Path, name: str) -> dict[str, list[float]] | None:
-    return passes_of(Run({"run_id": name, "status": "ok"}, {}, results))
+    return passes_of(ComparedRun({"run_id": name, "status": "ok"}, {}, results))
 
 
 def test_few_passes_are_shown_as_they_are(tmp_path: Path) -> None:

@@ -387,23 +387,23 @@ def test_what_one_segment_does_not_know_the_whole_does_not() -> None:
     one = {"steps": 3, "preemptions": 1, "energy_j": None, "peak_memory_bytes": 7, "config_hash": "a"}
     two = {"steps": 4, "preemptions": 0, "energy_j": 5.0, "peak_memory_bytes": 5, "config_hash": "a"}
     record = {"segments": [one | {"time": {"x": 1.0}}, two | {"time": {"x": 2.0}}]}
-    found = segments.combined(record)
+    found = segments.whole_run(record)
     assert (found["steps"], found["preemptions"], found["energy_j"]) == (7, 1, None)
     assert (found["peak_memory_bytes"], found["config_hash"], found["time"]) == (7, "a", {"x": 3.0})
     record["segments"][1]["config_hash"] = "b"
-    assert segments.combined(record)["config_hash"] not in ("a", "b")
+    assert segments.whole_run(record)["config_hash"] not in ("a", "b")
 
 
 def test_segments_on_several_machines_are_none_of_them() -> None:
     one: dict[str, Any] = {"device_name": "H100", "kernels": "native", "tp": 1, "dp": 1, "time": {}, "elapsed_s": 2.0}
     one |= {"elapsed_is_estimated": False}
     same = {"segments": [one, one], "device_name": "H100", "model_flops_utilisation": 0.3}
-    assert not {"device_name", "model_flops_utilisation"} & segments.combined(same).keys()
+    assert not {"device_name", "model_flops_utilisation"} & segments.whole_run(same).keys()
     assert "H100" not in segments.note(same)
-    found = segments.combined({"segments": [one, one | {"device_name": "A100"}]})
+    found = segments.whole_run({"segments": [one, one | {"device_name": "A100"}]})
     assert (found["device_name"], found["model_flops_utilisation"]) == ("H100 + A100", None)
     assert segments.note({"segments": [one, one | {"device_name": "A100"}]}).endswith("; with device_name H100 + A100")
-    assert segments.combined({"segments": [one, one | {"dp": 8}]})["model_flops_utilisation"] is None
+    assert segments.whole_run({"segments": [one, one | {"dp": 8}]})["model_flops_utilisation"] is None
 
 
 def test_what_the_config_calls_the_model_is_no_fact(tmp_path: Path) -> None:

@@ -358,7 +358,7 @@ def resumed(*devices: str | None, checkpoint: tuple[str, ...] = ("aa", "aa", "aa
 def test_names_of_a_run_that_was_gone_on_with() -> None:
     def whole(*devices: str | None, **more: Any) -> dict[str, Any]:
         record = resumed(*devices, **more)
-        return record | {name: value for name, value in segments.combined(padded(record)).items() if name in JOINED}
+        return record | {name: value for name, value in segments.whole_run(padded(record)).items() if name in JOINED}
 
     for honest in (whole("A CPU", "A CPU"), whole("A GPU", "A CPU"), whole("A GPU", None, "Another")):
         assert (list(problems(honest)), unchecked(honest)) == ([], False)
@@ -467,7 +467,7 @@ def test_configs_of_a_run_that_was_gone_on_with(copy: Path) -> None:
         for each in (other, config)
     ]
     record = run.record | {"segments": parts, "loaded": None}
-    record["config_hash"] = segments.combined(record)["config_hash"]
+    record["config_hash"] = segments.whole_run(record)["config_hash"]
 
     def told(**changes: Any) -> list[str]:
         return names.check(dataclasses.replace(run, record=record | changes))[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.basics.errors import UserError, quoted
-from harness.config.identity import UNHASHED_KEYS
+from harness.config.identity import UNHASHED_KEYS, flat
 
 FILE = "accuracy.json"
 # Which may differ without a word: nothing of them reaches a score.
@@ -137,15 +137,8 @@ def _finite(value: float | None) -> float:
 
 def settings_that_differ(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Returns ``key: theirs -> ours`` for each setting that may matter."""
-    mine, others = _flat(ours["config"]), _flat(theirs["config"])
+    mine, others = flat(ours["config"]), flat(theirs["config"])
     mine |= {name: ours.get(name) for name in BESIDE}
     others |= {name: theirs.get(name) for name in BESIDE}
     keys = [key for key in (mine | others) if mine.get(key) != others.get(key)]
     return [f"{key}: {others.get(key)} -> {mine.get(key)}" for key in keys if key.split(".")[0] not in UNSAID]
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, inner in value.items():
-        found |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
-    return found

@@ -96,10 +96,10 @@ def _run(options: argparse.Namespace) -> None:
     page = None if options.html is None else _writable(options.html)
     runs = load(options.tables, lambda line: print(f"warning: {printable(line)}", file=sys.stderr))
     # Only now: pandas takes longer to import than a mistyped path takes to find.
-    from harness.compare import groups, text
+    from harness.compare import comparison, text
 
     everything = options.csv or options.json or page is not None
-    compared = groups.compare(
+    compared = comparison.compare(
         runs, baseline=options.baseline, where=options.where, limit=None if everything else options.limit
     )
     if page is not None:
@@ -113,7 +113,7 @@ def _run(options: argparse.Namespace) -> None:
         sys.stdout.write(text.as_json(compared))
     else:
         if page is not None:
-            compared = groups.limited(compared, options.limit)
+            compared = comparison.limited(compared, options.limit)
         screen = text.terminal(sys.stdout.isatty())
         with screen.capture() as drawn:
             text.print_table(screen, compared)

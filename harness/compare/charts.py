@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from harness.compare.groups import Comparison
+from harness.compare.comparison import Comparison
 
 BARS = 40
 KEY_CHARTS = 12

@@ -17,9 +17,11 @@ import pandas
 from harness.basics.errors import UserError
 from harness.basics.files import plain
 from harness.compare.charts import BARS, cache_chart, charts, tokens_chart
-from harness.compare.groups import Comparison, Group, shown
-from harness.compare.reading import Run
+from harness.compare.comparison import Comparison
+from harness.compare.groups import Group
+from harness.compare.reading import ComparedRun, shown
 from harness.compare.text import statuses_text, usual_settings
+from harness.results.columns import FIGURES, Figure
 from harness.results.directory import run_directory
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -27,22 +29,7 @@ TIMELINES = 200  # runs whose passes are in the page
 BINS = 150  # points of a timeline
 LABEL_LENGTH = 64
 PLAIN_IN_LABELS = ("engine.kernels", "model", "model.dtype", "dataset")  # their values speak for themselves
-# Heading, scale and digits of a figure in the table.
-FIGURE_COLUMNS = {
-    "output_tokens_per_s": ("output\ntokens/s", 1.0, 1),
-    "ttft_p50_s": ("first token\np50 (s)", 1.0, 2),
-    "latency_p50_s": ("latency\np50 (s)", 1.0, 2),
-    "latency_p99_s": ("latency\np99 (s)", 1.0, 2),
-    "elapsed_s": ("elapsed\n(s)", 1.0, 1),
-    "peak_memory_bytes": ("peak memory\n(GiB)", 1 / 2**30, 2),
-    "model_flops_utilisation": ("FLOP\nutilisation (%)", 100.0, 1),
-    "energy_j": ("energy\n(J)", 1.0, 0),
-    "preemptions": ("preemptions", 1.0, 0),
-    "kv_peak_utilisation": ("KV cache\npeak (%)", 100.0, 1),
-    "parity_checked": ("outputs\nchecked", 1.0, 0),
-    "parity_exact_share": ("outputs\nexact (%)", 100.0, 1),
-    "parity_explained_share": ("outputs\nexplained (%)", 100.0, 1),
-}
+FIGURE_COLUMNS = {name: figure for name, figure in FIGURES.items() if figure.page is not None}
 
 
 def html(comparison: Comparison, tables: Sequence[str]) -> str:
@@ -132,7 +119,7 @@ def _row(number: int, one: Group, comparison: Comparison) -> dict[str, Any]:
         "baseline": one is comparison.baseline,
         "differs": one.differs_in,
         "figures": [
-            _scaled(one.figures[name], FIGURE_COLUMNS[name][1]) for name in comparison.figures if name in FIGURE_COLUMNS
+            _scaled(one.figures[name], FIGURE_COLUMNS[name]) for name in comparison.figures if name in FIGURE_COLUMNS
         ],
         "p50": one.figures["latency_p50_s"],
         "p99": one.figures["latency_p99_s"],
@@ -144,13 +131,14 @@ def _typed(key: str, value: Any) -> Any:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else shown(key, value)
 
 
-def _scaled(value: float | None, scale: float) -> float | None:
+def _scaled(value: float | None, figure: Figure) -> float | None:
+    scale = figure.scale if figure.page_scale is None else figure.page_scale
     return None if value is None else float(f"{value * scale:.6g}")
 
 
 def _heading(name: str) -> dict[str, Any]:
-    title, _, digits = FIGURE_COLUMNS[name]
-    return {"title": title, "digits": digits}
+    figure = FIGURE_COLUMNS[name]
+    return {"title": figure.page, "digits": figure.digits}
 
 
 def _labels(comparison: Comparison) -> list[str]:
@@ -194,7 +182,7 @@ def _timelines(comparison: Comparison) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def passes_of(run: Run) -> dict[str, list[float]] | None:
+def passes_of(run: ComparedRun) -> dict[str, list[float]] | None:
     """Returns a run's forward passes as at most :data:`BINS` points of about as many passes each; None without any.
 
     ``t`` is the start of a point's first pass (s), ``prompt`` and ``decode`` are mean tokens a pass, ``kv`` is the

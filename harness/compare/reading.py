@@ -13,54 +13,30 @@ from pathlib import Path
 from typing import Any
 
 from harness.basics.errors import UserError, printable, quoted
-from harness.config.identity import UNHASHED_KEYS
+from harness.config.identity import UNHASHED_KEYS, flat
+from harness.results.columns import FIGURES, TABLE, names_of
 from harness.results.directory import read_record
 from harness.results.table import read_table
 
-# Columns that tell how a run was configured, and the key of the config that each of them settles.
+# Columns that tell how a run was configured, and the key of the config that each of them settles: what a run found out,
+# which is in no config, comes last, digests at the very end.
 KEYS = {
-    "engine": "engine",
-    "kernels": "engine.kernels",
-    "model": "model",
-    "weights": "model.weights",
-    "dtype": "model.dtype",
-    "quantization": "engine.quantization",
-    "dataset": "dataset",
-    "stop": "generation.stop",
-    "requests": "dataset.num_samples",
-    "tp": "parallel.tp",
-    "dp": "parallel.dp",
-    "token_budget": "engine.token_budget",
-    "max_sequences": "engine.max_sequences",
-    "device": "device",
-    "device_name": "device_name",
-    "dataset_sha256": "dataset_sha256",
-    "git_commit": "git_commit",
+    column.name: column.setting
+    for column in sorted(TABLE, key=lambda one: (one.setting == one.name and one.config is None, one.digest))
+    if column.setting is not None
 }
-DIGESTS = ("dataset_sha256", "git_commit")  # shown by their first digits
-FIGURES = (
-    "total_tokens_per_s",
-    "output_tokens_per_s",
-    "ttft_p50_s",
-    "latency_p50_s",
-    "latency_p99_s",
-    "elapsed_s",
-    "peak_memory_bytes",
-    "model_flops_utilisation",
-    "energy_j",
-    "preemptions",
-    "kv_peak_utilisation",
-    "parity_checked",
-    "parity_exact_share",
-    "parity_explained_share",
+DIGESTS = names_of(column for column in TABLE if column.digest)  # shown by their first digits
+REJECTED = "rejected"
+COUNTS = names_of(
+    column for column in TABLE if column.name == REJECTED or (column.setting is not None and column.kind is int)
 )
-COUNTS = ("requests", "rejected", "tp", "dp", "token_budget", "max_sequences")
+UNKNOWN = object()
 NAMES_OF_GROUPS = ("engine", "model", "dataset", "hardware")
 BUDGETED = ("fastgen", "mii")  # engines whose passes token_budget and max_sequences bound
 
 
 @dataclass(slots=True)
-class Run:
+class ComparedRun:
     """One row of a table: text by column, numbers by column (None where unknown), and where its files lie."""
 
     cells: dict[str, str]
@@ -99,7 +75,12 @@ class Run:
             config = None
         if not isinstance(config, dict):
             return {}
-        found = _flat({key: value for key, value in config.items() if key not in UNHASHED_KEYS})
+        whole = flat({key: value for key, value in config.items() if key not in UNHASHED_KEYS})
+        found = {
+            printable(key): json.dumps(value) if isinstance(value, list) else value
+            for key, value in whole.items()
+            if value != {}
+        }
         for group in NAMES_OF_GROUPS:
             if f"{group}.name" in found:
                 found[group] = found.pop(f"{group}.name")
@@ -110,17 +91,18 @@ def _whole(number: float) -> float | int:
     return int(number) if number.is_integer() else number
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{printable(key)}.")
-        else:
-            found[f"{prefix}{printable(key)}"] = json.dumps(value) if isinstance(value, list) else value
-    return found
+def shown(key: str, value: Any) -> str:
+    """Returns a setting as text, as a person would type it; a digest by its first digits."""
+    if value is UNKNOWN:
+        return "?"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if key in DIGESTS:
+        return str(value)[:8]
+    return printable(str(value))
 
 
-def settings_of(runs: Sequence[Run]) -> dict[str, Any]:
+def settings_of(runs: Sequence[ComparedRun]) -> dict[str, Any]:
     """Returns the settings that runs of one config share: what their rows say, completed from one record."""
     rows: dict[str, Any] = {}
     for run in runs:
@@ -136,7 +118,7 @@ def settings_of(runs: Sequence[Run]) -> dict[str, Any]:
     return {**record, **rows}
 
 
-def load(paths: Sequence[str], warn: Callable[[str], None]) -> list[Run]:
+def load(paths: Sequence[str], warn: Callable[[str], None]) -> list[ComparedRun]:
     """Returns the runs of several ``runs.csv``, each run once.
 
     Args:
@@ -146,7 +128,7 @@ def load(paths: Sequence[str], warn: Callable[[str], None]) -> list[Run]:
     Raises:
         UserError: a file is missing, cannot be read or is no table of runs, or there is no run in any of them.
     """
-    runs: dict[str, Run] = {}
+    runs: dict[str, ComparedRun] = {}
     left_out = False
     for given in paths:
         path = Path(given) / "runs.csv" if Path(given).is_dir() else Path(given)
@@ -170,7 +152,7 @@ def load(paths: Sequence[str], warn: Callable[[str], None]) -> list[Run]:
         for number, row in enumerate(rows, start=1):
             if number not in skipped:
                 cells = {name: _readable(cell) for name, cell in zip(header, row, strict=True)}
-                runs.setdefault(cells["run_id"], Run(cells, {}, path.parent))
+                runs.setdefault(cells["run_id"], ComparedRun(cells, {}, path.parent))
     if not runs:
         where = ", ".join(str(path) for path in paths)
         if left_out:
@@ -187,7 +169,7 @@ def _readable(cell: str) -> str:
     return text if text.isprintable() else "".join(char if char.isprintable() else " " for char in text)
 
 
-def _read_numbers(runs: list[Run], warn: Callable[[str], None]) -> None:
+def _read_numbers(runs: list[ComparedRun], warn: Callable[[str], None]) -> None:
     for name in (*FIGURES, *COUNTS):
         wrong = []
         for run in runs:

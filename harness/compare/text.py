@@ -16,21 +16,16 @@ from rich.text import Text
 
 from harness.basics.cells import cell_text
 from harness.basics.files import plain
-from harness.compare.groups import UNKNOWN, Comparison, Group, shown
+from harness.compare.comparison import Comparison
+from harness.compare.groups import Group
+from harness.compare.reading import UNKNOWN, shown
+from harness.results.columns import FIGURES
 
-GIB = 2**30
-# Figures that follow the throughput if the terminal has room for them, the most telling first: heading, scale, format.
+# Figures that follow the throughput if the terminal has room for them, the most telling first.
 OPTIONAL = {
-    "latency_p50_s": ("latency\np50 s", 1.0, ",.2f"),
-    "peak_memory_bytes": ("peak\nGiB", 1 / GIB, ",.2f"),
-    "parity_exact_share": ("exact\nshare", 1.0, ".1%"),
-    "ttft_p50_s": ("ttft\np50 s", 1.0, ",.2f"),
-    "output_tokens_per_s": ("output\ntok/s", 1.0, ",.1f"),
-    "model_flops_utilisation": ("FLOP\nutil.", 1.0, ".1%"),
-    "latency_p99_s": ("latency\np99 s", 1.0, ",.2f"),
-    "kv_peak_utilisation": ("KV\npeak", 1.0, ".1%"),
-    "energy_j": ("energy\nJ", 1.0, ",.0f"),
-    "preemptions": ("pre-\nempted", 1.0, ",.0f"),
+    name: figure
+    for name, figure in sorted(FIGURES.items(), key=lambda item: item[1].room)
+    if figure.terminal is not None
 }
 PADDING = 2
 SETTING_WIDTH = 26
@@ -100,10 +95,11 @@ def _columns(comparison: Comparison, width: int) -> list[Column]:
     left = width - sum(_width(column) for column in (runs, *figures))
     settings = _settings(comparison, left)
     left -= sum(_width(column) for column in settings)
-    for name, (heading, scale, form) in OPTIONAL.items():
+    for name, figure in OPTIONAL.items():
         if name in comparison.figures:
             values = (one.figures[name] for one in groups)
-            column = (heading, ["" if value is None else format(value * scale, form) for value in values], True)
+            cells = ["" if value is None else format(value * figure.scale, figure.form) for value in values]
+            column = (str(figure.terminal), cells, True)
             if _width(column) <= left:
                 figures.append(column)
                 left -= _width(column)

@@ -1,4 +1,4 @@
-"""Which runs are of the same config: groups, and the hash of what counts."""
+"""Which runs are of the same config: groups, the hash of what counts, and settings by their whole keys."""
 
 from __future__ import annotations
 
@@ -19,3 +19,19 @@ def config_hash(config: dict[str, Any]) -> str:
     job = {key: value for key, value in config.items() if key not in UNHASHED_KEYS}
     canonical = json.dumps(plain(job), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def flat(config: dict[Any, Any], depth: int | None = None) -> dict[str, Any]:
+    """Returns a nested config's values by their keys, joined by dots; an empty section is a value.
+
+    Args:
+        depth: how many levels of keys there may be; what lies deeper is one value. None for all.
+    """
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value and depth != 1:
+            inner = flat(value, None if depth is None else depth - 1)
+            found |= {f"{key}.{name}": inner[name] for name in inner}
+        else:
+            found[str(key)] = value
+    return found

@@ -74,7 +74,7 @@ def _expected(name: str, parts: list[dict[str, Any]]) -> Any:
         return None
     if name == "device":  # the record has the last segment's
         return _loaded(parts[-1]).get(name)
-    # As segments.combined() joins them; a segment that ended before its load did has its device's name among them.
+    # As segments.whole_run() joins them; a segment that ended before its load did has its device's name among them.
     values = [_loaded(part).get(name, part.get(name)) for part in parts]
     return " + ".join(dict.fromkeys(str(value) for value in values if value is not None)) or None
 

@@ -50,7 +50,7 @@ def close(
     if "segments" in record:
         record["segments"] = list(record["segments"])
         segments.end(record, results_dir / record["run_id"], lines)
-        record |= segments.combined(record)
+        record |= segments.whole_run(record)
         record["notes"] = [*(record.get("notes") or []), segments.note(record)]
     record |= dict.fromkeys(name for name in COLUMNS if name not in record)
     record |= tally.figures(record["elapsed_s"])

@@ -1,7 +1,7 @@
 """What others see of a run: where its clock's zero lies on the host's clock, until when rank 0 was there, when it died.
 
 Rank 0 cannot write down its own death, nor that it was stopped (SIGSTOP). So it notes in ``run.clock`` where its clock
-began on the host's, which all processes of a boot share; and whoever started it, or ``undertaker.py``, writes beside
+began on the host's, which all processes of a boot share; and whoever started it, or the watchdog, writes beside
 that once a second that its process exists, and in the end when it was gone. A run that stops its clock itself has no
 need of the file, and it is taken away. Nothing here is flushed to the disk: after a power cut it would mean nothing.
 """

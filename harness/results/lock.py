@@ -2,7 +2,7 @@
 
 ``run.lock`` is held by the one process that writes, rank 0 as a rule. Our launcher begins a run, or a new segment of
 it, seconds before rank 0 is there to write: it holds ``launch.lock`` from then to the launch's end, and whoever wants
-to go on with a run must have both.
+to resume a run must have both.
 """
 
 from __future__ import annotations

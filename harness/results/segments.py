@@ -1,10 +1,10 @@
-"""A run that was gone on with: the segments between its starts and ends, on one clock that stands still in between.
+"""A run that was resumed: the segments between its starts and ends, on one clock that stands still in between.
 
 The clock of a segment begins where that of the one before it ended, so that the times in ``completions.jsonl`` and
-``passes.csv``, and ``elapsed_s``, are of the sum of all segments. A segment that ended without a word (kill -9) ends
-when its rank 0 was seen to be dead (``lifeline.py``), however long it had been stopped before that. Where
-nobody saw it (all processes killed at once, no power), the last sign of life is a lower bound, and marked as one; on
-the same boot of the host there is an upper bound too, the moment at which somebody goes on with the run.
+``passes.csv``, and ``elapsed_s``, are of the sum of all segments. A segment that could not stop its clock (kill -9)
+ends when its rank 0 was seen to be dead (``lifeline.py``), however long it had been stopped before that. Where nobody
+saw it (all processes killed at once, no power), the last sign of life is a lower bound, and marked as one; on the same
+boot of the host there is an upper bound too, the moment at which somebody resumes the run.
 """
 
 from __future__ import annotations
@@ -15,43 +15,37 @@ import json
 from pathlib import Path
 from typing import Any
 
+from harness.basics.clock import utc_now
 from harness.basics.files import numbered_lines
+from harness.config.identity import UNHASHED_KEYS, flat
 from harness.results import lifeline
+from harness.results.columns import Combine, combined_over_segments
 
 TAIL_BYTES = 1 << 16
 AT_LEAST, ABOUT = "at least ", "about "
-SUMS = ("steps", "preemptions", "energy_j")
-PEAKS = ("kv_peak_utilisation", "peak_memory_bytes")
-HASHES = ("config_hash", "job_hash")
+SUMS = combined_over_segments(Combine.SUM)
+PEAKS = combined_over_segments(Combine.HIGHEST)
+HASHES = (*combined_over_segments(Combine.HASHED), "job_hash")
+# What all segments must have in common, once it is known.
+WORK = combined_over_segments(Combine.SAME)
+# What the run keeps from its first segment on.
+LASTING = (*combined_over_segments(Combine.FIRST), "command_line")
+# What the run has several of, if its segments did not agree.
+JOINED = combined_over_segments(Combine.JOINED)
+COMMIT = "git_commit"  # which a segment has in its environment
 # What a segment keeps of the record that it had to itself.
 KEPT = (
-    *(
-        "status",
-        "error",
-        *SUMS,
-        *PEAKS,
-        *HASHES,
-        "tp",
-        "dp",
-        "load_s",
-        "warmup_s",
-        "time",
-    ),
-    *("config", "environment", "hostname", "device_name", "kernels", "loaded", "proof"),
+    *combined_over_segments(Combine.EACH),
+    *(*SUMS, *PEAKS, *HASHES, *(name for name in JOINED if name != COMMIT)),
+    *("time", "config", "environment", "hostname", "loaded", "proof"),
     *("notes", "engine_statistics", "telemetry", "split"),
 )
-# What all segments must have in common, once it is known.
-WORK = ("model", "weights", "dtype", "dataset_sha256")
-# What the run keeps from its first segment on.
-LASTING = ("run_id", "started_at", "command_line")
-# What the run has several of, if its segments did not agree.
-JOINED = ("device_name", "kernels", "git_commit")
 
 
 def begin(
     earlier: dict[str, Any], directory: Path, completed: int, figures: dict[str, Any], command_line: list[str]
 ) -> dict[str, Any]:
-    """Returns the record of a run that is gone on with.
+    """Returns the record of a run that is resumed.
 
     Args:
         earlier: the record as it was left; ``running`` when nobody could say how the run ended.
@@ -60,12 +54,10 @@ def begin(
         figures: what the new segment starts with.
         command_line: of the new segment; the record keeps the first one.
     """
-    from harness.basics.clock import utc_now
-
     earlier = dict(earlier)
     if "segment" in earlier or not earlier.get("segments"):
         if earlier["status"] == "running":
-            earlier |= {"status": "failed", "error": "ended without a word"}
+            earlier |= {"status": "failed", "error": "ended without an error message"}
         end(earlier, directory, completed)
     past = earlier["segments"]
     # Before a rank has looked at the checkpoint, the record has what the config says, which may be another model's.
@@ -132,7 +124,7 @@ def _end_of_its_own(record: dict[str, Any], directory: Path, since: float) -> tu
     return least, True, at_most if at_most is None else max(at_most, least)
 
 
-def combined(record: dict[str, Any]) -> dict[str, Any]:
+def whole_run(record: dict[str, Any]) -> dict[str, Any]:
     """Returns the figures of all segments together; what one of them lacks is unknown of the whole."""
     segments = record["segments"]
     figures: dict[str, Any] = {}
@@ -161,7 +153,7 @@ def combined(record: dict[str, Any]) -> dict[str, Any]:
 
 def _distinct(segments: list[dict[str, Any]], name: str) -> list[str]:
     """Returns the values of one of :data:`JOINED` in the order of the segments, each once."""
-    if name == "git_commit":
+    if name == COMMIT:
         found = [((segment.get("environment") or {}).get("git") or {}).get("commit") for segment in segments]
     else:
         found = [segment.get(name) for segment in segments]
@@ -200,22 +192,13 @@ def _accuracy(segment: dict[str, Any]) -> str:
 
 def changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
     """Returns, by key, the settings that are not what they were, with both values."""
-    from harness.config.identity import UNHASHED_KEYS
+    was, is_ = (flat(_groups(config), depth=2) for config in (before, now))
+    return {key: [was.get(key), is_.get(key)] for key in sorted({*was, *is_}) if was.get(key) != is_.get(key)}
 
-    flat = [
-        {
-            f"{group}.{key}": value
-            for group, keys in config.items()
-            if group not in UNHASHED_KEYS and isinstance(keys, dict)
-            for key, value in keys.items()
-        }
-        for config in (before, now)
-    ]
-    return {
-        key: [flat[0].get(key), flat[1].get(key)]
-        for key in sorted({*flat[0], *flat[1]})
-        if flat[0].get(key) != flat[1].get(key)
-    }
+
+def _groups(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    groups = {group: keys for group, keys in config.items() if group not in UNHASHED_KEYS}
+    return {group: keys for group, keys in groups.items() if isinstance(keys, dict) and keys}
 
 
 def last_sign_of_life(directory: Path) -> float | None:

@@ -11,7 +11,7 @@ from yaml import YAMLError
 
 from harness.basics.errors import one_line
 from harness.basics.files import plain
-from harness.config.identity import config_hash
+from harness.config.identity import config_hash, flat
 from harness.models import loaded
 from harness.results import segments
 from harness.results.columns import columns_from_config
@@ -50,21 +50,15 @@ def _config(run: Run, config: dict[str, Any]) -> Iterator[str]:
     except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException) as error:
         yield f"{CONFIG} is damaged: {one_line(str(error), 100)}"
         return
-    mine, others = _flat(plain(config)), _flat(asked)
+    if not isinstance(asked, dict):
+        yield f"{CONFIG} is damaged: it has no keys"
+        return
+    mine, others = flat(plain(config)), flat(asked)
     for key in sorted({*mine, *others}):
         if key not in mine or key not in others or mine[key] != others[key]:
             said, found = _text(mine.get(key, "nothing")), _text(others.get(key, "nothing"))
             yield f"record.json says {key}={said} in its config, {CONFIG} {found}"
             return
-
-
-def _flat(config: Any, key: str = "") -> dict[str, Any]:
-    """Returns a config's values by their keys, with dots."""
-    if not isinstance(config, dict) or not config:
-        return {key: config}
-    return {
-        name: value for one in config for name, value in _flat(config[one], f"{key}.{one}" if key else str(one)).items()
-    }
 
 
 def _hashes(record: dict[str, Any], config: dict[str, Any]) -> Iterator[str]:
@@ -82,9 +76,9 @@ def _hashes(record: dict[str, Any], config: dict[str, Any]) -> Iterator[str]:
     if parts[-1]["config"] != config:
         yield "record.json's config is not that of its last segment"
     try:
-        expected = segments.combined(record)["config_hash"]
+        expected = segments.whole_run(record)["config_hash"]
     except (KeyError, TypeError, AttributeError, ValueError):
-        yield "record.json's segments are not as a run that was gone on with writes them"
+        yield "record.json's segments are not as a resumed run writes them"
         return
     if record.get("config_hash") != expected:
         yield f"record.json says config_hash {_text(record.get('config_hash'))}, its segments together {expected}"

@@ -9,15 +9,15 @@ from typing import Any
 
 from harness.basics.cells import cell_text
 from harness.basics.errors import one_line
-from harness.results.columns import COLUMNS
+from harness.results.columns import COLUMNS, TABLE, Source, names_of
 from harness.results.completions import percentile
 from harness.verify import clock, limits, names
 from harness.verify.clock import number
 from harness.verify.runs import Run
 from harness.workload.records import Request
 
-COUNTS = ("completed", "rejected", "prompt_tokens", "output_tokens", "total_tokens")
-RATES = {"requests_per_s": "completed", "total_tokens_per_s": "total_tokens", "output_tokens_per_s": "output_tokens"}
+COUNTS = names_of(column for column in TABLE if column.source is Source.COUNT)
+RATES = {column.name: column.rate_of for column in TABLE if column.rate_of is not None}
 ROUNDING = 1e-5  # a row's rates have 6 digits
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from harness.compare import __main__ as compare
-from harness.compare.groups import Comparison
-from harness.compare.groups import compare as compared
+from harness.compare.comparison import Comparison
+from harness.compare.comparison import compare as compared
 from harness.compare.reading import load
 from harness.results.recorder import RunRecorder
 from harness.workload.records import Completion
