@@ -316,7 +316,7 @@ def test_every_malformed_dataset_is_one_line(
     file = tmp_path / "data.json"
     tally: collections.Counter[str] = collections.Counter()
     monkeypatch.setattr(json_file, "MAX_FILE_BYTES", FILE_LIMIT)
-    monkeypatch.setattr("harness.workload.reading.SAMPLE_PATH", file)
+    monkeypatch.setattr("harness.workload.formats.sample.SAMPLE_PATH", file)
 
     @hypothesis_settings(max_examples=scale(1_300, 26_000), database=None, suppress_health_check=list(HealthCheck))
     @given(

@@ -295,9 +295,9 @@ def test_the_winner_s_command_keeps_what_the_search_was_about() -> None:
     words = ["engine.token_budget=64", "experiment=[asc24_70b_8gpu,tune]", "model.path=/m", "dataset.num_samples=9"]
     words += ["sweep.confirm=1", "hydra.verbose=true", "timeout_s=5", "+model.architecture.x=1"]
     kept = ["experiment=[asc24_70b_8gpu]", "model.path=/m", "+model.architecture.x=1"]
-    assert _without_search(words, {"engine.token_budget": 64}, synthetic=False) == kept
-    assert "dataset.num_samples=9" in _without_search(words, {}, synthetic=True)
-    assert _without_search(["experiment=tune"], {}, synthetic=False) == []
+    assert _without_search(words, {"engine.token_budget": 64}, makes_requests=False) == kept
+    assert "dataset.num_samples=9" in _without_search(words, {}, makes_requests=True)
+    assert _without_search(["experiment=tune"], {}, makes_requests=False) == []
 
 
 def test_choices_are_values_by_key() -> None:

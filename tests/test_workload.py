@@ -19,7 +19,7 @@ from support.datasets import NO_CAP, TRIPLES, assert_valid, chat, refusal
 
 from harness.basics.errors import UserError
 from harness.config.schema import DatasetConfig, GenerationConfig, SyntheticPrompt
-from harness.workload import reading
+from harness.workload.formats import sample
 from harness.workload.reading import read, resolve
 from harness.workload.records import Completion, Request
 
@@ -227,7 +227,7 @@ def test_ten_thousand_requests() -> None:
 
 
 def test_shipped_sample() -> None:
-    lines = reading.SAMPLE_PATH.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    lines = sample.SAMPLE_PATH.read_text(encoding="utf-8").rstrip("\n").split("\n")
     records = [json.loads(line) for line in lines]
     assert len(records) >= 64
     languages = {record["language"] for record in records}
@@ -240,7 +240,7 @@ def test_shipped_sample() -> None:
         Request(index, record["prompt"], record["output_len"], record["prompt_len"])
         for index, record in enumerate(records)
     ]
-    assert loaded.sha256 == hashlib.sha256(reading.SAMPLE_PATH.read_bytes()).hexdigest()
+    assert loaded.sha256 == hashlib.sha256(sample.SAMPLE_PATH.read_bytes()).hexdigest()
     assert_valid(resolve(loaded, NO_CAP))
 
 
@@ -264,7 +264,7 @@ def test_sample_is_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.
 def test_damaged_sample(
     write: Callable[..., str], monkeypatch: pytest.MonkeyPatch, content: str, expected: str
 ) -> None:
-    monkeypatch.setattr("harness.workload.reading.SAMPLE_PATH", Path(write(content, "sample.jsonl")))
+    monkeypatch.setattr("harness.workload.formats.sample.SAMPLE_PATH", Path(write(content, "sample.jsonl")))
     assert expected in refusal("sample")
 
 
@@ -272,7 +272,7 @@ def test_sample_lines_may_hold_other_line_separators(
     write: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = '{"prompt": "a\u2028b\u0085c", "prompt_len": 3, "output_len": 1}\n'
-    monkeypatch.setattr("harness.workload.reading.SAMPLE_PATH", Path(write(line * 2, "sample.jsonl")))
+    monkeypatch.setattr("harness.workload.formats.sample.SAMPLE_PATH", Path(write(line * 2, "sample.jsonl")))
     assert [request.prompt for request in read(DatasetConfig(name="sample")).requests] == ["a\u2028b\u0085c"] * 2
 
 

@@ -82,7 +82,7 @@ def test_any_file_is_valid_or_one_line(
     fuzzed.write_bytes((gzip.compress(content) if compress else content)[:cut])
     path = None if name == "sample" else str(fuzzed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("harness.workload.reading.SAMPLE_PATH", fuzzed)
+        patch.setattr("harness.workload.formats.sample.SAMPLE_PATH", fuzzed)
         try:
             loaded = read(DatasetConfig(name=name, path=path, num_samples=num_samples))
             loaded = resolve(loaded, NO_CAP, count_tokens=lambda texts: [len(text.split()) for text in texts])

@@ -20,7 +20,7 @@ from harness.machine.device import accelerator, cores, cuda_devices, device_name
 from harness.models import locate
 from harness.running.sweep import Sweep
 from harness.running.sweep_table import SweepJob, choices
-from harness.workload import reading
+from harness.workload import catalogue, reading
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -141,7 +141,7 @@ def _confirm(sweep: Sweep, searched: list[SweepJob], finalists: int, requests: i
 def _confirming(composed: DictConfig) -> int:
     """Returns how many requests confirm the best: ``sweep.confirm_samples``, as far as the dataset has them."""
     dataset = compose.to_config(composed).dataset
-    if dataset.name == "synthetic":
+    if catalogue.find(dataset.name).makes_requests:
         return int(composed.sweep.confirm_samples or MORE * (dataset.num_samples or 1))
     there = len(reading.read(replace(dataset, num_samples=None)).requests)
     return min(there, composed.sweep.confirm_samples or MORE * (dataset.num_samples or there))
@@ -149,7 +149,7 @@ def _confirming(composed: DictConfig) -> int:
 
 def _announce(sweep: Sweep, composed: DictConfig, winner: SweepJob, found: dict[str, Any], figures: str) -> None:
     """Prints the winning command line, and writes the values ``found`` as an experiment if it has a name."""
-    others = _without_search(winner.overrides, found, synthetic=composed.dataset.name == "synthetic")
+    others = _without_search(winner.overrides, found, catalogue.find(composed.dataset.name).makes_requests)
     command = ["python", "harness/main.py", *others]
     values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}
     line = shlex.join([*command, *(f"{key}={value}" for key, value in values.items())])
@@ -179,10 +179,10 @@ def _announce(sweep: Sweep, composed: DictConfig, winner: SweepJob, found: dict[
     sweep.say(f"written to {os.path.relpath(path)}:\n    {shown}")
 
 
-def _without_search(overrides: list[str], found: dict[str, Any], synthetic: bool) -> list[str]:
+def _without_search(overrides: list[str], found: dict[str, Any], makes_requests: bool) -> list[str]:
     """Returns the overrides that a plain run keeps: not what was searched, nor what only the search needs."""
     dropped = {*found, *SEARCH_KEYS}
-    if synthetic:  # which has no other number of requests
+    if makes_requests:  # without a file there is no other number of them
         dropped.discard("dataset.num_samples")
     kept = []
     for word in overrides:

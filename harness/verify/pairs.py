@@ -8,13 +8,13 @@ from typing import Any
 
 from harness.basics.errors import UserError, one_line, quoted
 from harness.verify.runs import Run
+from harness.workload import catalogue
 
 # What settles which tokens are right, beside the dataset and the model: (group of the config, key, where it counts).
 RULES = (
     ("generation", "stop", "stop rule"),
     ("generation", "max_output_len", "cap on outputs"),
 )
-LENGTHS = {"synthetic": ("input_len", "output_len", "prompt", "seed"), "sharegpt": ("output_len",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def _work(one: Run, other: Run) -> Iterator[tuple[str, Any, Any]]:
         yield "way to draw dummy weights", mine, others
     yield "dataset", dataset, other.setting("dataset", "name")
     yield "dataset's sha256", one.record.get("dataset_sha256"), other.record.get("dataset_sha256")
-    for key in LENGTHS.get(str(dataset), ()):
+    for key in catalogue.settings_of(str(dataset)):
         yield f"dataset.{key}", one.setting("dataset", key), other.setting("dataset", key)
     for group, key, name in RULES:
         yield f"{name} ({group}.{key})", one.setting(group, key), other.setting(group, key)

@@ -17,15 +17,10 @@ from typing import Any
 
 from harness.basics.errors import UserError, quoted
 from harness.machine import memory
+from harness.workload.records import MAX_LENGTH
 
-MAX_LENGTH = 1_000_000  # tokens of one prompt or one output
 BYTES_A_LIST, BYTES_A_VALUE = 180, 80  # in memory, of a list or object in a file, and of a value in one (measured)
 MAX_FILE_BYTES = 2**31  # stored or uncompressed; the whole file is held in memory
-_RECORDS = {
-    "asc24": "[prompt, prompt_len, output_len]",
-    "sample": '{"prompt": ..., "prompt_len": ..., "output_len": ...}',
-    "sharegpt": '{"conversations": [{"from": ..., "value": ...}, ...]}',
-}
 _VALUE_START = re.compile(r"[^ \t\n\r]")
 
 
@@ -43,23 +38,38 @@ def _parse_int(literal: str) -> int | _HugeInteger:
 _DECODER = json.JSONDecoder(parse_int=_parse_int)
 
 
+class Misshapen(UserError):
+    """A record is none of this format; ``value`` is what stands there."""
+
+    def __init__(self, field: str, found: str, remedy: str, value: Any) -> None:
+        super().__init__(field, found, remedy)
+        self.value = value
+
+
 @dataclass(frozen=True, slots=True)
-class _File:
-    """A dataset file, and the errors that name it."""
+class JsonFile:
+    """A file of records, and the errors that name it.
 
-    name: str  # the dataset= option
+    Attributes:
+        field: the key that chose the file.
+        record: what one record looks like.
+        remedy: the way out of an error that has no better one.
+        in_a_row: whether the records stand one after the other, as in JSON lines, in place of one list.
+        shipped: whether the file comes with the harness: ``remedy`` is then the way out of every error.
+    """
+
     path: str
-
-    @property
-    def field(self) -> str:
-        """The key that chose the file."""
-        return "dataset=sample" if self.name == "sample" else "dataset.path"
+    field: str
+    record: str
+    remedy: str
+    in_a_row: bool = False
+    shipped: bool = False
 
     def error(self, found: str, remedy: str = "") -> UserError:
-        found = f"{found}: {quoted(self.path, 300)}"
-        if self.name == "sample":
-            return UserError(self.field, found, "restore harness/workload/data/sample.jsonl from the repository")
-        return UserError(self.field, found, remedy or f"give the path of {_wanted(self.name)}")
+        """Returns the error for this file: what was found in it, and a remedy if there is a better one than its own."""
+        return UserError(
+            self.field, f"{found}: {quoted(self.path, 300)}", self.remedy if self.shipped else remedy or self.remedy
+        )
 
     def read(self) -> tuple[bytes, str]:
         """Returns the uncompressed bytes, and the SHA-256 of the stored ones."""
@@ -95,7 +105,7 @@ class _File:
             raise self.error(f"damaged gzip file ({error})", "copy or compress it again") from error
         return bytes(content), sha256
 
-    def records(self, data: bytes) -> list[_Record]:
+    def records(self, data: bytes) -> list[Record]:
         """Returns the records, their values unchecked, out of uncompressed bytes."""
         needed = 2 * len(data) + BYTES_A_LIST * (data.count(b"[") + data.count(b"{")) + BYTES_A_VALUE * data.count(b",")
         if needed > (free := memory.available_memory_bytes()):  # a small gzip file may hold a billion lists
@@ -124,43 +134,39 @@ class _File:
             raise self.error(f"{state} JSON, {error.msg.removesuffix(' at')} at {place}") from None
         if not values:
             raise self.error("empty file")
-        if self.name != "sample":
+        if not self.in_a_row:
             if len(values) > 1:
                 raise self.error(f"{len(values):,} JSON values in a row, not one list")
             values = values[0]
             if not isinstance(values, list):
-                raise self.error(f"{_describe(values)}, not a list")
+                raise self.error(f"{describe(values)}, not a list")
             if not values:
                 raise self.error("an empty list")
-        return [_Record(value, index, self) for index, value in enumerate(values)]
+        return [Record(value, index, self) for index, value in enumerate(values)]
 
 
 @dataclass(frozen=True, slots=True)
-class _Record:
+class Record:
     """One record of a file, and the errors that name it."""
 
     value: Any
     index: int
-    file: _File
+    file: JsonFile
 
     def error(self, field: str, found: str, remedy: str = "") -> UserError:
+        """Returns the error for ``field`` of this record, or for all of it where that is empty."""
         where = f"{self.file.field}, record {self.index} (counting from 0)" + (f", {field}" if field else "")
         return UserError(where, found, remedy or f"correct it in {quoted(self.file.path, 300)}")
 
-    def misshapen(self) -> UserError:
-        """The error for a value that is no record of this dataset; it recognises those of the others."""
-        value, name, other = self.value, self.file.name, ""
-        if isinstance(value, dict) and "conversations" in value:
-            other = "sharegpt"
-        elif isinstance(value, list) and len(value) == 3 and isinstance(value[0], str):
-            other = "asc24"
-        remedy = f"use dataset={other} for this file" if other else f"write it as {_RECORDS[name]}"
-        return self.error("", f"{_describe(value)}, not {_RECORDS[name]}", remedy)
+    def misshapen(self) -> Misshapen:
+        """Returns the error for a value that is no record of the file's format."""
+        wrong = self.error("", f"{describe(self.value)}, not {self.file.record}", f"write it as {self.file.record}")
+        return Misshapen(wrong.field, wrong.found, wrong.remedy, self.value)
 
     def text(self, field: str, value: Any) -> str:
         """Returns ``value`` if it is text that can be encoded; it may be empty."""
         if not isinstance(value, str):
-            raise self.error(field, f"{_describe(value)} is not a string")
+            raise self.error(field, f"{describe(value)} is not a string")
         try:
             value.encode()
         except UnicodeEncodeError as error:
@@ -171,15 +177,11 @@ class _Record:
     def length(self, field: str, value: Any) -> int:
         """Returns ``value`` if it is a number of tokens; true, 5.0 and "5" are not."""
         if type(value) is not int or not 1 <= value <= MAX_LENGTH:
-            raise self.error(field, f"{_describe(value)} is not a whole number from 1 to {MAX_LENGTH:,}")
+            raise self.error(field, f"{describe(value)} is not a whole number from 1 to {MAX_LENGTH:,}")
         return value
 
 
-def _wanted(name: str) -> str:
-    return f"a JSON list of {_RECORDS[name]}"
-
-
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     """Returns a JSON value as it can stand inside an error line, its type visible."""
     if isinstance(value, dict):
         return f"an object with the keys {quoted(list(value)[:4])}" if value else "an empty object"

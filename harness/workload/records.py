@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+MAX_LENGTH = 1_000_000  # tokens of one prompt or one output
+
 
 @dataclass(slots=True)
 class PassRecord:
