@@ -399,7 +399,7 @@ def test_prompts_that_cannot_be_tokenized_are_told(
 def test_a_hub_id_is_not_looked_up(
     copy: Path, verified: Verified, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("harness.models.directory._hub_reachable", pytest.fail)
+    monkeypatch.setattr("harness.models.hub.reachable", pytest.fail)
     edit(copy / "record.json", lambda record: record["config"]["model"].update(change))
     notes = verified(copy)[1]["notes"]
     assert any("'nobody/nothing' is not on this machine" in note for note in notes)

@@ -40,11 +40,19 @@ class ParameterCount:
     head: int  # the output projection: vocabulary * hidden
 
 
-def _sizes(architecture: dict[str, Any]) -> dict[str, Any]:
+def sizes(architecture: dict[str, Any]) -> dict[str, Any]:
     """Returns the sizes that tell one model of a family from another, without those that are not stated."""
-    sizes = {key: architecture.get(key) for key in SIZES}
-    sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or sizes["num_attention_heads"]
-    return {key: value for key, value in sizes.items() if value is not None}
+    stated = {key: architecture.get(key) for key in SIZES}
+    stated["num_key_value_heads"] = stated["num_key_value_heads"] or stated["num_attention_heads"]
+    return {key: value for key, value in stated.items() if value is not None}
+
+
+def first_layers(architecture: dict[str, Any], layers: int) -> dict[str, Any]:
+    """Returns the keys, with their values, that make of an architecture that of its first ``layers`` alone."""
+    cut: dict[str, Any] = {"num_hidden_layers": layers}
+    if kinds := architecture.get("layer_types"):
+        cut["layer_types"] = list(kinds)[:layers]
+    return cut
 
 
 def context_length(architecture: dict[str, Any], max_context: int | None) -> int | None:

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: finding one, and checking from headers alone that it can be whole.
+"""Checkpoints: finding one by its path, and checking from headers alone that a directory's can be whole.
 
 Imports neither torch nor transformers; a checkpoint of gigabytes is checked in milliseconds.
 """
@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import socket
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from harness.basics.errors import UserError, quoted
 from harness.models.architecture import check_architecture
-from harness.models.gguf import _gguf
+from harness.models.gguf import gguf_source
+from harness.models.hub import cached_config, is_hub_id
 from harness.models.source import GIVE_PATH, Source
 
 PICKLE = "pytorch_model.bin"
@@ -34,39 +32,16 @@ def find(path: str, trust_remote_code: bool, need_weights: bool, allow_pickle: b
         if path and place.is_dir():
             return _directory(place.absolute(), trust_remote_code, need_weights, allow_pickle)
         if place.is_file():
-            return _gguf(place.absolute(), trust_remote_code)
+            return gguf_source(place.absolute(), trust_remote_code)
     except (OSError, RuntimeError) as error:  # RuntimeError: no such user in ~user
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError("model.path", f"{getattr(error, 'filename', None) or path}: {reason}", GIVE_PATH) from error
-    if not _is_hub_id(path):
+    if not is_hub_id(path):
         raise UserError("model.path", f"no such directory or GGUF file: {quoted(path, 200)}", GIVE_PATH)
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(path, "config.json")
-    if not isinstance(cached, str) and not _hub_reachable():
-        raise UserError("model.path", f"{path} is not in the local cache, and its hub cannot be reached", GIVE_PATH)
-    architecture = _read_json(Path(cached)) if isinstance(cached, str) else {}
+    cached = cached_config(path)
+    architecture = {} if cached is None else _read_json(cached)
     refuse_kernels(architecture, f"model.path, {path}, ", trust_remote_code)
     return Source("hub", path, None, path, architecture, trust_remote_code, allow_pickle)
-
-
-def _hub_reachable() -> bool:
-    """Returns whether the hub's name can be looked up; without this its client retries for a minute."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True  # the proxy looks it up
-    try:
-        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        return False
-    return True
-
-
-def _is_hub_id(path: str) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(?<!\.gguf)", path) is not None
 
 
 def _directory(directory: Path, trust_remote_code: bool, need_weights: bool, allow_pickle: bool) -> Source:
@@ -76,7 +51,7 @@ def _directory(directory: Path, trust_remote_code: bool, need_weights: bool, all
     if not shards and not pickles and (need_weights or not config.is_file()):
         ggufs = sorted(directory.glob("*.gguf"))
         if len(ggufs) == 1:
-            return _gguf(ggufs[0], trust_remote_code)
+            return gguf_source(ggufs[0], trust_remote_code)
         raise _nothing_to_load(directory, ggufs, need_weights)
     if not config.is_file():
         raise UserError("model.path", f"{directory} has no config.json", "copy it from where the weights came from")
@@ -141,7 +116,7 @@ def _nothing_to_load(directory: Path, ggufs: list[Path], need_weights: bool) -> 
 
 
 def find_tokenizer(path: str) -> str:
-    """Returns ``model.tokenizer`` as `checkpoint.load_tokenizer` takes it.
+    """Returns ``model.tokenizer`` as `tokenizer.load_tokenizer` takes it.
 
     Raises:
         UserError: it is neither a directory with a tokenizer, nor a GGUF file, nor a hub id.
@@ -156,7 +131,7 @@ def find_tokenizer(path: str) -> str:
             return str(place.absolute())
     except OSError as error:
         raise UserError("model.tokenizer", f"{place}: {error.strerror}", "give a readable directory") from error
-    if _is_hub_id(path):
+    if is_hub_id(path):
         return path
     found = f"no such directory: {quoted(path, 200)}"
     raise UserError("model.tokenizer", found, "give a directory with tokenizer.json, or null for the model's own")

@@ -12,8 +12,8 @@ from harness.basics.errors import UserError
 from harness.models.architecture import check_architecture, positive_integer
 from harness.models.source import GIVE_PATH, Source
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_GGUF_KEYS = {
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+KEYS = {
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
     "block_count": "num_hidden_layers",
@@ -27,14 +27,14 @@ _GGUF_KEYS = {
 }
 
 
-def _gguf(path: Path, trust_remote_code: bool) -> Source:
+def gguf_source(path: Path, trust_remote_code: bool) -> Source:
     """Returns the source of one GGUF file, its metadata as config.json's keys; checks that it is whole."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise UserError("model.path", f"{path} is a file, but no GGUF file", GIVE_PATH)
         try:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                fields, tensors, end = _gguf_header(data)
+                fields, tensors, end = _header(data)
                 size = len(data)
         except (struct.error, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
             raise UserError(
@@ -46,7 +46,7 @@ def _gguf(path: Path, trust_remote_code: bool) -> Source:
         raise UserError("model.path", f"{path} is one part of {fields['split.count']}", "merge the parts into one file")
     family = fields.get("general.architecture")
     architecture: dict[str, Any] = {"model_type": family}
-    for key, name in _GGUF_KEYS.items():
+    for key, name in KEYS.items():
         if (value := fields.get(f"{family}.{key}")) is not None:
             architecture[name] = float(f"{value:.7g}") if isinstance(value, float) else value
     architecture.setdefault("vocab_size", next(iter(tensors.get("token_embd.weight", [])[1:]), None))
@@ -57,7 +57,7 @@ def _gguf(path: Path, trust_remote_code: bool) -> Source:
     return Source("gguf", str(path.parent), path.name, str(path), architecture, trust_remote_code)
 
 
-def _gguf_header(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, list[int]], int]:
+def _header(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, list[int]], int]:
     """Returns the metadata (None for arrays), the tensors' shapes (innermost first) and the bytes expected.
 
     The `gguf` package's reader takes seconds over the vocabulary; this one skips it.
@@ -81,10 +81,10 @@ def _gguf_header(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, list[int]],
         if kind == 8:
             return string().decode(errors="replace")
         if kind != 9:
-            return read(_SCALARS[kind])
+            return read(SCALARS[kind])
         kind, count = read("I"), read("Q")
-        if kind in _SCALARS:
-            position += count * struct.calcsize(f"<{_SCALARS[kind]}")
+        if kind in SCALARS:
+            position += count * struct.calcsize(f"<{SCALARS[kind]}")
         else:
             for _ in range(count):
                 field(kind)

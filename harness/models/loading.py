@@ -1,25 +1,18 @@
-"""Where weights and tokenizer come from: a checkpoint directory, a GGUF file, a hub id, or nowhere (dummy).
-
-`locate` answers from headers alone and imports neither torch nor transformers, so that `plan` and wrong
-configs are quick; `load_model` and `load_tokenizer` do the heavy part inside a rank.
-"""
+"""Loads a model's weights: a checkpoint's, read by transformers, or random ones (dummy). Only a rank does so."""
 
 from __future__ import annotations
 
-import errno
-import io
 import os
 import re
-import warnings
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
-from pickle import UnpicklingError
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from harness.basics.errors import UserError, one_line, quoted
+from harness.basics.errors import UserError, quoted
+from harness.models.architecture import first_layers
 from harness.models.directory import refuse_kernels
 from harness.models.source import Source
 from harness.models.transformers_config import dummy_config, refuse_encoders
+from harness.models.transformers_quiet import as_user_error, quiet
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +32,7 @@ def load_model(
     """Returns the model, ready for inference: eval mode, no gradients.
 
     Args:
-        source: from `locate`.
+        source: from `locate.locate`.
         dtype: type of the weights.
         attention: a name that transformers' ``attn_implementation`` takes; None for its own choice.
         device: where the weights go, if ``device_map`` is None.
@@ -109,9 +102,8 @@ def _first_layers(source: Source, layers: int) -> Any:
     extra = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
     config = AutoConfig.from_pretrained(source.path, trust_remote_code=source.trust_remote_code, **extra)
     text = config.get_text_config(decoder=True)
-    text.num_hidden_layers = layers
-    if kinds := getattr(text, "layer_types", None):
-        text.layer_types = list(kinds)[:layers]
+    for key, value in first_layers(text.to_dict(), layers).items():
+        setattr(text, key, value)
     return config
 
 
@@ -154,65 +146,3 @@ def _load_dummy(source: Source, seed: int, kwargs: dict[str, Any]) -> PreTrained
         if (value := architecture.get(key)) is not None:
             setattr(model.generation_config, key, value)
     return model
-
-
-@contextmanager
-def quiet(downloads: bool = False, stderr: bool = True) -> Iterator[None]:
-    """Silences transformers, then restores what was set.
-
-    Args:
-        downloads: keep the hub's progress bars, since gigabytes in silence look like a hang.
-        stderr: False also drops stderr, for the GGUF reader's bar, which has no switch.
-    """
-    from huggingface_hub.utils import enable_progress_bars
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    with warnings.catch_warnings(), nullcontext() if stderr else redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        if downloads:
-            enable_progress_bars()
-        try:
-            yield
-        finally:
-            logging.set_verbosity(verbosity)
-            if bars:
-                logging.enable_progress_bar()
-
-
-@contextmanager
-def as_user_error(field: str, where: str) -> Iterator[None]:
-    """Turns what transformers raises for a bad checkpoint into a `UserError`; out of memory stays."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    caught = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError)
-    try:
-        with _unpickling(where):
-            yield
-    except (*caught, StrictDataclassError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOMEM:
-            raise
-        lines = str(error).strip().splitlines() or [""]
-        first = lines[0] if not lines[0].endswith(":") else " ".join(lines[:2])
-        if "connect to" in first:
-            first, remedy = "not in the local cache, and no network", "give a local directory"
-        else:
-            remedy = "use a checkpoint that the installed transformers can read"
-        if isinstance(error, LookupError | TypeError | AttributeError):
-            first = f"{type(error).__name__}: {first}"
-        raise UserError(field, f"{where}: {one_line(first, 300)}", remedy) from error
-
-
-@contextmanager
-def _unpickling(where: str) -> Iterator[None]:
-    """Says what a pickle is that torch, reading tensors alone, refuses: torch advises to run what is in it."""
-    try:
-        yield
-    except (UnpicklingError, EOFError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
-            raise
-        found = f"{where}: its pickled weights are damaged, or hold more than tensors; nothing in them was run"
-        raise UserError("model.allow_pickle", found, "get them from where you trust, as safetensors") from error

@@ -1,4 +1,4 @@
-"""Finds the model that a config names."""
+"""Finds the model that a config names, from headers alone: imports neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ import os
 
 from harness.basics.errors import UserError
 from harness.config.schema import ModelConfig, Weights
-from harness.models.architecture import (
-    _sizes,
-    check_architecture,
-    positive_integer,
-)
+from harness.models.architecture import check_architecture, positive_integer, sizes
 from harness.models.directory import find, find_tokenizer
 from harness.models.source import Source
 from harness.models.tokenizer import ByteTokenizer
@@ -77,7 +73,7 @@ def model_name(model: ModelConfig, source: Source) -> str:
     if source.path is None or source.kind == "dummy":
         return model.name
     if source.architecture:
-        conf, found = _sizes(model.architecture), _sizes(source.architecture)
+        conf, found = sizes(model.architecture), sizes(source.architecture)
         if all(conf[key] == found[key] for key in conf.keys() & found.keys()):
             return model.name
     if source.gguf_file is not None:

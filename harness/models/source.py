@@ -10,7 +10,7 @@ GIVE_PATH = "give the directory of a checkpoint (config.json and *.safetensors) 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What `checkpoint.locate` found: enough to plan with, and to load from."""
+    """What `locate.locate` found: enough to plan with, and to load from."""
 
     kind: str  # "directory", "gguf", "hub" or "dummy"
     path: str | None  # the directory, the GGUF file's directory, or the hub id

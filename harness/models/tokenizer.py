@@ -9,8 +9,8 @@ from typing import Any
 
 from harness.basics.errors import UserError
 from harness.models.architecture import positive_integer
-from harness.models.loading import as_user_error, quiet
 from harness.models.source import Source
+from harness.models.transformers_quiet import as_user_error, quiet
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,12 +26,12 @@ from harness.engines.catalogue import check_auto_tp
 from harness.engines.fastgen.runners.native import checks as native_checks
 from harness.engines.proof import proof
 from harness.engines.shared.attention_checks import refuse_by_its_file
-from harness.models import loading
 from harness.models.architecture import context_length
 from harness.models.directory import find
 from harness.models.generation import greedy
 from harness.models.judging import BOUNDS
 from harness.models.source import Source
+from harness.models.transformers_quiet import quiet
 from harness.workload.records import Request
 from support.families_sizes import PROMPT_IDS
 
@@ -93,7 +93,7 @@ class Reference:
         from transformers import AutoModelForCausalLM
         from transformers import GenerationConfig as Generation
 
-        with loading.quiet():
+        with quiet():
             self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
         self.model.generation_config = Generation()  # as greedy() does: nothing else may fill in what we leave open
         if rounded:
@@ -107,7 +107,7 @@ class Reference:
         found = []
         for job in requests():
             prompt = torch.tensor([job.prompt_ids])
-            with loading.quiet():
+            with quiet():
                 ids = greedy(self.model, prompt, job.output_len or 0, frozenset())
             found.append(ids.tolist()[prompt.shape[1] :])
         return found
@@ -131,7 +131,7 @@ class Reference:
 
         prompt = torch.tensor([job.prompt_ids])
         config = Generation(do_sample=False, max_new_tokens=len(ids), pad_token_id=0)
-        with loading.quiet(), torch.inference_mode():
+        with quiet(), torch.inference_mode():
             self.model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -184,7 +184,7 @@ def run(directory: Path, column: Column, tensor: TensorParallel | None = None) -
 def outcome(work: Callable[[], T]) -> str | T:
     """Returns what ``work`` comes to, or says what has kept it from that."""
     try:
-        with loading.quiet():
+        with quiet():
             return work()
     except UserError as error:
         text = str(error)

@@ -14,11 +14,11 @@ from harness.basics.errors import UserError, one_line
 from harness.config.checks import parse_bytes
 from harness.engines.base import EngineSettings
 from harness.engines.shared.kv_memory import is_fraction, too_little, too_much
-from harness.models import loading
 from harness.models.architecture import LLAMA_LIKE, attention_heads, kv_bytes_per_token
 from harness.models.directory import find, weight_files
 from harness.models.generation import stop_ids
 from harness.models.source import Source
+from harness.models.transformers_quiet import as_user_error
 
 RESERVED_BYTES = 1_000_000_000  # what MII by default leaves free beside the KV cache
 USE_FASTGEN = "use engine=fastgen"
@@ -194,7 +194,7 @@ def _config(source: Source) -> Any:
     """Returns transformers' config of a checkpoint, none of whose code is run; raises UserError if it has to be."""
     from transformers import AutoConfig
 
-    with loading.as_user_error("model.path", str(source.path)):
+    with as_user_error("model.path", str(source.path)):
         return AutoConfig.from_pretrained(source.path, trust_remote_code=False)
 
 

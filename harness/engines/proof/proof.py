@@ -36,11 +36,12 @@ from harness.engines.scoring import Scored
 from harness.engines.shared.kv_memory import free_memory
 from harness.engines.shared.plain_attention import computed
 from harness.machine.memory import forget_peak_memory
-from harness.models.architecture import positive_integer, required_bytes, rotary_threshold
+from harness.models.architecture import first_layers, positive_integer, required_bytes, rotary_threshold
 from harness.models.directory import weight_files
-from harness.models.loading import load_model, quiet
+from harness.models.loading import load_model
 from harness.models.reference import forced_logits
 from harness.models.source import Source
+from harness.models.transformers_quiet import quiet
 
 LENGTHS = (1, 6, 19, 50, 83)  # of prompts: 32 and 64, where blocks and passes end, lie within the last two
 TARGETS = 4  # tokens after each prompt, of which all but the last are fed one by one
@@ -314,9 +315,7 @@ def _first_layers(settings: EngineSettings, layers: int | None, name: str) -> It
     if layers is None:
         yield source
         return
-    architecture = {**source.architecture, "num_hidden_layers": layers}
-    if isinstance(kinds := architecture.get("layer_types"), list):
-        architecture["layer_types"] = kinds[:layers]
+    architecture = source.architecture | first_layers(source.architecture, layers)
     if source.kind == "dummy":
         yield replace(source, architecture=architecture)
         return

@@ -14,9 +14,9 @@ from torch import Tensor
 from harness.basics.errors import UserError, quoted
 from harness.models import loading
 from harness.models.directory import weight_files
-from harness.models.loading import as_user_error, quiet
 from harness.models.source import Source
 from harness.models.transformers_config import dummy_config
+from harness.models.transformers_quiet import as_user_error, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
