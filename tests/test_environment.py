@@ -16,7 +16,7 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 
 from harness.config.schema import HardwareConfig
-from harness.machine import device, memory, snapshot
+from harness.machine import cgroups, device, memory, snapshot
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -104,22 +104,22 @@ def test_cgroup_v2_takes_the_tightest_ancestor(tmp_path: Path) -> None:
         memory__current=5 * GIB,
         memory__stat=f"anon 1\nfile 2\ninactive_file {2 * GIB}",
     )
-    assert memory.cgroup_headroom("0::/pod/job\n", tmp_path) == 5 * GIB
+    assert cgroups.headroom("0::/pod/job\n", tmp_path) == 5 * GIB
     group(tmp_path / "pod", memory__max=6 * GIB, memory__current=5 * GIB, memory__stat="inactive_file 0")
-    assert memory.cgroup_headroom("0::/pod/job\n", tmp_path) == 1 * GIB
+    assert cgroups.headroom("0::/pod/job\n", tmp_path) == 1 * GIB
     group(tmp_path / "pod", memory__max=4 * GIB)  # lowered below what is in use
-    assert memory.cgroup_headroom("0::/pod/job\n", tmp_path) == 0
+    assert cgroups.headroom("0::/pod/job\n", tmp_path) == 0
     group(tmp_path / "pod", memory__max="max")
     group(tmp_path / "pod" / "job", memory__high=7 * GIB)
-    assert memory.cgroup_headroom("0::/pod/job\n", tmp_path) == 4 * GIB
+    assert cgroups.headroom("0::/pod/job\n", tmp_path) == 4 * GIB
 
 
 def test_cgroup_v2_without_a_limit(tmp_path: Path) -> None:
     group(tmp_path, memory__max="max", memory__current=GIB)
-    assert memory.cgroup_headroom("0::/\n", tmp_path) is None
-    assert memory.cgroup_headroom("0::/../../elsewhere\n", tmp_path) is None
-    assert memory.cgroup_headroom("", tmp_path) is None
-    assert memory.cgroup_headroom("0::/\n", tmp_path / "nothing") is None
+    assert cgroups.headroom("0::/\n", tmp_path) is None
+    assert cgroups.headroom("0::/../../elsewhere\n", tmp_path) is None
+    assert cgroups.headroom("", tmp_path) is None
+    assert cgroups.headroom("0::/\n", tmp_path / "nothing") is None
 
 
 def test_cgroup_v1_in_a_container_that_sees_itself_as_the_root(tmp_path: Path) -> None:
@@ -130,9 +130,9 @@ def test_cgroup_v1_in_a_container_that_sees_itself_as_the_root(tmp_path: Path) -
         memory__stat=f"inactive_file 7\ntotal_inactive_file {GIB}",
     )
     membership = "5:cpu,cpuacct:/docker/abc\n4:hugetlb,memory:/docker/abc\n0::/\n"
-    assert memory.cgroup_headroom(membership, tmp_path) == 2 * GIB
+    assert cgroups.headroom(membership, tmp_path) == 2 * GIB
     group(tmp_path / "memory", memory__limit_in_bytes=9223372036854771712)
-    assert memory.cgroup_headroom(membership, tmp_path) is None
+    assert cgroups.headroom(membership, tmp_path) is None
 
 
 def test_available_memory_is_within_the_machine() -> None:

@@ -23,7 +23,8 @@ from support.runs import RANDOM, ROOT, TINY, Run
 
 from harness.machine import device
 from harness.machine.energy import Packages
-from harness.machine.telemetry import HOST_COLUMNS, Sampler, combined, last_sample
+from harness.machine.meters import HOST_COLUMNS
+from harness.machine.telemetry import Sampler, across_hosts
 from harness.results.columns import COLUMNS
 from harness.results.completions import percentile
 from harness.results.passes import pass_figures
@@ -68,7 +69,7 @@ def test_a_sample_is_what_the_system_says(tmp_path: Path) -> None:
     me = psutil.Process()
     sampler = Sampler(tmp_path / "t.csv", processes=[me, me], interval_s=0.02, powercap=tmp_path)
     rows = sampled(sampler, ticking(), 4, tmp_path / "t.csv")
-    assert tuple(rows[0]) == HOST_COLUMNS
+    assert tuple(rows[0]) == ("time_s", *HOST_COLUMNS)
     assert rows[0]["time_s"] == rows[1]["time_s"] == ""  # before the clock
     within = [row for row in rows if row["time_s"]]
     assert [float(row["time_s"]) for row in within] == list(range(1, len(within) + 1))
@@ -119,23 +120,16 @@ time.sleep(60)
     process.send_signal(signal.SIGKILL)
     process.wait()
     rows = table(series)
-    assert float(rows[-1]["time_s"]) == float(last_sample(series)["time_s"]) > float(rows[1]["time_s"] or 0)
-    # A line that a power cut tore is no sign of life, and the run that goes on cuts it off.
+    assert float(rows[-1]["time_s"]) > float(rows[1]["time_s"] or 0)
+    # A line that a power cut tore is cut off when the run is resumed.
     with open(series, "a") as file:
         file.write("99999")
-    assert last_sample(series) == rows[-1]
     go_on = Sampler(series, interval_s=0.01)
     go_on.start()
     until(lambda: len(table(series)) > len(rows) if b"99999" not in series.read_bytes() else False)
     go_on.stop()
     assert table(series)[: len(rows)] == rows
     assert series.read_text().count("time_s") == 1
-
-
-def test_no_sign_of_life_where_there_is_no_series(tmp_path: Path) -> None:
-    assert last_sample(tmp_path / "nothing.csv") == {}
-    (tmp_path / "t.csv").write_text("time_s,host_mem")
-    assert last_sample(tmp_path / "t.csv") == {}
 
 
 def test_a_full_disk_ends_the_series_and_nothing_else(tmp_path: Path) -> None:
@@ -169,7 +163,7 @@ def test_a_sampler_that_never_started_says_nothing(tmp_path: Path) -> None:
     sampler = Sampler(tmp_path / "t.csv", powercap=tmp_path)
     sampler.stop()
     assert sampler.summary(1.0)["samples"] == 0
-    assert combined([sampler.summary(1.0)], "cpu")["energy_j"] is None
+    assert across_hosts([sampler.summary(1.0)], "cpu")["energy_j"] is None
 
 
 def test_a_missing_library_is_a_note(tmp_path: Path) -> None:
@@ -179,7 +173,7 @@ def test_a_missing_library_is_a_note(tmp_path: Path) -> None:
     sampler.stop()
     seen = sampler.summary(1.0)
     assert len(seen["notes"]) == 1 and seen["notes"][0].startswith("GPUs are not sampled: ")
-    assert combined([seen], "cuda")["energy_j"] is None
+    assert across_hosts([seen], "cuda")["energy_j"] is None
 
 
 def test_this_rank_alone_is_sampled_where_nothing_says_who_else_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,11 +243,11 @@ def test_energy_is_of_the_clock_alone(tmp_path: Path) -> None:
     assert float(rows[-1]["cpu_energy_j"]) == 12
     # The clock was read once at its start (0) and once a sample: 12 J from the first sample to the last one.
     last = float(rows[-1]["time_s"])
-    whole = combined([sampler.summary(last + 1)], "cpu")
+    whole = across_hosts([sampler.summary(last + 1)], "cpu")
     assert whole["energy_j"] == pytest.approx(12 * (last + 1) / (last - 1))
     assert whole["energy_source"] == "rapl"
-    assert combined([sampler.summary()], "cpu")["energy_j"] is None  # a run that did not come to its end
-    assert combined([sampler.summary(last)], "cuda")["energy_j"] is None  # not the GPUs'
+    assert across_hosts([sampler.summary()], "cpu")["energy_j"] is None  # a run that did not come to its end
+    assert across_hosts([sampler.summary(last)], "cuda")["energy_j"] is None  # not the GPUs'
 
 
 # --- GPUs, through NVIDIA's bindings and a driver of our own making ---
@@ -298,7 +292,7 @@ import itertools, json, sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from harness.machine.energy import bus_ids
-from harness.machine.telemetry import Sampler, combined
+from harness.machine.telemetry import Sampler, across_hosts
 
 series = Path({series!r})
 sampler = Sampler(series, bus_ids({count}), interval_s=0.01, powercap=series.parent)
@@ -311,7 +305,7 @@ while sampler._samples < 40:
     time.sleep(0.01)
 sampler.stop()
 clock_s = sampler._samples if {ticking} else clock()
-print(json.dumps([bus_ids(None), clock_s, combined([sampler.summary(clock_s)], "cuda")]))
+print(json.dumps([bus_ids(None), clock_s, across_hosts([sampler.summary(clock_s)], "cuda")]))
 """
 
 
@@ -391,14 +385,14 @@ def host(energy: float | None, gpus: int = 0) -> dict[str, Any]:
 
 
 def test_hosts_add_up_and_one_unknown_makes_the_whole_unknown() -> None:
-    assert combined([host(5.0), host(7.5)], "cpu")["energy_j"] == 12.5
-    assert combined([host(5.0, 4), host(7.5, 2)], "cuda")["energy_j"] == 35.0
-    assert combined([host(5.0, 4), host(7.5, 2)], "cuda")["sampler_cpu_share"] == 0.005
+    assert across_hosts([host(5.0), host(7.5)], "cpu")["energy_j"] == 12.5
+    assert across_hosts([host(5.0, 4), host(7.5, 2)], "cuda")["energy_j"] == 35.0
+    assert across_hosts([host(5.0, 4), host(7.5, 2)], "cuda")["sampler_cpu_share"] == 0.005
     for hosts in ([host(5.0), host(None)], [host(5.0), None], [], [host(0.0)]):
-        assert combined(hosts, "cpu")["energy_j"] is combined(hosts, "cpu")["energy_source"] is None
+        assert across_hosts(hosts, "cpu")["energy_j"] is across_hosts(hosts, "cpu")["energy_source"] is None
     missing = host(5.0, 2) | {"gpus_expected": 3}
-    assert combined([missing], "cuda")["energy_j"] is None
-    assert combined([host(5.0)], "cuda")["energy_j"] is None  # no GPU at all
+    assert across_hosts([missing], "cuda")["energy_j"] is None
+    assert across_hosts([host(5.0)], "cuda")["energy_j"] is None  # no GPU at all
 
 
 # --- whole runs ---

@@ -82,7 +82,7 @@ def supports_bfloat16_on_cpu() -> bool:
     return not cpu_flags().isdisjoint(("avx512_bf16", "amx_bf16"))
 
 
-def _cpuinfo(key: str) -> str:
+def cpuinfo(key: str) -> str:
     """Returns the first value of ``key`` in /proc/cpuinfo, empty when there is none."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
         for line in lines:
@@ -94,7 +94,7 @@ def _cpuinfo(key: str) -> str:
 
 def cpu_flags() -> set[str]:
     """Returns the instructions that /proc/cpuinfo names; none where it is missing."""
-    return set(_cpuinfo("flags").split())
+    return set(cpuinfo("flags").split())
 
 
 def cores() -> int:
@@ -112,4 +112,4 @@ def device_name(device: str) -> str:
         if driver is None or driver.cuDeviceGet(ctypes.byref(handle), 0) != 0:
             return ""
         return name.value.decode(errors="replace") if driver.cuDeviceGetName(name, 255, handle) == 0 else ""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
+    return cpuinfo("model name") or platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""How much memory there is, how much was taken, and whom the kernel killed for want of it."""
+"""How much memory there is, how much was taken, and whether the kernel killed a process because it ran out."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 
 from harness.basics.errors import UserError
+from harness.machine import cgroups
 
 # As libraries put it: PyTorch, cuBLAS, cuDNN, NCCL, the C library and DeepSpeed.
 OUT_OF_MEMORY = (
@@ -31,65 +32,8 @@ OUT_OF_MEMORY = (
 def available_memory_bytes() -> int:
     """Returns the host memory (bytes) that can still be taken, container limits included."""
     available = psutil.virtual_memory().available
-    with contextlib.suppress(OSError):
-        membership = Path("/proc/self/cgroup").read_text(encoding="utf-8")
-        headroom = cgroup_headroom(membership, Path("/sys/fs/cgroup"))
-        if headroom is not None:
-            available = min(available, headroom)
-    return available
-
-
-def cgroup_headroom(membership: str, mount: Path) -> int | None:
-    """Returns the bytes left under the tightest memory limit of this process's control groups.
-
-    Args:
-        membership: the text of ``/proc/self/cgroup``.
-        mount: where the control groups are mounted, ``/sys/fs/cgroup``.
-
-    Returns:
-        Limit less usage, the reclaimable file cache not counted as usage; None when no limit is in force.
-    """
-    tightest: int | None = None
-    for line in membership.splitlines():
-        hierarchy, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if hierarchy == "0" and not controllers:
-            root, limits = mount, ["memory.max", "memory.high"]
-            usage, cache = "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            root, limits = mount / "memory", ["memory.limit_in_bytes"]
-            usage, cache = "memory.usage_in_bytes", "total_inactive_file"
-        else:
-            continue
-        # A container often sees its own group mounted as the root, and not the path it has on the host.
-        parts = [part for part in path.split("/") if part]
-        parts = [] if ".." in parts else parts
-        for depth in range(len(parts), -1, -1):
-            group = root.joinpath(*parts[:depth])
-            bounds = [bound for name in limits if (bound := _read_int(group / name)) is not None]
-            used = _read_int(group / usage)
-            # Version 1 writes "no limit" as the largest page-aligned signed 64-bit number.
-            if not bounds or used is None or min(bounds) >= 2**62:
-                continue
-            left = max(0, min(bounds) - max(0, used - _stat_value(group / "memory.stat", cache)))
-            tightest = left if tightest is None else min(tightest, left)
-    return tightest
-
-
-def _read_int(path: Path) -> int | None:
-    try:
-        return int(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # ValueError: "max"
-        return None
-
-
-def _stat_value(path: Path, key: str) -> int:
-    with contextlib.suppress(OSError, ValueError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(" ")
-            if name == key:
-                return int(value)
-    return 0
+    headroom = cgroups.headroom(cgroups.membership())
+    return available if headroom is None else min(available, headroom)
 
 
 def peak_memory_bytes(device: str) -> int:
@@ -123,17 +67,17 @@ def forget_peak_memory(device: str) -> None:
 
 
 class OomKills:
-    """Whether the kernel has ended a process for want of memory since this was made.
+    """Whether the kernel has ended a process because memory ran out, since this was made.
 
     Counted for our control group where it counts them (its ``memory.events``; ``memory.oom_control`` in version
     1), else for the machine (``/proc/vmstat``), where another's process may be meant.
 
     Args:
-        proc, cgroups: where the kernel shows processes and control groups.
+        proc, mount: where the kernel shows processes and control groups.
     """
 
-    def __init__(self, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> None:
-        self._proc, self._cgroups = proc, cgroups
+    def __init__(self, proc: Path = cgroups.PROC, mount: Path = cgroups.MOUNT) -> None:
+        self._proc, self._mount = proc, mount
         self._before = self._read()
 
     @property
@@ -158,25 +102,10 @@ class OomKills:
         return None
 
     def _places(self) -> Iterator[Path]:
-        try:
-            membership = (self._proc / "self" / "cgroup").read_text(encoding="utf-8")
-        except OSError:
-            membership = ""
-        for line in membership.splitlines():
-            hierarchy, _, rest = line.partition(":")
-            controllers, _, place = rest.partition(":")
-            if hierarchy == "0" and not controllers:
-                root, name = self._cgroups, "memory.events"
-            elif "memory" in controllers.split(","):
-                root, name = self._cgroups / "memory", "memory.oom_control"
-            else:
-                continue
-            # A container often sees its own group mounted as the root, and not the path it has on the host.
-            parts = [part for part in place.split("/") if part]
-            for group in (root.joinpath(*parts) if ".." not in parts else root, root):
-                if (group / name).is_file():
-                    yield group / name
-                    break
+        for hierarchy in cgroups.memory_hierarchies(cgroups.membership(self._proc), self._mount):
+            name = "memory.events" if hierarchy.version == 2 else "memory.oom_control"
+            counts = [group / name for group in (hierarchy.groups[0], hierarchy.groups[-1])]
+            yield from [path for path in counts if path.is_file()][:1]
         yield self._proc / "vmstat"
 
 

@@ -1,9 +1,9 @@
-"""One measured quantity: its samples summed up."""
+"""Measured quantities: their samples summed up, over all of a run or over its clock."""
 
 from __future__ import annotations
 
 
-class _Values:
+class Quantity:
     """A quantity over time: its extremes over all samples, its mean over those within the clock."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class _Values:
         return self._area / self._seconds if self._seconds > 0 else None
 
 
-class _Counter:
+class RisingCounter:
     """A counter that only rises (joules, seconds of work), from the start of the clock on."""
 
     def __init__(self) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-from harness.machine.device import CPU_FLAGS, _cpuinfo, cores, cpu_flags, cuda_devices, cuda_driver, device_name
+from harness.machine.device import CPU_FLAGS, cores, cpu_flags, cpuinfo, cuda_devices, cuda_driver, device_name
 
 PACKAGES = (
     "torch",
@@ -165,7 +165,7 @@ def snapshot(device: str) -> dict[str, Any]:
         "device": device,
         "device_name": device_name(device),
         "cpu": {
-            "model": _cpuinfo("model name") or platform.processor(),
+            "model": cpuinfo("model name") or platform.processor(),
             "cores_visible": cores(),
             "cores_total": os.cpu_count(),
             "flags": [flag for flag in CPU_FLAGS if flag in flags],

@@ -383,7 +383,7 @@ class _Run:
     def finish(self) -> int:
         """Writes record and row and prints the summary; returns the exit status."""
         from harness.engines.base import EngineStatistics, combined
-        from harness.machine.telemetry import combined as combine_hosts
+        from harness.machine.telemetry import across_hosts
         from harness.results.summary import summary
 
         if self.replicas is not None:
@@ -412,7 +412,7 @@ class _Run:
             self.notes.append(f"generation.max_output_len={self.job.config.generation.max_output_len} caps output_len")
         hosts = [None if self.telemetry is None else self.telemetry.summary(elapsed_s)]
         hosts += [other["telemetry"] for other in self.others if "telemetry" in other]
-        measured = combine_hosts(hosts, self.job.accelerator)
+        measured = across_hosts(hosts, self.job.accelerator)
         status, error = "ok", None
         if missing:
             status, error = "failed", f"{missing} of {len(self.workload.requests)} requests did not come back"
@@ -509,14 +509,14 @@ class _Run:
 
     def measured(self) -> dict[str, Any]:
         """Returns what a run that ends early has for its record, and ends the sampling."""
-        from harness.machine.telemetry import combined
+        from harness.machine.telemetry import across_hosts
 
         figures: dict[str, Any] = {"clock_s": self.clock_s}
         with contextlib.suppress(AttributeError, RuntimeError):  # no device yet, or one that does not answer any more
             figures["peak_memory_bytes"] = memory.peak_memory_bytes(self.device)
         if self.telemetry is not None:
             self.telemetry.stop()
-            figures["telemetry"] = combined([self.telemetry.summary()], self.job.accelerator)
+            figures["telemetry"] = across_hosts([self.telemetry.summary()], self.job.accelerator)
         return figures
 
     def _note(self, **figures: Any) -> None:
