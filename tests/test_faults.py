@@ -435,10 +435,10 @@ root, place, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
 os.chdir(place)  # another host begins in a directory of its own
 sys.path.insert(0, root)
 os.environ |= {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29777"}
-from harness.ranks import rendezvous
+from harness.ranks import rendezvous, wire
 from harness.ranks.rank import Rank
 
-rendezvous.LOST_S = 3
+wire.LOST_S = 3
 gone = threading.Event()
 end = rendezvous.Rendezvous(Rank(number, 2, 0, 1, host=number), failed=gone.set)
 end.open()

@@ -14,8 +14,9 @@ import psutil
 import pytest
 
 from harness.basics.errors import INTERRUPTED, REFUSED, UserError
+from harness.ranks.network import use_interface
 from harness.ranks.rank import Rank, free_port
-from harness.ranks.rendezvous import RankFailed, Rendezvous, use_interface
+from harness.ranks.rendezvous import RankFailed, Rendezvous
 
 FACTS = {"engine.token_budget": 64, "dataset's sha256": "abc"}
 

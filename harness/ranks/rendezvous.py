@@ -1,15 +1,13 @@
-"""How the ranks of a launch meet, and hear of each other's end.
+"""How the ranks of a launch meet, and learn of each other's end.
 
 On one host DeepSpeed's launcher ends all ranks when one fails. On several hosts nobody does: the launchers know
 nothing of each other. So every rank has a connection to rank 0, through which it says that it is there and what it
-is about to run, and through which it learns at once when another rank cannot go on. There is no torch in this:
-a rank that refuses its config is heard, and leaves, within a second.
+is about to run, and through which it learns at once when another rank fails. There is no torch in this: a rank that
+refuses its config reports it, and leaves, within a second.
 """
 
 from __future__ import annotations
 
-import errno
-import ipaddress
 import json
 import os
 import socket
@@ -19,29 +17,26 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import psutil
-
 from harness.basics.errors import INTERRUPTED, UserError, quoted
 from harness.basics.outcome import STATUSES
+from harness.ranks.network import place, use_interface
 from harness.ranks.rank import GUIDE, Rank
+from harness.ranks.wire import Line
 
 MEET_S = 1800.0  # for all ranks to come: a host may have to fetch or convert the model first
 NOTICE_S = 10.0  # until it is said who is waited for
-TELL_S = 20.0  # for a rank that cannot go on to reach those that are not there yet
+TELL_S = 20.0  # that a failed rank takes to reach those that are not there yet
 HELLO_S = 5.0  # for one connection
 POLL_S = 0.2
-LOST_S = 30  # of silence, until a host counts as lost
-LOST_ERRORS = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
-LINE_BYTES = 2**20  # of one message; more is no rank of ours
 
 
 class RankFailed(Exception):
-    """Another rank could not go on; the message names it and says why.
+    """Another rank failed; the message names it and says why.
 
     Attributes:
         exit_status: what that rank ended with.
         status: how it says the run ended, as in ``runs.csv``; None where it does not.
-        died: the rank and its host, of one that ended without a word; None for any other.
+        died: the rank and its host, of one that ended without saying why; None for any other.
         host: the number of that one's host, None where it is not known.
     """
 
@@ -60,59 +55,6 @@ class RankFailed(Exception):
         self.host = host
 
 
-class _Line:
-    """A connection that carries one JSON object a line."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.socket = connection
-        # A host that loses power or its network closes nothing: the kernel asks whether it is still there.
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        options = {
-            "TCP_KEEPIDLE": max(1, LOST_S // 3),
-            "TCP_KEEPINTVL": max(1, LOST_S // 6),
-            "TCP_KEEPCNT": 4,
-            "TCP_USER_TIMEOUT": 1000 * LOST_S,  # the same for what was sent and is not acknowledged
-        }
-        for option, value in options.items():
-            if hasattr(socket, option):
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-        self.name = ""  # of the rank at the other end
-        self.host: int | None = None
-        self.host_name = ""
-        self.lost: OSError | None = None  # why the connection broke, if no process closed it
-        self._rest = b""
-
-    @property
-    def address(self) -> str:
-        """This end's address."""
-        return str(self.socket.getsockname()[0])
-
-    def send(self, message: dict[str, Any]) -> None:
-        """Sends ``message``; silently not, where nobody is left to read it."""
-        try:
-            self.socket.sendall(json.dumps(message).encode() + b"\n")
-        except OSError:
-            pass
-
-    def receive(self) -> dict[str, Any] | None:
-        """Waits for the next message; None at the end of the connection, or for anything that is no message."""
-        while b"\n" not in self._rest:
-            try:
-                part = self.socket.recv(65536)
-            except OSError as error:
-                self.lost = error if error.errno in LOST_ERRORS else None
-                return None
-            if not part or len(self._rest) > LINE_BYTES:
-                return None
-            self._rest += part
-        line, self._rest = self._rest.split(b"\n", 1)
-        try:
-            message = json.loads(line)
-        except ValueError:
-            return None
-        return message if isinstance(message, dict) else None
-
-
 class Rendezvous:
     """This rank's connections: rank 0 has one to every other rank, which have that one. A lone rank has none.
 
@@ -120,7 +62,7 @@ class Rendezvous:
 
     Args:
         rank: this process.
-        failed: called once, from a thread, when another rank cannot go on; :attr:`failure` then says why.
+        failed: called once, from a thread, when another rank has failed; :attr:`failure` then says why.
         say: prints a line for the user.
     """
 
@@ -129,14 +71,14 @@ class Rendezvous:
         self.failure: RankFailed | None = None
         self._failed = failed
         self._say = say or (lambda line: print(line, file=sys.stderr, flush=True))
-        self._heard = threading.Event()
+        self._learnt = threading.Event()
         self._listener: socket.socket | None = None
-        self._lines: dict[int, _Line] = {}
+        self._lines: dict[int, Line] = {}
         self._over = False
         self._lock = threading.Lock()
 
     def open(self) -> None:
-        """Makes rank 0 reachable, so that a rank that cannot go on is heard, however early that is.
+        """Makes rank 0 reachable, so that it learns of a rank that fails, however early that is.
 
         Raises:
             UserError: the port is taken.
@@ -167,7 +109,7 @@ class Rendezvous:
             The ``choice`` of rank 0.
 
         Raises:
-            RankFailed: another rank cannot go on.
+            RankFailed: another rank failed.
             UserError: the ranks differ, do not come, or cannot reach rank 0.
         """
         if self.rank.world == 1:
@@ -213,7 +155,7 @@ class Rendezvous:
         except TimeoutError:
             return None
         connection.settimeout(HELLO_S)
-        line = _Line(connection)
+        line = Line(connection)
         hello = line.receive() or {}
         connection.settimeout(None)
         number = hello.get("rank")
@@ -231,7 +173,7 @@ class Rendezvous:
     def _check(self, hello: dict[str, Any], facts: Mapping[str, Any]) -> None:
         name = self._lines[hello["rank"]].name
         if "failure" in hello:
-            self.failure = _told(hello, f"{name}: {hello['failure']}")
+            self.failure = _failure_of(hello, f"{name}: {hello['failure']}")
             raise self.failure
         theirs = hello.get("facts", {})
         for key in sorted({*facts, *theirs}):
@@ -254,7 +196,7 @@ class Rendezvous:
         if answer is None:
             answer = {"failure": f"{line.name} ended before all ranks were there"}
         if "met" not in answer:
-            self.failure = _told(answer, str(answer.get("failure")))
+            self.failure = _failure_of(answer, str(answer.get("failure")))
             raise self.failure
         return answer["met"] if self.rank.host == 0 else line.address, answer["choice"]
 
@@ -264,7 +206,7 @@ class Rendezvous:
     def _introduction(self) -> dict[str, Any]:
         return {"rank": self.rank.rank, "host": self.rank.host, "name": socket.gethostname()}
 
-    def _connect(self, patience_s: float) -> _Line:
+    def _connect(self, patience_s: float) -> Line:
         """Connects to rank 0, which may come later; raises UserError when it does not answer in time."""
         started, noticed = time.monotonic(), patience_s < NOTICE_S
         while True:
@@ -284,50 +226,49 @@ class Rendezvous:
                 noticed = True
             time.sleep(POLL_S)
         connection.settimeout(None)
-        line = self._lines[0] = _Line(connection)
+        line = self._lines[0] = Line(connection)
         line.host_name = place()[0] if self.rank.several_hosts else socket.gethostname()
         line.name = self._named(0, line.host_name)
         return line
 
-    def _listen(self, number: int, line: _Line) -> None:
+    def _listen(self, number: int, line: Line) -> None:
         """Waits for what the other side has to say, which is how it ends."""
         message = line.receive()
         if self._over or (message is not None and "failure" not in message):
             return
         who = f"rank {number} on {line.host_name}"
         if line.lost is not None:
-            reason = os.strerror(line.lost.errno or 0).lower()
-            failure = RankFailed(f"lost {who}: no answer for {LOST_S} s ({reason}); its host or the network is down")
+            failure = RankFailed(f"lost {who}: {line.lost}")
         elif message is None:
             host = line.host if self.rank.first else (self.rank.host if not self.rank.several_hosts else None)
             failure = RankFailed(f"another rank died: {who}", died=who, host=host)
         else:
             text = str(message["failure"])
-            failure = _told(message, f"{line.name}: {text}" if self.rank.first else text)
+            failure = _failure_of(message, f"{line.name}: {text}" if self.rank.first else text)
         with self._lock:
             if self.failure is not None:
                 return
             self.failure = failure
-        self._heard.set()
+        self._learnt.set()
         self._failed()
 
     def heard(self, within_s: float) -> RankFailed | None:
-        """Returns why another rank cannot go on, waiting so long for it to be told; None when nothing is."""
-        self._heard.wait(0 if self.rank.world == 1 else within_s)
+        """Returns why another rank failed, waiting up to so long for the news; None when there is none."""
+        self._learnt.wait(0 if self.rank.world == 1 else within_s)
         return self.failure
 
     def fail(self, message: str, exit_status: int, status: str | None = None) -> None:
-        """Tells the other ranks that this one cannot go on; waits a while for those that are still on their way.
+        """Tells the other ranks that this one failed; waits a while for those that are still on their way.
 
         Args:
             status: how the run ended, as in ``runs.csv``.
         """
         self._over = True
         patience_s = TELL_S if self.rank.world > 1 and exit_status != INTERRUPTED else 0.0
-        told: dict[str, Any] = {"failure": message, "exit_status": exit_status, "status": status}
+        news: dict[str, Any] = {"failure": message, "exit_status": exit_status, "status": status}
         if self.rank.first:
             if self.failure is None:
-                told["failure"] = f"{self._named(0, socket.gethostname())}: {message}"
+                news["failure"] = f"{self._named(0, socket.gethostname())}: {message}"
             deadline = time.monotonic() + (patience_s if self.rank.several_hosts else 0.0)
             while self._listener is not None and len(self._lines) < self.rank.world - 1 and time.monotonic() < deadline:
                 self._hello()
@@ -339,13 +280,13 @@ class Rendezvous:
                 line = self._connect(patience_s)
             except UserError:
                 return
-            line.send(told | self._introduction())
-            # When this rank is gone, its launcher ends rank 0 if that is on the same host: not before it has heard.
+            line.send(news | self._introduction())
+            # When this rank is gone, its launcher ends rank 0 if that is on the same host: not before it knows.
             line.socket.settimeout(patience_s)
             line.receive()
             return
         for line in self._lines.values():
-            line.send(told)
+            line.send(news)
 
     def leave(self) -> None:
         """Says that this rank is done."""
@@ -359,35 +300,7 @@ class Rendezvous:
             self._listener = None
 
 
-def _told(message: dict[str, Any], text: str) -> RankFailed:
-    """Returns what another rank has told of its end, in our words ``text``."""
+def _failure_of(message: dict[str, Any], text: str) -> RankFailed:
+    """Returns how another rank said it ended; ``text`` is the message."""
     status = message.get("status")
     return RankFailed(text, int(message.get("exit_status", 1)), status=status if status in STATUSES else None)
-
-
-def place() -> tuple[str, int]:
-    """Returns where rank 0 is to be found: ``MASTER_ADDR`` and ``MASTER_PORT``."""
-    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-
-
-def use_interface(address: str | None) -> None:
-    """Makes gloo use the network on which this host has ``address``, unless the user chose one.
-
-    Left alone it takes the address of the host's own name, which on many systems is a loopback one.
-    """
-    wanted = _ip(address)
-    if wanted is None or "GLOO_SOCKET_IFNAME" in os.environ:
-        return
-    for name, entries in psutil.net_if_addrs().items():
-        found = [_ip(entry.address) for entry in entries]
-        if wanted in found or (wanted.is_loopback and any(ip is not None and ip.is_loopback for ip in found)):
-            os.environ["GLOO_SOCKET_IFNAME"] = name
-            return
-
-
-def _ip(address: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        found = ipaddress.ip_address((address or "").split("%")[0])
-    except ValueError:  # net_if_addrs() lists hardware addresses too
-        return None
-    return getattr(found, "ipv4_mapped", None) or found
