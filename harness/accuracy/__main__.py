@@ -9,18 +9,18 @@ python -m harness.accuracy --tasks mmlu engine=ds_inference --against RUN --with
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     # A script's own directory comes first on sys.path, where our modules would shadow installed packages.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
+from harness.basics.command import Parser, not_negative, positive, whole
 from harness.basics.errors import INTERRUPTED, REFUSED, UserError, report
 from harness.config.compose import compose
 from harness.ranks.rank import Rank, current, decoded, without_local_rank
@@ -31,24 +31,18 @@ if TYPE_CHECKING:
 WITHIN = 1.5  # what the challenge allowed: MMLU within 1.5% of the unquantized model
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError("command line", message, "see --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m harness.accuracy",
         description="Perplexity of an engine on the dataset's prompts, or lm-evaluation-harness tasks over it.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="OVERRIDE", help="as for harness/main.py: engine=fastgen model.dtype=bfloat16"
     )
     parser.add_argument("--tasks", metavar="NAME[,NAME]", help="tasks of lm-evaluation-harness, in place of perplexity")
     parser.add_argument("--include-path", metavar="DIR", help="where more task files are")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N questions of each task")
-    parser.add_argument("--num-fewshot", type=_whole, metavar="N", help="examples before each question")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N questions of each task")
+    parser.add_argument("--num-fewshot", type=whole, metavar="N", help="examples before each question")
     parser.add_argument(
         "--prefill", action="store_true", help="score in prompt passes, not by decode steps: faster (fastgen, baseline)"
     )
@@ -57,33 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--within",
-        type=_allowance,
+        type=not_negative,
         metavar="P",
         help=f"how much worse it may be: percent of perplexity, percentage points of a task's score ({WITHIN})",
     )
     return parser
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if _whole(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def _allowance(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
-    return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,8 +11,8 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from harness.basics.command import Parser, output_ended, positive, show_any_text
 from harness.basics.errors import INTERRUPTED, UserError, printable, report
 from harness.basics.files import replace
 from harness.compare.reading import load
@@ -21,26 +21,10 @@ DEFAULT_TABLE = "results/runs.csv"
 DEFAULT_LIMIT = 40
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError("command line", message, "see --help")
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return number
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m harness.compare",
         description="Compares runs: repeated ones on one line, only the settings that differ, ratios to a baseline.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "tables",
@@ -63,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         help="only runs with this setting, named as in the table or in runs.csv; the same KEY again is an alternative",
     )
     parser.add_argument(
-        "--limit", type=_positive, default=DEFAULT_LIMIT, metavar="N", help=f"lines in the terminal ({DEFAULT_LIMIT})"
+        "--limit", type=positive, default=DEFAULT_LIMIT, metavar="N", help=f"lines in the terminal ({DEFAULT_LIMIT})"
     )
     formats = parser.add_mutually_exclusive_group()
     formats.add_argument("--csv", action="store_true", help="print all groups and figures as CSV")
@@ -74,19 +58,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a model's name shows its code
+    show_any_text()
     try:
         _run(_parser().parse_args(arguments))
         sys.stdout.flush()
     except UserError as error:
         return report(error)
-    except BrokenPipeError:  # the reader has seen enough, as in "| head"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains once more
-        return report(UserError("standard output", f"cannot be written: {error.strerror}", "free space"))
+        return output_ended(error)
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from harness.basics.errors import INTERRUPTED, UserError, quoted, report
+from harness.basics.command import Parser, not_negative, output_ended, positive, show_any_text
+from harness.basics.errors import INTERRUPTED, UserError, report
 from harness.config.schema import GenerationConfig
 from harness.models import loaded
 from harness.models.architecture import positive_integer
@@ -42,37 +42,11 @@ DEFAULT_LIMIT = 10
 EXIT_WRONG = 1
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError("command line", message, "see --help")
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a whole number of at least 1")
-    return number
-
-
-def _gap(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number of at least 0")
-    return number
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m harness.verify",
         description="Proves the tokens of a run: recounts it, compares it with another run, or with the model itself.",
         epilog="Exit status 0: right; 1: wrong, or differences not explained; 2: cannot be compared.",
-        allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN_ID", help="a run id, an unambiguous part of one, or a run's directory")
     parser.add_argument("--against", metavar="RUN_ID", help="compare with this run of the same work")
@@ -91,16 +65,16 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
     parser.add_argument("--dataset", metavar="FILE", help="where the run's dataset lies now (as in the record)")
     parser.add_argument(
-        "--samples", type=_positive, metavar="N", help="with --model, without --against: judge N random requests (all)"
+        "--samples", type=positive, metavar="N", help="with --model, without --against: judge N random requests (all)"
     )
     parser.add_argument(
         "--bound",
-        type=_gap,
+        type=not_negative,
         metavar="X",
         help="largest gap of a near-tie, in standard deviations of the logits (by the runs' types)",
     )
     parser.add_argument(
-        "--limit", type=_positive, default=DEFAULT_LIMIT, metavar="N", help=f"differences shown ({DEFAULT_LIMIT})"
+        "--limit", type=positive, default=DEFAULT_LIMIT, metavar="N", help=f"differences shown ({DEFAULT_LIMIT})"
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     return parser
@@ -108,20 +82,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a text shows its code
+    show_any_text()
     try:
         outcome = _run(options := _parser().parse_args(arguments))
         sys.stdout.write(outcome.as_json() if options.json else show(outcome, options.limit))
         sys.stdout.flush()
     except UserError as error:
         return report(error)
-    except BrokenPipeError:  # the reader has seen enough, as in "| head"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains once more
-        return report(UserError("standard output", f"cannot be written: {error.strerror}", "free space"))
+        if status := output_ended(error):
+            return status
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0 if outcome.right else EXIT_WRONG
