@@ -23,10 +23,7 @@ sys.path[0] = str(ROOT)
 import psutil
 
 from harness.basics.clock import Clock
-from harness.machine import (
-    device,
-    telemetry,
-)
+from harness.machine import device, telemetry
 from harness.machine.energy import bus_ids
 
 

@@ -1,4 +1,4 @@
-"""How far rounding alone moves a model's choices: what the bounds of near-ties in ``harness/verification`` rest on.
+"""How far rounding alone moves a model's choices: what near-ties' bounds in ``harness/models/judging.py`` rest on.
 
 The ids of a finished run are fed to Hugging Face's model in each type; wherever a type would choose another token than
 float32 does, its gap is the distance of that token below the best in float32, in standard deviations of the logits.
@@ -19,10 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch
 
 from harness.config.schema import ModelConfig
-from harness.models import (
-    loading,
-    locate,
-)
+from harness.models import loading, locate
 from harness.models.tokenizer import load_tokenizer
 from harness.verify import runs
 

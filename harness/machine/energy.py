@@ -157,7 +157,7 @@ class Gpus:
         self.all = [Gpu(self._nvml, handle, index) for index, handle in enumerate(handles)]
 
     def close(self) -> None:
-        """Lets go of NVML."""
+        """Closes NVML."""
         with contextlib.suppress(Exception):
             self._nvml.nvmlShutdown()
 

