@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
-from typing import TextIO
+from typing import TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 REFRESH_S = 0.5
 PLAIN_S = 5.0
+PLAIN_WIDTH = 110  # of a log file or a pipe: holds the summary
 
 
 class _Console(Console):
@@ -23,9 +25,32 @@ class _Console(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class _Trimmed:
+    """A stream that takes the blanks off the ends of lines: rich fills the cells of a table with them."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes whole lines, as rich does."""
+        self._stream.write(without_trailing_blanks(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+def without_trailing_blanks(text: str) -> str:
+    """Returns text with no blanks at the ends of its lines, for whoever reads it from a pipe or a file."""
+    return re.sub(r"[ \t]+(?=\n)", "", text)
+
+
 def console() -> Console:
-    """Returns the terminal; a log file gets plain lines of a width that holds the summary."""
-    return _Console(file=sys.stdout, highlight=False, emoji=False, width=None if sys.stdout.isatty() else 110)
+    """Returns the terminal; a pipe or a log file gets plain lines of :data:`PLAIN_WIDTH`, not filled up to it."""
+    if sys.stdout.isatty():
+        return _Console(file=sys.stdout, highlight=False, emoji=False)
+    trimmed = cast(TextIO, _Trimmed(sys.stdout))
+    return _Console(file=trimmed, highlight=False, emoji=False, width=PLAIN_WIDTH)
 
 
 class Steps:

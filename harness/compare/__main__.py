@@ -15,6 +15,7 @@ from pathlib import Path
 from harness.basics.command import Parser, output_ended, positive, show_any_text
 from harness.basics.errors import INTERRUPTED, UserError, printable, report
 from harness.basics.files import replace
+from harness.basics.terminal import without_trailing_blanks
 from harness.compare.reading import load
 
 DEFAULT_TABLE = "results/runs.csv"
@@ -96,8 +97,7 @@ def _run(options: argparse.Namespace) -> None:
         screen = text.terminal(sys.stdout.isatty())
         with screen.capture() as drawn:
             text.print_table(screen, compared)
-        lines = drawn.get().split("\n")
-        sys.stdout.write("\n".join(line.rstrip() for line in lines))
+        sys.stdout.write(without_trailing_blanks(drawn.get()))
 
 
 def _writable(name: str) -> Path:

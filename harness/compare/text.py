@@ -16,6 +16,7 @@ from rich.text import Text
 
 from harness.basics.cells import cell_text
 from harness.basics.files import plain
+from harness.basics.terminal import PLAIN_WIDTH
 from harness.compare.comparison import Comparison
 from harness.compare.groups import Group
 from harness.compare.reading import UNKNOWN, shown
@@ -218,7 +219,7 @@ def _errors(comparison: Comparison, width: int) -> list[str]:
 
 def terminal(is_terminal: bool) -> Console:
     """Returns a console that draws into memory, so that a pipe closed early is met in one place only."""
-    width = shutil.get_terminal_size().columns if is_terminal else 110
+    width = shutil.get_terminal_size().columns if is_terminal else PLAIN_WIDTH
     return Console(file=io.StringIO(), highlight=False, width=width, force_terminal=is_terminal)
 
 

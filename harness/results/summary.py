@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -28,77 +29,68 @@ def summary(screen: Console, row: dict[str, Any], record: dict[str, Any]) -> Non
 
 
 def _lines(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, str]]:
-    ranks = (row["tp"] or 1) * (row["dp"] or 1)
-    lines = [
-        (
-            "Run",
-            f"{row['run_id']}  {row['status']}" + (f": {escape(str(row['error']))}" if row["error"] else ""),
-        ),
-        (
-            "What ran",
-            escape(
-                f"{row['engine']} ({row['kernels']} kernels), {row['model']} {row['dtype']}"
-                f"{' with dummy weights' if row['weights'] == 'dummy' else ''}, {row['dataset']}: "
-                f"{_count(row['completed'])} of {_count(row['requests'])} requests"
-                + (f", {row['rejected']} rejected" if row["rejected"] else "")
-                + f", stop={row['stop']}"
-            ),
-        ),
-        (
-            "On",
-            escape(
-                f"{row['device_name']}, {ranks} rank{'s' if ranks > 1 else ''} (tp={row['tp']}, dp={row['dp']})"
-                + _chosen(record.get("split"))
-            ),
-        ),
-    ]
+    lines = _what_ran(row, record)
     if row["total_tokens_per_s"]:
-        most, least = ("at most ", "at least ") if record.get("elapsed_is_estimated") else ("", "")
-        lines += [
-            (
-                "Throughput",
-                f"{most}[bold green]{row['total_tokens_per_s']:,.1f} total tokens/s[/] "
-                f"= {row['total_tokens']:,} tokens "
-                f"({row['prompt_tokens']:,} prompt + {row['output_tokens']:,} output) "
-                f"in {least}{row['elapsed_s']:,.1f} s",
-            ),
-            (
-                "",
-                f"{row['output_tokens_per_s']:,.1f} output tokens/s, {row['requests_per_s']:.2f} requests/s; "
-                f"first token p50 {_seconds(row['ttft_p50_s'])}, p99 {_seconds(row['ttft_p99_s'])}; "
-                f"finished p50 {_seconds(row['latency_p50_s'])}, p99 {_seconds(row['latency_p99_s'])}",
-            ),
-        ]
-        if times := _where_time_went(row, record.get("time", {})):
-            lines.append(("Time", times))
-        if "segments" not in record and (passes := _passes(row, record.get("engine_statistics", {}))):
-            lines.append(("Passes", passes))
-        if row["energy_j"]:
-            source = record.get("telemetry", {}).get("energy_source")
-            lines.append(
-                (
-                    "Energy",
-                    f"{row['energy_j']:,.0f} J, {row['total_tokens'] / row['energy_j']:,.2f} total tokens/J"
-                    + (f" ({source})" if source else ""),
-                )
-            )
+        lines += _throughput(row, record)
+        lines += [("Time", text) for text in _where_time_went(row, record)]
+        lines += [("Passes", text) for text in _passes(row, record)]
+        lines += [("Energy", text) for text in _energy(row, record)]
     if row["load_s"] is not None:
-        memory = f", peak memory {row['peak_memory_bytes'] / 2**30:.2f} GiB" if row["peak_memory_bytes"] else ""
-        warm = f", warm-up {row['warmup_s']:.1f} s" if row["warmup_s"] is not None else ""
-        proof = record.get("proof") or {}
-        proving = f", proof {proof['seconds']:.1f} s" if proof.get("seconds") else ""
-        lines.append(("Outside", f"load {row['load_s']:.1f} s{proving}{warm} (not in the clock){memory}"))
-        if proof.get("requests"):
-            lines.append(("Proof", _proof(proof)))
+        lines += _outside(row, record.get("proof") or {})
     if parity := record.get("parity"):
         checked = f"{parity['checked']} of {row['completed']:,} outputs checked against Hugging Face"
         names = {"exact": "exact", "near_tie": "near-ties", "wrong": "wrong"}
         counts = [f"{parity[name]} {word}" for name, word in names.items() if parity[name] or name == "exact"]
         lines.append(("Tokens", f"{checked} {parity['reference']['dtype']}: {', '.join(counts)}"))
-    for note in record.get("notes", []):
-        lines.append(("Note", escape(note)))
+    lines += [("Note", escape(note)) for note in record.get("notes", [])]
     lines.append(("Files", escape(f"{record['directory']}/, and one row in {record['results_dir']}/runs.csv")))
     return lines
+
+
+def _what_ran(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, str]]:
+    ranks = (row["tp"] or 1) * (row["dp"] or 1)
+    weights = " with dummy weights" if row["weights"] == "dummy" else ""
+    rejected = f", {row['rejected']} rejected" if row["rejected"] else ""
+    requests = f"{_count(row['completed'])} of {_count(row['requests'])} requests{rejected}, stop={row['stop']}"
+    ran = f"{row['engine']} ({row['kernels']} kernels), {row['model']} {row['dtype']}{weights}, {row['dataset']}"
+    split = f"{ranks} rank{'s' if ranks > 1 else ''} (tp={row['tp']}, dp={row['dp']})" + _chosen(record.get("split"))
+    return [
+        ("Run", f"{row['run_id']}  {row['status']}" + (f": {escape(str(row['error']))}" if row["error"] else "")),
+        ("What ran", escape(f"{ran}: {requests}")),
+        ("On", escape(f"{row['device_name']}, {split}")),
+    ]
+
+
+def _throughput(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, str]]:
+    most, least = ("at most ", "at least ") if record.get("elapsed_is_estimated") else ("", "")
+    return [
+        (
+            "Throughput",
+            f"{most}[bold green]{row['total_tokens_per_s']:,.1f} total tokens/s[/] = {row['total_tokens']:,} tokens "
+            f"({row['prompt_tokens']:,} prompt + {row['output_tokens']:,} output) in {least}{row['elapsed_s']:,.1f} s",
+        ),
+        (
+            "",
+            f"{row['output_tokens_per_s']:,.1f} output tokens/s, {row['requests_per_s']:.2f} requests/s; "
+            f"first token p50 {_seconds(row['ttft_p50_s'])}, p99 {_seconds(row['ttft_p99_s'])}; "
+            f"finished p50 {_seconds(row['latency_p50_s'])}, p99 {_seconds(row['latency_p99_s'])}",
+        ),
+    ]
+
+
+def _energy(row: dict[str, Any], record: dict[str, Any]) -> Iterator[str]:
+    if row["energy_j"]:
+        source = record.get("telemetry", {}).get("energy_source")
+        per_joule = f"{row['total_tokens'] / row['energy_j']:,.2f} total tokens/J"
+        yield f"{row['energy_j']:,.0f} J, {per_joule}" + (f" ({source})" if source else "")
+
+
+def _outside(row: dict[str, Any], proof: dict[str, Any]) -> list[tuple[str, str]]:
+    memory = f", peak memory {row['peak_memory_bytes'] / 2**30:.2f} GiB" if row["peak_memory_bytes"] else ""
+    warm = f", warm-up {row['warmup_s']:.1f} s" if row["warmup_s"] is not None else ""
+    proving = f", proof {proof['seconds']:.1f} s" if proof.get("seconds") else ""
+    lines = [("Outside", f"load {row['load_s']:.1f} s{proving}{warm} (not in the clock){memory}")]
+    return [*lines, ("Proof", _proof(proof))] if proof.get("requests") else lines
 
 
 def _chosen(split: dict[str, Any] | None) -> str:
@@ -115,8 +107,10 @@ def _proof(proof: dict[str, Any]) -> str:
     )
 
 
-def _where_time_went(row: dict[str, Any], times: dict[str, float]) -> str:
-    elapsed = row["elapsed_s"]
+def _where_time_went(row: dict[str, Any], record: dict[str, Any]) -> Iterator[str]:
+    """Yields the shares of the clock's time; of a resumed run, over the segments that could write theirs."""
+    parts, which = _known(record, "time")
+    elapsed = sum(part["elapsed_s"] for part in parts) if "segments" in record else row["elapsed_s"]
     names = {
         "prefill_s": "prefill",
         "decode_s": "decode",
@@ -124,19 +118,46 @@ def _where_time_went(row: dict[str, Any], times: dict[str, float]) -> str:
         "detokenize_s": "detokenize",
         "host_s": "host",
     }
-    return ", ".join(f"{name} {times[key] / elapsed:.1%}" for key, name in names.items() if key in times)
+    shares = {
+        name: sum(part["time"][key] for part in parts) / elapsed
+        for key, name in names.items()
+        if parts and elapsed and all(key in part["time"] for part in parts)
+    }
+    if shares:
+        yield ", ".join(f"{name} {share:.1%}" for name, share in shares.items()) + which
 
 
-def _passes(row: dict[str, Any], statistics: dict[str, Any]) -> str:
-    mean = statistics.get("mean_tokens_per_pass")
-    if not row["steps"] or mean is None or row["token_budget"] is None:
-        return ""
-    text = (
-        f"{row['steps']:,} passes of {mean:,.0f} tokens on average, {mean / row['token_budget']:.0%} of the token "
-        f"budget {row['token_budget']}; at most {statistics['peak_sequences']} sequences, "
-        f"KV cache {row['kv_peak_utilisation']:.1%} full at its peak, {row['preemptions']} preemptions"
+def _passes(row: dict[str, Any], record: dict[str, Any]) -> Iterator[str]:
+    """Yields how full the passes were; of a resumed run, over the segments that could write theirs."""
+    parts, which = _known(record, "engine_statistics")
+    figures = [part["engine_statistics"] for part in parts]
+    counted = [one for one in figures if one.get("steps") and one.get("mean_tokens_per_pass") is not None]
+    if not counted or len(counted) < len(figures) or row["token_budget"] is None:
+        return
+    steps = sum(one["steps"] for one in counted)
+    mean = sum(one["mean_tokens_per_pass"] * one["steps"] for one in counted) / steps
+    budget = f", {mean / row['token_budget']:.0%} of the token budget {row['token_budget']}"
+    if any("engine.token_budget" in part.get("changed", {}) for part in parts[1:]):
+        budget = ""  # of several
+    yield (
+        f"{steps:,} passes of {mean:,.0f} tokens on average{budget}; "
+        f"at most {max(one['peak_sequences'] for one in counted)} sequences, "
+        f"KV cache {max(one['kv_peak_utilisation'] for one in counted):.1%} full at its peak, "
+        f"{sum(one['preemptions'] for one in counted)} preemptions{which}"
     )
-    return text
+
+
+def _known(record: dict[str, Any], key: str) -> tuple[list[dict[str, Any]], str]:
+    """Returns the segments that have ``key``, or the record of a run of one, and which these are if not all."""
+    segments = record.get("segments")
+    if not segments:
+        return ([record] if record.get(key) else []), ""
+    known = {number: segment for number, segment in enumerate(segments, start=1) if segment.get(key)}
+    if len(known) == len(segments):
+        return list(known.values()), ""
+    which = f"segment{'s' if len(known) > 1 else ''} {', '.join(map(str, known))} of {len(segments)}"
+    others = "the others" if len(segments) - len(known) > 1 else "the other"
+    return list(known.values()), f" (of {which} alone: {others} ended before writing this down)"
 
 
 def _count(value: object) -> str:
