@@ -179,7 +179,7 @@ WIDE = {"kernel_inject": True, "batch_tokens": 400, "batch_size": 4}
 )
 def test_limits(record: dict[str, Any], prompt_tokens: int, verdict: str) -> None:
     line = {"index": 0, "finish_reason": "rejected"}
-    run = runs.Run(Path("nowhere"), record, None, [line])
+    run = runs.RecordedRun(Path("nowhere"), record, None, [line])
     architecture = {"max_position_embeddings": 1000}
     found, notes = limits.check(run, {0: Request(0, "x", 10)}, {0: [1] * prompt_tokens}, architecture)
     assert ("wrong" if found else "unknown" if notes else "right") == verdict, (found, notes)
@@ -188,7 +188,7 @@ def test_limits(record: dict[str, Any], prompt_tokens: int, verdict: str) -> Non
 def test_the_kernels_own_size_of_a_block() -> None:
     record = part("fastgen", BLOCKS, kv_block_size=16)
     record["notes"] = ["the kernels' KV blocks are of 64 tokens, not engine.kv_block_size"]
-    run = runs.Run(Path("nowhere"), record, None, [{"index": 0, "finish_reason": "rejected"}])
+    run = runs.RecordedRun(Path("nowhere"), record, None, [{"index": 0, "finish_reason": "rejected"}])
     assert limits.check(run, {0: Request(0, "x", 10)}, {0: [1] * 152}, {"max_position_embeddings": 1000})[0]
 
 
@@ -273,7 +273,7 @@ def test_samples_after_the_clock_and_too_many_of_them(copy: Path) -> None:
     def told(times: list[float], **changes: Any) -> list[str]:
         lines = ["time_s,host_memory_used_bytes", ",5", *(f"{time:.3f},5" for time in times)]
         (copy / "telemetry.csv").write_text("".join(f"{line}\n" for line in lines))
-        return clock.check(runs.Run(copy, record | changes, None, []), [])[0][:1]
+        return clock.check(runs.RecordedRun(copy, record | changes, None, []), [])[0][:1]
 
     (copy / "passes.csv").unlink()
     seconds = [float(second) for second in range(10)]

@@ -30,8 +30,8 @@ from harness.verify import models, runs
 from harness.verify.pairs import Pair, compare, refuse_other_work
 from harness.verify.prompts import at_hand, lengths, tokenized
 from harness.verify.recount import Finding, Known, Recount, recount
-from harness.verify.report import Outcome, show
-from harness.verify.runs import Run
+from harness.verify.report import Verification, show
+from harness.verify.runs import RecordedRun
 from harness.workload.records import Request
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if outcome.right else EXIT_WRONG
 
 
-def _run(options: argparse.Namespace) -> Outcome:
+def _run(options: argparse.Namespace) -> Verification:
     for name in ("samples", "bound"):
         if getattr(options, name) is not None and options.model is None:
             raise UserError(f"--{name}", "says how the model judges, and no model is asked", "add --model")
@@ -112,14 +112,14 @@ def _run(options: argparse.Namespace) -> Outcome:
         refuse_other_work(one, other)
         both.append(other)
     if options.model is None:
-        outcome = Outcome([_recount(run, options) for run in both], both)
+        outcome = Verification([_recount(run, options) for run in both], both)
         if len(both) == 2:
             outcome.pair = compare(*both)
         return outcome
     return _with_model(both, options)
 
 
-def _recount(run: Run, options: argparse.Namespace) -> Recount:
+def _recount(run: RecordedRun, options: argparse.Namespace) -> Recount:
     """Recounts a run with what is at hand without its model: its requests and, by its tokenizer, its prompts."""
     try:
         source, tokenizer = at_hand(run)
@@ -142,7 +142,7 @@ def _recount(run: Run, options: argparse.Namespace) -> Recount:
     return found
 
 
-def _with_model(both: list[Run], options: argparse.Namespace) -> Outcome:
+def _with_model(both: list[RecordedRun], options: argparse.Namespace) -> Verification:
     """Returns what the model says of one run, or of the differences between two."""
     one = both[0]
     source = models.find(one, options.model, [name for name in models.TRUSTED if getattr(options, name)])
@@ -169,7 +169,7 @@ def _with_model(both: list[Run], options: argparse.Namespace) -> Outcome:
         reference = Reference(source, str(dtypes[0] or "float32"), generation, device, _sharded(one))
         if not reference.exact and options.bound is None:
             bound *= COARSE_REFERENCE
-        outcome = Outcome([], both, bound=bound, reference=reference.description)
+        outcome = Verification([], both, bound=bound, reference=reference.description)
         for run, own in zip(both, by_run, strict=True):
             known = Known(own, prompts, reference.stop_ids, reference.vocab_size, architecture=source.architecture)
             known = replace(known, decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
@@ -185,7 +185,7 @@ def _with_model(both: list[Run], options: argparse.Namespace) -> Outcome:
     return outcome
 
 
-def _needed(run: Run, source: Source, tokenizer: Any, options: argparse.Namespace) -> dict[int, Request]:
+def _needed(run: RecordedRun, source: Source, tokenizer: Any, options: argparse.Namespace) -> dict[int, Request]:
     """Returns a run's requests by index; raises UserError where its dataset is not at hand."""
     requests = runs.read_requests(
         run,
@@ -198,12 +198,12 @@ def _needed(run: Run, source: Source, tokenizer: Any, options: argparse.Namespac
     return requests
 
 
-def _sharded(run: Run) -> bool:
+def _sharded(run: RecordedRun) -> bool:
     tp = run.record.get("tp")
     return isinstance(tp, int) and tp > 1
 
 
-def _explain(outcome: Outcome, pair: Pair, prompts: dict[int, list[int]], reference: Reference) -> None:
+def _explain(outcome: Verification, pair: Pair, prompts: dict[int, list[int]], reference: Reference) -> None:
     """Has the reference judge all tokens of both runs, of each request of which nothing but tokens differ."""
     from harness.basics.terminal import Steps
     from harness.models.reference import Answer
@@ -225,7 +225,7 @@ def _explain(outcome: Outcome, pair: Pair, prompts: dict[int, list[int]], refere
 
 
 def _judge(
-    outcome: Outcome, run: Run, prompts: dict[int, list[int]], reference: Reference, samples: int | None
+    outcome: Verification, run: RecordedRun, prompts: dict[int, list[int]], reference: Reference, samples: int | None
 ) -> None:
     """Has the reference judge every token of a run, or of so many random requests of it."""
     from harness.basics.terminal import Steps

@@ -14,7 +14,7 @@ from harness.basics.errors import one_line
 from harness.basics.files import numbered_lines
 from harness.machine.telemetry import INTERVAL_S, SERIES, STOP_S
 from harness.results.passes import pass_figures
-from harness.verify.runs import Run
+from harness.verify.runs import RecordedRun
 from harness.workload.records import PASS_COLUMNS
 
 PASSES = "passes.csv"
@@ -66,7 +66,7 @@ class Passes:
         return 1e-6 + 1e-8 * abs(self.started[place]) + 1e-5 * abs(self.seconds[place])
 
 
-def check(run: Run, completed: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+def check(run: RecordedRun, completed: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
     """Returns what of a finished run's times and passes cannot be, and what could not be checked.
 
     Args:
@@ -105,7 +105,7 @@ def number(value: Any) -> float | None:
         return None
 
 
-def _alone(run: Run) -> bool:
+def _alone(run: RecordedRun) -> bool:
     """Whether ``passes.csv`` has all passes of the run: one replica, never gone on with."""
     return run.record.get("dp") == 1 and not run.record.get("segments")
 
@@ -130,7 +130,7 @@ def _wall(record: dict[str, Any]) -> Iterator[str]:
             yield f"record.json says {parts_s}, but it ran for {between:.0f} s, from {ends[0]} to {ends[1]}"
 
 
-def _telemetry(run: Run, elapsed: float) -> Iterator[str]:
+def _telemetry(run: RecordedRun, elapsed: float) -> Iterator[str]:
     """Yields samples that were taken after the clock's end, and more of them than its seconds."""
     times = array("d")
     try:
@@ -153,7 +153,7 @@ def _telemetry(run: Run, elapsed: float) -> Iterator[str]:
         yield f"{SERIES} has {len(times)} samples, {INTERVAL_S:g} s apart: more than elapsed_s {elapsed:.3f}"
 
 
-def _time(run: Run, elapsed: float) -> Iterator[str]:
+def _time(run: RecordedRun, elapsed: float) -> Iterator[str]:
     """Yields where the parts of the clock's time are not the clock's."""
     times = run.record.get("time")
     if not isinstance(times, dict) or not times:
@@ -190,7 +190,7 @@ def _last(passes: Passes, completed: list[dict[str, Any]]) -> Iterator[str]:
         yield f"the last request finished at {max(finished):.6f} s, the last pass at {passes.ends[-1]:.6f}"
 
 
-def _sums(run: Run, passes: Passes, completed: list[dict[str, Any]]) -> Iterator[str]:
+def _sums(run: RecordedRun, passes: Passes, completed: list[dict[str, Any]]) -> Iterator[str]:
     """Yields where the passes of one replica are not those that its requests need."""
     engine, statistics = run.record.get("engine"), run.record.get("engine_statistics")
     if engine not in (*PASSES_OF_STEPS, *WHOLE_REQUESTS) or not isinstance(statistics, dict):

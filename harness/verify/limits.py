@@ -10,7 +10,7 @@ from typing import Any, cast
 from harness.engines.base import Engine
 from harness.engines.shared.kv_blocks import refusal
 from harness.models.architecture import context_length
-from harness.verify.runs import Run
+from harness.verify.runs import RecordedRun
 from harness.workload.records import Request
 
 BLOCK_NOTE = re.compile(r"the kernels' KV blocks are of ([0-9]+) tokens")  # FastGenEngine.load()
@@ -21,7 +21,7 @@ class Unknown(Exception):
 
 
 def check(
-    run: Run, requests: dict[int, Request], prompts: dict[int, list[int]], architecture: dict[str, Any]
+    run: RecordedRun, requests: dict[int, Request], prompts: dict[int, list[int]], architecture: dict[str, Any]
 ) -> tuple[list[tuple[int, str]], list[str]]:
     """Returns, by index, what is wrong with a run's rejections, and what could not be told.
 

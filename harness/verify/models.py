@@ -13,12 +13,12 @@ from harness.models import loaded, locate
 from harness.models.directory import TOKENIZER_FILES
 from harness.models.fingerprint import fingerprint
 from harness.models.source import Source
-from harness.verify.runs import Run
+from harness.verify.runs import RecordedRun
 
 TRUSTED = ("trust_remote_code", "allow_pickle")  # not for a run's record to decide, which may be anybody's
 
 
-def find(run: Run, directory: str, trusted: Collection[str]) -> Source:
+def find(run: RecordedRun, directory: str, trusted: Collection[str]) -> Source:
     """Returns a run's model.
 
     Args:
@@ -55,7 +55,7 @@ def find(run: Run, directory: str, trusted: Collection[str]) -> Source:
     return source
 
 
-def refuse_other_checkpoint(runs: Collection[Run], source: Source, directory: str) -> None:
+def refuse_other_checkpoint(runs: Collection[RecordedRun], source: Source, directory: str) -> None:
     """Raises UserError if a run wrote down the fingerprint of another checkpoint than this one."""
     found = fingerprint(source)
     for run in runs:
@@ -68,7 +68,7 @@ def refuse_other_checkpoint(runs: Collection[Run], source: Source, directory: st
             )
 
 
-def other_name(run: Run, source: Source, directory: str) -> str | None:
+def other_name(run: RecordedRun, source: Source, directory: str) -> str | None:
     """Returns what is wrong with the name of the model in a run's record; None where nothing is, or it is not known."""
     model, recorded = run.group("model", ModelConfig), run.record.get("model")
     if directory and not loaded.checkpoints(run.record):

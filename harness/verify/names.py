@@ -15,12 +15,12 @@ from harness.config.identity import config_hash, flat
 from harness.models import loaded
 from harness.results import segments
 from harness.results.columns import columns_from_config
-from harness.verify.runs import Run
+from harness.verify.runs import RecordedRun
 
 CONFIG = "config.yaml"
 
 
-def check(run: Run) -> tuple[list[str], list[str]]:
+def check(run: RecordedRun) -> tuple[list[str], list[str]]:
     """Returns what of a finished run's config and names does not fit, and what could not be checked."""
     record, config = run.record, run.record.get("config")
     found: list[str] = []
@@ -43,7 +43,7 @@ def check(run: Run) -> tuple[list[str], list[str]]:
     return found, notes
 
 
-def _config(run: Run, config: dict[str, Any]) -> Iterator[str]:
+def _config(run: RecordedRun, config: dict[str, Any]) -> Iterator[str]:
     """Yields the first setting that the record and ``config.yaml`` do not agree on."""
     try:
         asked = plain(OmegaConf.to_container(OmegaConf.load(run.directory / CONFIG), resolve=True))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from harness.basics.errors import UserError, one_line, quoted
-from harness.verify.runs import Run
+from harness.verify.runs import RecordedRun
 from harness.workload import catalogue
 
 # What settles which tokens are right, beside the dataset and the model: (group of the config, key, where it counts).
@@ -18,7 +18,7 @@ RULES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class Divergence:
     """How two completions of one request differ.
 
     Attributes:
@@ -45,12 +45,12 @@ class Pair:
 
     compared: int = 0
     exact: int = 0
-    differences: list[Difference] = field(default_factory=list)
+    differences: list[Divergence] = field(default_factory=list)
     alone: tuple[list[int], list[int]] = field(default_factory=lambda: ([], []))
     mixed_rejections: int = 0
 
 
-def refuse_other_work(one: Run, other: Run) -> None:
+def refuse_other_work(one: RecordedRun, other: RecordedRun) -> None:
     """Raises UserError unless both runs were given the same requests, model and rules."""
     for name, mine, others in _work(one, other):
         if mine != others:
@@ -62,7 +62,7 @@ def refuse_other_work(one: Run, other: Run) -> None:
             )
 
 
-def _work(one: Run, other: Run) -> Iterator[tuple[str, Any, Any]]:
+def _work(one: RecordedRun, other: RecordedRun) -> Iterator[tuple[str, Any, Any]]:
     dataset = one.setting("dataset", "name")
     for name in ("model", "weights"):
         yield name, one.record.get(name), other.record.get(name)
@@ -81,17 +81,17 @@ def _work(one: Run, other: Run) -> Iterator[tuple[str, Any, Any]]:
         yield f"{name} ({group}.{key})", one.setting(group, key), other.setting(group, key)
 
 
-def _by_deepspeed(run: Run) -> bool:
+def _by_deepspeed(run: RecordedRun) -> bool:
     return run.record.get("kernels") == "deepspeed"
 
 
-def _place(run: Run) -> str:
+def _place(run: RecordedRun) -> str:
     """Returns where a run's dummy weights were drawn; for tensor-parallel ranks, which cut them up, on the host."""
     tp = run.record.get("tp")
     return "on the host" if isinstance(tp, int) and tp > 1 else f"on {run.record.get('device')}"
 
 
-def compare(one: Run, other: Run) -> Pair:
+def compare(one: RecordedRun, other: RecordedRun) -> Pair:
     """Compares two runs of the same work.
 
     Raises:
@@ -105,7 +105,7 @@ def compare(one: Run, other: Run) -> Pair:
     pair = Pair(compared=len(both), alone=(sorted(done[0] - done[1]), sorted(done[1] - done[0])))
     pair.mixed_rejections = sum(i in lines[1] for i in pair.alone[0]) + sum(i in lines[0] for i in pair.alone[1])
     for index in both:
-        difference = difference_of(index, lines[0][index], lines[1][index])
+        difference = divergence_of(index, lines[0][index], lines[1][index])
         if difference is None:
             pair.exact += 1
         else:
@@ -113,22 +113,22 @@ def compare(one: Run, other: Run) -> Pair:
     return pair
 
 
-def difference_of(index: int, one: dict[str, Any], other: dict[str, Any]) -> Difference | None:
+def divergence_of(index: int, one: dict[str, Any], other: dict[str, Any]) -> Divergence | None:
     """Returns how two completions of a request differ; None if they are equal in ids, counts and end."""
     ids: tuple[list[int], list[int]] = (one["token_ids"], other["token_ids"])
     position = first_difference(*ids)
     here = (None, None) if position is None else (_at(ids[0], position), _at(ids[1], position))
     if one["prompt_tokens"] != other["prompt_tokens"]:
         reason = f"prompts of {one['prompt_tokens']} and {other['prompt_tokens']} tokens"
-        return Difference(index, position, here, reason)
+        return Divergence(index, position, here, reason)
     if position is None:
         if one["finish_reason"] == other["finish_reason"]:
             return None
         ends = f"{one_line(one['finish_reason'], 20)} and {one_line(other['finish_reason'], 20)}"
-        return Difference(index, None, here, f"the same tokens end by {ends}")
+        return Divergence(index, None, here, f"the same tokens end by {ends}")
     if None in here:
-        return Difference(index, position, here, f"one ends after {position} tokens, the other goes on")
-    return Difference(index, position, here)
+        return Divergence(index, position, here, f"one ends after {position} tokens, the other goes on")
+    return Divergence(index, position, here)
 
 
 def first_difference(one: list[int], other: list[int]) -> int | None:

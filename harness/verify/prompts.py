@@ -13,13 +13,13 @@ from harness.models import demo, loaded, locate
 from harness.models.fingerprint import fingerprint
 from harness.models.source import Source
 from harness.models.tokenizer import load_tokenizer
-from harness.verify.runs import Run
+from harness.verify.runs import RecordedRun
 from harness.workload.records import Request
 
 REMEDY = "--model DIR checks them"
 
 
-def at_hand(run: Run) -> tuple[Source, Any]:
+def at_hand(run: RecordedRun) -> tuple[Source, Any]:
     """Returns a run's model, as far as its headers tell, and its tokenizer.
 
     Raises:

@@ -13,7 +13,7 @@ from harness.results.columns import COLUMNS, TABLE, Source, names_of
 from harness.results.completions import percentile
 from harness.verify import clock, limits, names
 from harness.verify.clock import number
-from harness.verify.runs import Run
+from harness.verify.runs import RecordedRun
 from harness.workload.records import Request
 
 COUNTS = names_of(column for column in TABLE if column.source is Source.COUNT)
@@ -67,7 +67,7 @@ class Recount:
     notes: list[str] = field(default_factory=list)
 
 
-def recount(run: Run, known: Known) -> Recount:
+def recount(run: RecordedRun, known: Known) -> Recount:
     """Counts a run anew from its token ids and compares with everything that it says of itself."""
     found = Recount(run.run_id, str(run.record["status"]), len(run.completions), notes=list(known.unknown))
     found.findings += _indices(run, known)
@@ -105,7 +105,7 @@ def recount(run: Run, known: Known) -> Recount:
     return found
 
 
-def _rejections(run: Run, known: Known, found: Recount) -> None:
+def _rejections(run: RecordedRun, known: Known, found: Recount) -> None:
     """Adds the requests that were rejected without need, or that this could not be told."""
     rejected = sum(line["finish_reason"] == "rejected" for line in run.completions)
     if not rejected:
@@ -127,7 +127,7 @@ def _row(row: dict[str, str], record: dict[str, Any], counts: dict[str, int]) ->
             yield f"runs.csv says {name} {one_line(row[name], 60)}, record.json {one_line(recorded, 60)}"
 
 
-def _indices(run: Run, known: Known) -> Iterator[Finding]:
+def _indices(run: RecordedRun, known: Known) -> Iterator[Finding]:
     """Yields what is wrong with the set of indices: each request comes once, and all of them if the run is ok."""
     seen = Counter(line["index"] for line in run.completions)
     for index, times in sorted(seen.items()):
@@ -147,7 +147,7 @@ def _indices(run: Run, known: Known) -> Iterator[Finding]:
         yield Finding(missing[0], f"did not come back, though the run is ok ({len(missing)} missing in all)")
 
 
-def _line(line: dict[str, Any], run: Run, index: int, known: Known) -> Iterator[str]:
+def _line(line: dict[str, Any], run: RecordedRun, index: int, known: Known) -> Iterator[str]:
     """Yields what is wrong with one completion by itself."""
     request = None if known.requests is None else known.requests.get(index)
     fed = None if known.prompts is None else known.prompts.get(index)

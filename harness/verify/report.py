@@ -16,17 +16,17 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.basics.errors import one_line
+from harness.basics.terminal import PLAIN_WIDTH, without_trailing_blanks
 from harness.models.judging import Judgement, finite
-from harness.verify.pairs import Difference, Pair
+from harness.verify.pairs import Divergence, Pair
 from harness.verify.recount import Recount
-from harness.verify.runs import Run
+from harness.verify.runs import RecordedRun
 
-PLAIN_WIDTH = 110  # of a log file
 NOT_PROVEN = "not proven by these files: that the clock ran as recorded, and on which machine"
 
 
 @dataclass(slots=True)
-class Outcome:
+class Verification:
     """Everything that was found out.
 
     Attributes:
@@ -41,7 +41,7 @@ class Outcome:
     """
 
     recounts: list[Recount]
-    runs: list[Run]
+    runs: list[RecordedRun]
     bound: float | None = None
     reference: str | None = None
     pair: Pair | None = None
@@ -91,7 +91,7 @@ class Outcome:
             return []
         return [one.index for one in self.pair.differences if one.reason is None]
 
-    def _near_tie(self, difference: Difference) -> bool:
+    def _near_tie(self, difference: Divergence) -> bool:
         return self.bound is not None and self.largest.get(difference.index, math.inf) <= self.bound
 
     @property
@@ -258,7 +258,7 @@ class Outcome:
         return list(dict.fromkeys(notes))  # of two runs, what goes for both is said once
 
 
-def show(outcome: Outcome, limit: int) -> str:
+def show(outcome: Verification, limit: int) -> str:
     """Returns what a person sees: the verdict, one line a run, the counts, and the worst ``limit`` differences."""
     terminal = sys.stdout.isatty()
     screen = Console(
@@ -279,10 +279,10 @@ def show(outcome: Outcome, limit: int) -> str:
         for text in texts:
             screen.print(Text(f"{label} {one_line(text, 300)}"), soft_wrap=True)
     assert isinstance(screen.file, io.StringIO)
-    return "\n".join(line.rstrip() for line in screen.file.getvalue().split("\n"))
+    return without_trailing_blanks(screen.file.getvalue())
 
 
-def _summary(outcome: Outcome) -> Table:
+def _summary(outcome: Verification) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     cells: list[tuple[str, str]] = [("run", "\n".join(one.run_id for one in outcome.recounts))]
     for name in ("completed", "rejected", "prompt_tokens", "output_tokens"):
@@ -302,7 +302,7 @@ def _summary(outcome: Outcome) -> Table:
     return table
 
 
-def _worst(outcome: Outcome, differences: list[dict[str, Any]]) -> Table:
+def _worst(outcome: Verification, differences: list[dict[str, Any]]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     other = "other run's" if outcome.pair is not None else "reference's"
     headings = ["request", "token", "run's", other]

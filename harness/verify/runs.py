@@ -24,7 +24,7 @@ ENUMS: dict[str, type[Enum]] = {"prompt": SyntheticPrompt, "stop": Stop, "weight
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RecordedRun:
     """One run directory.
 
     Attributes:
@@ -104,7 +104,7 @@ def find(name: str, results: str) -> Path:
     return Path(results) / matches[0]
 
 
-def load(directory: Path) -> Run:
+def load(directory: Path) -> RecordedRun:
     """Reads a run.
 
     Raises:
@@ -132,7 +132,7 @@ def load(directory: Path) -> Run:
     rows = None
     if table.is_file():
         rows = [row for row in read_rows(table) if row.get("run_id") == str(record.get("run_id"))]
-    return Run(directory, record, rows, found)
+    return RecordedRun(directory, record, rows, found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +149,7 @@ class Requests:
 
 
 def read_requests(
-    run: Run,
+    run: RecordedRun,
     file: str | None = None,
     *,
     vocab_size: int | None = None,
