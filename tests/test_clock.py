@@ -1,4 +1,4 @@
-"""Times and ends that nobody told: runs that are stopped, killed, gone on with twice at once, or lose their files."""
+"""Times and ends that no rank wrote down: runs that are stopped, killed, resumed twice at once, or lose their files."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_a_witness_writes_until_the_end_and_not_into_a_file_that_was_taken_away(
     assert not (tmp_path / lifeline.NAME).exists()
 
 
-# --- two that go on with one run ---
+# --- two that resume one run ---
 
 
 @pytest.mark.slow

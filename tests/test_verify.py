@@ -303,7 +303,7 @@ def test_requests_of_one_run_only(honest: Run, copies: Path, shown: Callable[...
     status, out, _ = shown("other", "--against", honest.row["run_id"])
     assert status == 1
     assert "1 request in one run only" in out
-    assert "one ends after 5 tokens, the other goes on" in out.replace("\n", " ")
+    assert "one ends after 5 tokens, the other continues" in out.replace("\n", " ")
 
 
 def test_a_run_of_fewer_requests(honest: Run, copies: Path, shown: Callable[..., Shown]) -> None:

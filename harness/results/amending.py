@@ -16,7 +16,7 @@ def settled(record: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """Returns what a record says of its config once all of it is known, the split of the ranks included.
 
     Args:
-        record: the segment in it, if there is one, is told what is not as in the segment before.
+        record: its current segment, if the run was resumed, gets the settings that are not those of the segment before.
         config: the resolved config as plain data.
     """
     if (segment := record.get("segment")) is not None:

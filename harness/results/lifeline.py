@@ -1,4 +1,4 @@
-"""What others see of a run: where its clock's zero lies on the host's clock, until when rank 0 was there, when it died.
+"""What other processes see of a run: the zero of its clock on the host's clock, how long rank 0 lived, when it died.
 
 Rank 0 cannot write down its own death, nor that it was stopped (SIGSTOP). So it notes in ``run.clock`` where its clock
 began on the host's, which all processes of a boot share; and whoever started it, or the watchdog, writes beside
@@ -56,7 +56,7 @@ def boot() -> str | None:
         name = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except (OSError, ValueError):
         return None
-    with contextlib.suppress(OSError):  # a kernel without: nobody has a clock of their own
+    with contextlib.suppress(OSError):  # a kernel without time namespaces: one clock for all
         name += " " + os.readlink("/proc/self/ns/time")
     return name
 
@@ -132,7 +132,7 @@ class Witness:
 
     def _write(self, word: str) -> None:
         self.gone = word == GONE
-        # Never made anew: a run that has stopped its clock has taken it away.
+        # Never made again: a run that has stopped its clock has taken it away.
         with contextlib.suppress(OSError), open(self._path, "r+b") as file:
             file.readline()
             place = file.tell()

@@ -5,8 +5,8 @@ compares two runs of the same work request by request; ``--model`` asks Hugging 
 same tokens, whether differences are near-ties, or judges every token of the one run. A near-tie's gap is within
 :data:`harness.models.judging.BOUNDS`, where they come from is said there.
 
-Exit status 0: right (exact, or all differences explained). 1: wrong, or not explained for want of ``--model``. 2: the
-runs cannot be compared, or the command line is wrong.
+Exit status 0: right (exact, or all differences explained). 1: wrong, or not explained since ``--model`` is missing. 2:
+the runs cannot be compared, or the command line is wrong.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _with_model(both: list[RecordedRun], options: argparse.Namespace) -> Verific
     dtypes = [run.record.get("dtype") for run in both]
     quantized = any(run.record.get("quantization") for run in both)
     bound = bound_for(*dtypes, quantized=quantized, given=options.bound)
-    # What the files can tell has been told; what follows takes seconds to import, and may take minutes to load.
+    # All checks of the files are done; what follows takes seconds to import, and may take minutes to load.
     from harness.machine.device import accelerator
     from harness.models.reference import Reference
     from harness.verify.in_run import as_user_error

@@ -106,7 +106,7 @@ def number(value: Any) -> float | None:
 
 
 def _alone(run: RecordedRun) -> bool:
-    """Whether ``passes.csv`` has all passes of the run: one replica, never gone on with."""
+    """Whether ``passes.csv`` has all passes of the run: one replica, never resumed."""
     return run.record.get("dp") == 1 and not run.record.get("segments")
 
 

@@ -23,7 +23,7 @@ class Unknown(Exception):
 def check(
     run: RecordedRun, requests: dict[int, Request], prompts: dict[int, list[int]], architecture: dict[str, Any]
 ) -> tuple[list[tuple[int, str]], list[str]]:
-    """Returns, by index, what is wrong with a run's rejections, and what could not be told.
+    """Returns, by index, what is wrong with a run's rejections, and what could not be checked.
 
     Args:
         requests: by index, ``output_len`` settled.
@@ -55,7 +55,7 @@ def check(
 
 
 def _parts(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields what had limits of its own: the segments of a run that was gone on with, or the run."""
+    """Yields what had limits of its own: the segments of a resumed run, or the run itself."""
     parts = record.get("segments")
     yield from [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) and parts else [record]
 

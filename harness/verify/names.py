@@ -33,7 +33,7 @@ def check(run: RecordedRun) -> tuple[list[str], list[str]]:
         found += _config(run, config)
     found += _hashes(record, config)
     for name, value in columns_from_config(config).items():
-        # The model's own name is told from its files, and "auto" settled, when the run begins.
+        # The model's own name comes from its files, and "auto" settled, when the run begins.
         if name != "model" and not (name == "dtype" and value is None) and record.get(name) != value:
             found.append(f"record.json says {name} {_text(record.get(name))}, its config {_text(value)}")
     found += loaded.problems(record)

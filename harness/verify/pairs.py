@@ -127,7 +127,7 @@ def divergence_of(index: int, one: dict[str, Any], other: dict[str, Any]) -> Div
         ends = f"{one_line(one['finish_reason'], 20)} and {one_line(other['finish_reason'], 20)}"
         return Divergence(index, None, here, f"the same tokens end by {ends}")
     if None in here:
-        return Divergence(index, position, here, f"one ends after {position} tokens, the other goes on")
+        return Divergence(index, position, here, f"one ends after {position} tokens, the other continues")
     return Divergence(index, position, here)
 
 

@@ -68,7 +68,7 @@ class Recount:
 
 
 def recount(run: RecordedRun, known: Known) -> Recount:
-    """Counts a run anew from its token ids and compares with everything that it says of itself."""
+    """Counts a run again from its token ids and compares that with everything that it says of itself."""
     found = Recount(run.run_id, str(run.record["status"]), len(run.completions), notes=list(known.unknown))
     found.findings += _indices(run, known)
     completed = [line for line in run.completions if line["finish_reason"] != "rejected"]
@@ -106,7 +106,7 @@ def recount(run: RecordedRun, known: Known) -> Recount:
 
 
 def _rejections(run: RecordedRun, known: Known, found: Recount) -> None:
-    """Adds the requests that were rejected without need, or that this could not be told."""
+    """Adds the requests that were rejected without need, or a note that this could not be checked."""
     rejected = sum(line["finish_reason"] == "rejected" for line in run.completions)
     if not rejected:
         return

@@ -74,7 +74,7 @@ class Verification:
 
     @property
     def wrong(self) -> list[int]:
-        """Requests that are wrong by what can be told: another prompt or end, or a token that rounding cannot give."""
+        """Requests that are known to be wrong: another prompt or end, or a token that rounding cannot give."""
         if self.pair is not None:
             judged = self.reference is not None
             return [

@@ -128,6 +128,6 @@ def undertakers(word: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if word in words and any(word.endswith("undertaker.py") for word in words):
+        if word in words and any(word.endswith("watchdog.py") for word in words):
             found.append(process)
     return found
