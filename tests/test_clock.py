@@ -97,7 +97,7 @@ def test_where_nobody_saw_the_end_its_time_is_a_bound(tmp_path: Path, harness: H
 
 
 def crashed(directory: Path, clock_s: float = 10.0, completed_s: float = 9.0) -> dict[str, Any]:
-    """Leaves a run that died without a word at ``clock_s``; returns what its ``run.clock`` says."""
+    """Leaves a run that was killed at ``clock_s``; returns what its ``run.clock`` says."""
     recorder = RunRecorder.create(directory, ID, {}, [])
     recorder.clock_started(clock_s)
     recorder.add(Completion(0, 1, 1, "length", [7], "", completed_s, completed_s, None))
