@@ -94,12 +94,10 @@ def _run(options: argparse.Namespace, words: list[str], rank: Rank | None) -> in
         asked = TaskOptions(options.tasks.split(","), options.include_path, options.limit, options.num_fewshot)
     within = WITHIN if options.within is None else options.within
     chosen = session.Options(asked, options.against, within, options.prefill)
-    if rank is None:
-        job = session.check(composed, chosen)
-        if job.ranks > 1:
-            return _launch(job, words)
-        rank = Rank()
-    return session.run(composed, rank, chosen)
+    if rank is not None:
+        return session.run(composed, rank, chosen)
+    job = session.check(composed, chosen)
+    return _launch(job, words) if job.ranks > 1 else session.run(composed, Rank(), chosen, job)
 
 
 def _launch(job: Job, words: list[str]) -> int:

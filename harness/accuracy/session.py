@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,24 +14,23 @@ from harness.accuracy import perplexity, record, tasks
 from harness.accuracy.pool import Pool
 from harness.accuracy.tasks import TaskOptions
 from harness.basics.clock import utc_now
-from harness.basics.errors import FULL_ERROR, INTERRUPTED, REFUSED, UserError, complain, one_line, printable
+from harness.basics.errors import FULL_ERROR, UserError, complain, printable, show_traceback
 from harness.basics.files import json_bytes, plain, replace, yaml_bytes
+from harness.basics.outcome import Fault
 from harness.config.identity import config_hash
 from harness.engines import catalogue
 from harness.engines.base import SCORING
 from harness.engines.catalogue import NOT_BUILT
-from harness.machine import device, memory
+from harness.machine import device
 from harness.machine import snapshot as snapshots
 from harness.models import locate
-from harness.ranks import signals
 from harness.ranks.rank import Rank
-from harness.ranks.rendezvous import RankFailed, Rendezvous
+from harness.ranks.rendezvous import Rendezvous
 from harness.results.directory import new_run_id
-from harness.running import faults, setup
 from harness.running import job as jobs
+from harness.running import setup
 from harness.running.job import Job
-from harness.running.lifecycle import LAST_WORDS_S
-from harness.running.worker import together
+from harness.running.lifecycle import Lifecycle, RankWork
 from harness.workload import reading
 
 LINES = "scores.jsonl"
@@ -68,87 +64,51 @@ def check(composed: DictConfig, options: Options, rank: Rank | None = None) -> J
     return job
 
 
-def run(composed: DictConfig, rank: Rank, options: Options) -> int:
-    """Runs this rank's part of an evaluation; returns the exit status: 1 where it failed, or is worse than allowed."""
-    # A thread cannot raise in this one; a signal can.
-    rendezvous = Rendezvous(rank, failed=lambda: os.kill(os.getpid(), signal.SIGTERM))
+def run(composed: DictConfig, rank: Rank, options: Options, checked: Job | None = None) -> int:
+    """Runs this rank's part of an evaluation; returns the exit status: 1 where it failed, or is worse than allowed.
 
-    def ending(signum: int) -> tuple[str, int]:
-        if signum == signal.SIGALRM:
-            return f"not finished after timeout_s={composed.timeout_s}", 1
-        if rank.world > 1 and signum == signal.SIGTERM:
-            cause = rendezvous.heard(LAST_WORDS_S) or RankFailed("another rank died, or the launcher was ended")
-            return str(cause), cause.exit_status
-        return "interrupted", INTERRUPTED
-
-    def hung(signum: int) -> None:
-        line, status = ending(signum)
-        complain(line)
-        rendezvous.fail(line, status)
-        os._exit(status)
-
-    try:
-        with signals.handled(composed.timeout_s, hung):
-            signals.end_with_the_parent()
-            rendezvous.open()
-            job = together(lambda config: check(config, options, rank), composed, rank, rendezvous)
-            evaluation = _Evaluation(job, rank, rendezvous, options, job.settings)
-            return evaluation.run()
-    except UserError as error:
-        _trace(error)
-        line, status = str(error), REFUSED
-    except RankFailed as failure:
-        line, status = str(failure), failure.exit_status
-    except signals.Ended as end:
-        line, status = ending(end.signum)
-    except Exception as error:
-        # A rank that ends breaks its connections: why it ended says more than that they broke.
-        cause = rendezvous.heard(LAST_WORDS_S)
-        if cause is None:
-            _trace(error)
-            line, status = (
-                f"{one_line(f'{type(error).__name__}: {error}', 300)} ({FULL_ERROR}=1 shows the traceback)",
-                1,
-            )
-            if memory.out_of_memory(error):
-                fault = faults.classify(error, jobs.resolved(composed), {})
-                line, status = fault.error, fault.exit_status
-        else:
-            line, status = str(cause), cause.exit_status
-    if rank.first or rendezvous.failure is None:
-        complain(line if rank.first else f"rank {rank.rank}: {line}")
-    rendezvous.fail(line, status)
-    return status
+    Args:
+        checked: the job, where this process has checked it before it became the only rank.
+    """
+    return Lifecycle(rank, _Evaluation(composed, rank, options, checked), alone=checked is not None).run(composed)
 
 
-def _trace(error: Exception) -> None:
-    """Shows where an error came from, to a user who asked for that."""
-    if os.environ.get(FULL_ERROR, "0") not in ("", "0"):
-        traceback.print_exception(error)
+class _Evaluation(RankWork):
+    """One rank's part of an evaluation."""
 
-
-class _Evaluation:
-    """The state of one rank between its phases."""
-
-    def __init__(
-        self, job: Job, rank: Rank, rendezvous: Rendezvous, options: Options, resolved: dict[str, Any]
-    ) -> None:
+    def __init__(self, composed: DictConfig, rank: Rank, options: Options, checked: Job | None) -> None:
         from harness.basics.terminal import console
 
-        self.job = job
+        self.config = jobs.resolved(composed)
         self.rank = rank
-        self.rendezvous = rendezvous
         self.options = options
-        self.resolved = resolved
+        self.checked = checked
         self.screen = console()
         self.started_at = utc_now()
-        self.run_id = new_run_id(f"accuracy_{job.config.engine.name}")
         self.lines: list[dict[str, Any]] = []  # one a request, or one an answered question
         self.notes: list[str] = []
 
-    def run(self) -> int:
+    def check(self, composed: DictConfig) -> Job:
+        """Returns the job, checked before or now."""
+        return self.checked or check(composed, self.options, self.rank)
+
+    def keep_traceback(self, error: Exception) -> str:
+        """Shows it to a user who asked for that."""
+        show_traceback(error)
+        return f"{FULL_ERROR}=1 shows the traceback"
+
+    def close(self, fault: Fault, heard: bool) -> Fault:
+        """Says how the evaluation ended; what another rank has said, rank 0 says alone."""
+        if self.rank.first or not heard:
+            complain(fault.error if self.rank.first else f"rank {self.rank.rank}: {fault.error}")
+        return fault
+
+    def run(self, job: Job, rendezvous: Rendezvous) -> int:
         """Loads and computes on every rank; rank 0 also records and compares. Returns the exit status."""
-        pool = self._load()
+        self.job = job
+        self.config.update(job.settings)
+        self.run_id = new_run_id(f"accuracy_{job.config.engine.name}")
+        pool = self._load(rendezvous)
         if not self.rank.first:
             pool.serve()
             assert pool.replicas is not None
@@ -168,18 +128,13 @@ class _Evaluation:
             pool.replicas.leave()
         return self._conclude(directory, self._record(found, seconds))
 
-    def _load(self) -> Pool:
-        job, rank = self.job, self.rank
-        setup.use_cores(job, rank)
-        replicas = None
-        from harness.engines.proof import proof
+    def _load(self, rendezvous: Rendezvous) -> Pool:
+        job = self.job
+        setup.use_cores(job, self.rank)
+        from harness.engines.proof import proof  # imports torch, whose threads are the cores'
 
-        if rank.world > 1:
-            from harness.ranks.replicas import Replicas
-
-            replicas = Replicas(rank, job.accelerator, self.rendezvous, job.tp)
-            replicas.join()
-        settings = setup.engine_settings(job, rank, replicas)
+        replicas = setup.join(job, self.rank, rendezvous)
+        settings = setup.engine_settings(job, self.rank, replicas)
         self.model = locate.model_name(job.config.model, job.source)
         self.engine = catalogue.create(settings)
         self._say(f"loading {self.model} ({job.dtype}) for {job.config.engine.name} on {settings.device}")
@@ -199,7 +154,7 @@ class _Evaluation:
         except (OSError, ValueError) as error:
             found = f"{directory} cannot be made: {getattr(error, 'strerror', None) or error}"
             raise UserError("results_dir", found, "set another directory") from error
-        replace(directory / "config.yaml", yaml_bytes(plain(self.resolved)))
+        replace(directory / "config.yaml", yaml_bytes(plain(self.config)))
         return directory
 
     def _perplexity(self, pool: Pool) -> dict[str, Any]:
@@ -244,8 +199,8 @@ class _Evaluation:
             "prefill": self.options.prefill,
             "seconds": seconds,
             "notes": self.notes,
-            "config": self.resolved,
-            "config_hash": config_hash(self.resolved),
+            "config": self.config,
+            "config_hash": config_hash(self.config),
             "git_commit": (snapshot.get("git") or {}).get("commit"),
             "environment": snapshot,
             "lm_eval": None if self.options.tasks is None else tasks.version(),

@@ -35,10 +35,15 @@ def report(error: BaseException) -> int:
     Returns:
         The exit status for what a user has to put right.
     """
-    if os.environ.get(FULL_ERROR, "0") not in ("", "0"):
-        traceback.print_exception(error)
+    show_traceback(error)
     complain(str(error))
     return REFUSED
+
+
+def show_traceback(error: BaseException) -> None:
+    """Prints where ``error`` came from, to a user who asked for that."""
+    if os.environ.get(FULL_ERROR, "0") not in ("", "0"):
+        traceback.print_exception(error)
 
 
 def complain(line: str) -> None:

@@ -15,6 +15,8 @@ from harness.machine.memory import OomKills, out_of_memory
 
 DEVICE_WORDS = ("cuda", "cublas", "cudnn", "cusolver", "nccl", "gpu", "insufficient memory")
 
+IN_THE_LOG = "the traceback is in run.log"
+
 
 def on_device(error: BaseException) -> bool:
     """Returns whether memory ran out on the GPU, not on the host."""
@@ -22,16 +24,19 @@ def on_device(error: BaseException) -> bool:
     return named or any(word in str(error).lower() for word in DEVICE_WORDS)
 
 
-def classify(error: BaseException, config: Mapping[str, Any], facts: Mapping[str, Any]) -> Fault:
+def classify(
+    error: BaseException, config: Mapping[str, Any], facts: Mapping[str, Any], traceback: str = IN_THE_LOG
+) -> Fault:
     """Returns how a run ended that an exception ended, which is not the user's to read in full.
 
     Args:
         config: the resolved config.
         facts: see :func:`advice`.
+        traceback: where the user finds it, in a clause.
     """
     cause = out_of_memory(error)
     if cause is None:
-        return Fault("failed", f"{one_line(f'{type(error).__name__}: {error}', 300)}; the traceback is in run.log", 1)
+        return Fault("failed", f"{one_line(f'{type(error).__name__}: {error}', 300)}; {traceback}", 1)
     text = one_line(f"{type(cause).__name__}: {cause}", 300)
     device = on_device(cause)
     where = "of the GPU" if device else "of the host"

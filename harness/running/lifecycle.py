@@ -1,25 +1,169 @@
-"""One rank's life: met, told, ended."""
+"""One rank's life, whatever it is started for: open, meet the others, work, and tell them how it ended."""
 
 from __future__ import annotations
 
+import os
 import signal
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
+from omegaconf import DictConfig
+
+from harness.basics.errors import INTERRUPTED, REFUSED, UserError, show_traceback
 from harness.basics.outcome import Fault
 from harness.config.identity import PLACES, UNHASHED_KEYS
-from harness.ranks.rendezvous import Rendezvous
+from harness.machine import memory
+from harness.ranks import signals
+from harness.ranks.rank import Rank, check_world
+from harness.ranks.rendezvous import RankFailed, Rendezvous
+from harness.running import faults
+from harness.running import job as jobs
 from harness.running.job import Job
 
 LAST_WORDS_S = 1.0  # for a rank that ends to say why, after its connections have broken
 
 
-def _tell(rendezvous: Rendezvous, fault: Fault) -> None:
-    """Tells the other ranks; meanwhile a signal ends this one, since there is nothing left to write down."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    rendezvous.fail(fault.error, fault.exit_status, fault.status)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+class RankWork(ABC):
+    """What a rank is started for: a run, or an evaluation.
+
+    Attributes:
+        config: resolved, as plain data.
+        running: whether the engine is ready; what is refused from then on is a run that failed.
+    """
+
+    config: dict[str, Any]
+    running = False
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """How far the work got, for :func:`~harness.running.faults.advice`."""
+        return {"phase": "load"}
+
+    def begin(self) -> None:
+        """Called once signals are handled."""
+        return
+
+    @abstractmethod
+    def check(self, composed: DictConfig) -> Job:
+        """Returns the job; raises UserError for what can be refused before a model is loaded."""
+
+    @abstractmethod
+    def run(self, job: Job, rendezvous: Rendezvous) -> int:
+        """Does this rank's part once all ranks are there; returns the exit status."""
+
+    def stop(self) -> None:
+        """Ends what is still going on between the ranks."""
+        return
+
+    @abstractmethod
+    def keep_traceback(self, error: Exception) -> str:
+        """Keeps where an unforeseen error came from; returns where the user finds it, in a clause."""
+
+    @abstractmethod
+    def close(self, fault: Fault, heard: bool) -> Fault:
+        """Writes down how the work ended and tells the user; returns what the other ranks are to be told.
+
+        Args:
+            heard: whether another rank has said why it could not go on.
+        """
+
+
+class Lifecycle:
+    """Takes a rank through its work, and makes one :class:`Fault` of whatever ends it early.
+
+    Args:
+        alone: whether nobody has started this process as a rank: then no launcher's death ends it.
+    """
+
+    def __init__(self, rank: Rank, work: RankWork, alone: bool) -> None:
+        self.rank = rank
+        self.work = work
+        self.alone = alone
+        self.kills = memory.OomKills()
+        # A thread cannot raise in the main thread; a signal can.
+        self.rendezvous = Rendezvous(rank, failed=lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+    def run(self, composed: DictConfig) -> int:
+        """Runs this rank's part of the job; returns the exit status."""
+        try:
+            with signals.handled(self.work.config.get("timeout_s"), self._hung):
+                if not self.alone:
+                    signals.end_with_the_parent()
+                self.work.begin()
+                self.rendezvous.open()
+                return self.work.run(self._meet(composed), self.rendezvous)
+        except (Exception, signals.Ended) as error:
+            fault = self._fault(error)
+        self.work.stop()
+        fault = self.work.close(fault, self.rendezvous.failure is not None)
+        self._tell(fault)
+        return fault.exit_status
+
+    def _meet(self, composed: DictConfig) -> Job:
+        """Returns the job once all ranks are there and about to run it, split as rank 0 has split it.
+
+        What fits is a question of free memory, which another rank may have found otherwise a moment later.
+        """
+        job = self.work.check(composed)
+        check_world(self.rank, job.tp, job.dp)
+        tp, dp = self.rendezvous.meet(same_everywhere(job), (job.tp, job.dp))
+        return job if (tp, dp) == (job.tp, job.dp) else self.work.check(jobs.with_split(composed, tp, dp))
+
+    def _fault(self, error: Exception | signals.Ended) -> Fault:
+        if isinstance(error, signals.Ended):
+            return self._ended(error.signum)
+        if isinstance(error, RankFailed):
+            return self._elsewhere(error)
+        if isinstance(error, UserError):
+            show_traceback(error)
+            if memory.out_of_memory(error):
+                return faults.classify(error, self.work.config, self.work.facts)
+            return Fault("failed" if self.work.running else "invalid", str(error), REFUSED)
+        # A rank that ends breaks its connections: why it ended says more than that they broke.
+        cause = self.rendezvous.heard(LAST_WORDS_S)
+        if cause is not None:
+            return self._elsewhere(cause)
+        return faults.classify(error, self.work.config, self.work.facts, self.work.keep_traceback(error))
+
+    def _ended(self, signum: int) -> Fault:
+        """Returns why a signal has ended this rank."""
+        if signum == signal.SIGALRM:
+            return faults.timed_out(self.work.config["timeout_s"])
+        if self.rank.world > 1 and signum == signal.SIGTERM:
+            # So the launcher ends the others when a rank has died; a user's Ctrl-C comes as SIGINT.
+            died = RankFailed(
+                "another rank died, or the launcher was ended", died="another rank of this host", host=self.rank.host
+            )
+            return self._elsewhere(self.rendezvous.heard(LAST_WORDS_S) or died)
+        return Fault("interrupted", "interrupted", INTERRUPTED)
+
+    def _elsewhere(self, failure: RankFailed) -> Fault:
+        """Returns how the run ended of which another rank could not go on."""
+        if failure.status is not None:
+            return Fault(failure.status, str(failure), failure.exit_status)
+        if failure.died is not None and failure.host == self.rank.host and self.kills:
+            return faults.killed(failure.died, 0, self.kills, self.work.config, self.work.facts)
+        refused = "failed" if self.work.running else "invalid"
+        status = {REFUSED: refused, INTERRUPTED: "interrupted"}.get(failure.exit_status, "failed")
+        return Fault(status, str(failure), failure.exit_status)
+
+    def _hung(self, signum: int) -> None:
+        """Ends this process, from another thread, where the main thread does not come back to notice a signal."""
+        fault = self._ended(signum)
+        try:
+            fault = self.work.close(fault, self.rendezvous.failure is not None)
+        finally:
+            self.rendezvous.fail(fault.error, fault.exit_status, fault.status)
+            os._exit(fault.exit_status)
+
+    def _tell(self, fault: Fault) -> None:
+        """Tells the other ranks; meanwhile a signal ends this one, since there is nothing left to write down."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        self.rendezvous.fail(fault.error, fault.exit_status, fault.status)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def same_everywhere(job: Job) -> dict[str, Any]:

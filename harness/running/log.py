@@ -24,7 +24,7 @@ class _Formatter(logging.Formatter):
         return "\n".join(map(printable, super().format(record).split("\n")))
 
 
-def _log_to(path: str) -> None:
+def log_to(path: str) -> None:
     handler = _Handler(path, encoding="utf-8")
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from harness.machine import device
 from harness.ranks.rank import Rank, bind_cores
+from harness.ranks.rendezvous import Rendezvous
 from harness.running.job import Job
 
 if TYPE_CHECKING:
@@ -23,6 +24,17 @@ def use_cores(job: Job, rank: Rank) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         crowded = device.cores() < rank.local_world  # then no rank has a core of its own
         torch.set_num_threads(1 if crowded else device.cores())
+
+
+def join(job: Job, rank: Rank, rendezvous: Rendezvous) -> Replicas | None:
+    """Returns the ranks of the launch, once all have joined their process group; None for a lone rank."""
+    if rank.world == 1:
+        return None
+    from harness.ranks.replicas import Replicas  # imports torch when it joins; ranks that are refused never do
+
+    replicas = Replicas(rank, job.accelerator, rendezvous, job.tp)
+    replicas.join()
+    return replicas
 
 
 def engine_settings(job: Job, rank: Rank, replicas: Replicas | None) -> EngineSettings:

@@ -1,0 +1,158 @@
+"""What came of a run, summed up after its clock: the row, the summary, and the check against Hugging Face."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+from harness.basics.errors import REFUSED, UserError, complain, one_line
+from harness.engines.base import EngineStatistics, combined
+from harness.machine import memory
+from harness.machine.telemetry import across_hosts
+from harness.ranks import signals
+from harness.results.recorder import RunRecorder
+from harness.results.summary import summary
+from harness.running.context import RunContext
+from harness.running.delivering import Delivery
+from harness.running.log import log
+
+
+def conclude(run: RunContext, delivery: Delivery) -> int:
+    """Writes record and row and prints the summary; returns the exit status. Rank 0's."""
+    recorder = run.recorder
+    assert recorder is not None
+    status, error = _verdict(delivery)
+    row = recorder.finish(status, error, expected=len(delivery.loaded.workload.requests), **_figures(run, delivery))
+    status, error = row["status"], row["error"]
+    if run.job.config.verify and status == "ok":
+        row, error = _verify(run, delivery, recorder)
+    places = {"directory": recorder.directory, "results_dir": recorder.results_dir}
+    summary(run.screen, row, recorder.record | places)
+    log.info("%s: %s total tokens/s", row["status"], row["total_tokens_per_s"])
+    if error is not None:
+        complain(error)
+    return {"ok": 0, "invalid": REFUSED}.get(row["status"], 1)
+
+
+def of_an_early_end(run: RunContext, clock_s: float | None) -> dict[str, Any]:
+    """Returns what a run that ends early has for its record, and ends the sampling."""
+    figures: dict[str, Any] = {"clock_s": clock_s}
+    if run.device is not None:
+        with contextlib.suppress(RuntimeError):  # one that does not answer any more
+            figures["peak_memory_bytes"] = memory.peak_memory_bytes(run.device)
+    if run.telemetry is not None:
+        run.telemetry.stop()
+        figures["telemetry"] = across_hosts([run.telemetry.summary()], run.job.accelerator)
+    return figures
+
+
+def _verdict(delivery: Delivery) -> tuple[str, str | None]:
+    """Returns the status of a run that has come to its end, and why it is not ok if it is not."""
+    requests = len(delivery.loaded.workload.requests)
+    if missing := requests - len(delivery.done):
+        return "failed", f"{missing} of {requests} requests did not come back"
+    if delivery.twice:
+        return "failed", f"{len(delivery.twice)} requests came back twice, the first: {min(delivery.twice)}"
+    if delivery.rejected == len(delivery.done):
+        return "invalid", f"all {delivery.rejected} requests were rejected; the last: {delivery.rejection}"
+    return "ok", None
+
+
+def _figures(run: RunContext, delivery: Delivery) -> dict[str, Any]:
+    """Returns what the record and the row say of a run, of all its ranks together."""
+    engine, others = delivery.loaded.engine, delivery.others
+    assert delivery.elapsed_s is not None and run.recorder is not None
+    # From the first rank's start, which the barrier made everyone's, to the last one's end.
+    elapsed_s = max([delivery.elapsed_s, *(other["elapsed_s"] for other in others)])
+    peak_memory = [memory.peak_memory_bytes(engine.settings.device), *(other["peak_memory_bytes"] for other in others)]
+    elsewhere = [EngineStatistics(**other["statistics"]) for other in others if other["statistics"]]
+    statistics = dataclasses.asdict(combined([engine.statistics, *elsewhere]))
+    times = {key: statistics.pop(key) for key in ("prefill_s", "decode_s", "tokenize_s", "detokenize_s")}
+    times["host_s"] = elapsed_s - run.recorder.clock_s - sum(times.values())
+    hosts = [None if run.telemetry is None else run.telemetry.summary(elapsed_s)]
+    hosts += [other["telemetry"] for other in others if "telemetry" in other]
+    telemetry = across_hosts(hosts, run.job.accelerator)
+    return {
+        "elapsed_s": elapsed_s,
+        "steps": statistics["steps"],
+        "preemptions": statistics["preemptions"],
+        "kv_peak_utilisation": statistics["kv_peak_utilisation"],
+        "peak_memory_bytes": max(peak_memory),
+        "model_flops_utilisation": delivery.flops.utilisation(elapsed_s),
+        "model_flops": delivery.flops.total or None,
+        "time": times,
+        "engine_statistics": statistics,
+        "prompt_len_check": delivery.claims.record(),
+        "notes": _notes(run, delivery),
+        "energy_j": telemetry["energy_j"],
+        "telemetry": telemetry,
+    }
+
+
+def _notes(run: RunContext, delivery: Delivery) -> list[str]:
+    notes = list(run.notes)
+    if delivery.claims.differing:
+        notes.append(delivery.claims.note())
+    if (cap := run.job.config.generation.max_output_len) is not None:
+        notes.append(f"generation.max_output_len={cap} caps output_len")
+    return notes
+
+
+def _verify(run: RunContext, delivery: Delivery, recorder: RunRecorder) -> tuple[dict[str, Any], str | None]:
+    """Checks random requests against Hugging Face; returns the row then, and why the run is not ok if it is not.
+
+    The row is written already: whatever happens here, no completion is lost. But a run that was to be checked and
+    was not is not ok: ``resume`` checks again.
+    """
+    notes = list(recorder.record["notes"])
+    figures: dict[str, Any] = {}
+    error: str | None
+    try:
+        found = _parity(run, delivery, recorder)
+        checked, exact, near, wrong = (found[name] for name in ("checked", "exact", "near_tie", "wrong"))
+        figures = {
+            "parity": found,
+            "parity_checked": checked,
+            "parity_exact_share": exact / checked,
+            "parity_explained_share": near / checked,
+        }
+        error = _wrong(run, recorder.run_id, found) if wrong else None
+        if wrong and error is None:
+            notes.append(f"{wrong} of {checked} checked outputs differ by more than rounding: quantized weights")
+    except (Exception, signals.Ended) as failure:
+        interrupted = isinstance(failure, signals.Ended)
+        why = "interrupted" if interrupted else one_line(str(failure) or type(failure).__name__, 300)
+        error = f"verify={run.job.config.verify}: nothing was checked: {why}; the completions are all there"
+        log.info(error)
+    return recorder.amend("ok" if error is None else "failed", error, notes=notes, **figures), error
+
+
+def _parity(run: RunContext, delivery: Delivery, recorder: RunRecorder) -> dict[str, Any]:
+    """Returns the record's section ``parity``, of as many random requests as the config asks for, or of all."""
+    from harness.verify import in_run  # imports transformers
+
+    config, loaded = run.job.config, delivery.loaded
+    completions = {entry.index: entry for entry in recorder.done() if entry.finish_reason != "rejected"}
+    chosen = in_run.sample(list(completions), config.verify, recorder.run_id)
+    by_index = {request.index: request for request in loaded.workload.requests}
+    requests = [by_index[index] for index in chosen]
+    prompts = loaded.engine.tokenize(requests)
+    device = loaded.engine.settings.device
+    if run.job.source.kind == "dummy" and loaded.engine.kernels == "deepspeed":
+        raise UserError("verify", "these kernels draw dummy weights of their own", "use a checkpoint")
+    del loaded.engine  # its memory is the reference's
+    asked = f"verify={config.verify}; not in the clock"
+    run.say(f"checking {len(chosen)} requests against Hugging Face ({asked})")
+    return in_run.of_run(run.job, device, requests, prompts, [completions[index] for index in chosen])
+
+
+def _wrong(run: RunContext, run_id: str, found: dict[str, Any]) -> str | None:
+    """Returns why a run with wrong outputs failed; None where quantized weights may have made them."""
+    if run.job.config.engine.quantization is not None:
+        return None
+    first = next(one for one in found["requests"] if one["verdict"] == "wrong")
+    return (
+        f"{found['wrong']} of {found['checked']} checked outputs are wrong, the first is request {first['index']}: "
+        f"{first['problem']}; see python -m harness.verify {run_id} --model"
+    )

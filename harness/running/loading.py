@@ -1,0 +1,113 @@
+"""From a checked job to an engine that is ready; all of it outside the clock."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+from harness.engines import catalogue
+from harness.engines.base import Engine, EngineSettings
+from harness.engines.proof import proof
+from harness.machine import device, snapshot
+from harness.models.loaded import identity
+from harness.ranks.rank import RUN_ID_VARIABLE
+from harness.running import setup
+from harness.running.context import RunContext
+from harness.running.sampling import of_rank
+from harness.workload import reading
+from harness.workload.records import Workload
+
+
+@dataclass(slots=True)
+class Loaded:
+    """What is ready to run. Nothing else keeps the engine, so that deleting it here frees its memory."""
+
+    engine: Engine
+    workload: Workload
+
+
+def load(run: RunContext) -> Loaded:
+    """Loads and warms the engine, and resolves the requests with its tokenizer.
+
+    Raises:
+        UserError: the model cannot be loaded or the requests cannot be run with it.
+    """
+    settings = _settings(run)
+    _begin_record(run)
+    loaded = _load(run, settings)
+    _warm_up(run, loaded)
+    return loaded
+
+
+def _settings(run: RunContext) -> EngineSettings:
+    """Returns what the engine is told, once this rank has its cores and has joined the others."""
+    job = run.job
+    setup.use_cores(job, run.rank)
+    # The baseline spreads a large model over all the GPUs there are.
+    directory = run.recorder.directory if run.recorder is not None else None
+    run.telemetry = of_rank(run.rank, job.accelerator, job.config.engine.name == "baseline", directory)
+    run.replicas = setup.join(job, run.rank, run.rendezvous)
+    settings = setup.engine_settings(job, run.rank, run.replicas)
+    run.device = settings.device
+    return settings
+
+
+def _begin_record(run: RunContext) -> None:
+    job, model = run.job, run.job.config.model
+    if model.dtype.value == "auto" and job.dtype == "float32":
+        run.notes.append("this machine does not compute bfloat16: model.dtype=auto took float32")
+    if job.work["model"] != model.name:
+        run.notes.append(f"the checkpoint is not the one that model={model.name} describes; its own counts")
+    if run.recorder is not None:
+        run.recorder.check_work(**job.work)
+        if RUN_ID_VARIABLE not in os.environ:  # else the launching parent has done it
+            run.recorder.settle(job.settings, split=job.split.record)
+    run.note(
+        **job.work,
+        job_hash=job.job_hash,
+        requests=len(job.workload.requests),
+        device=job.accelerator,
+        device_name=device.device_name(job.accelerator),
+        environment=snapshot.snapshot(job.accelerator),
+        phase="load",
+    )
+
+
+def _load(run: RunContext, settings: EngineSettings) -> Loaded:
+    job = run.job
+    engine = catalogue.create(settings)
+    run.say(f"loading {job.work['model']} ({job.dtype}) for {job.config.engine.name} on {run.device}")
+    started = time.perf_counter()
+    try:
+        engine = proof.load(engine, run.say)
+    finally:
+        run.facts["phase"] = engine.phase
+    load_s = time.perf_counter() - started - (engine.proof or {}).get("seconds", 0.0)
+    run.facts["phase"] = "run"
+    run.note(load_s=load_s, proof=engine.proof, phase="run")
+    workload = reading.resolve(
+        job.workload,
+        job.config.generation,
+        vocab_size=job.source.architecture.get("vocab_size"),
+        count_tokens=lambda texts: [len(ids) for ids in engine.tokenizer(texts).input_ids],
+    )
+    return Loaded(engine, workload)
+
+
+def _warm_up(run: RunContext, loaded: Loaded) -> None:
+    engine, workload = loaded.engine, loaded.workload
+    started = time.perf_counter()
+    engine.warm_up()
+    warmup_s = time.perf_counter() - started
+    run.notes += engine.notes
+    run.note(
+        requests=len(workload.requests),
+        kernels=engine.kernels,
+        **engine.limits,
+        warmup_s=warmup_s,
+        left_out=workload.left_out or None,
+    )
+    if run.recorder is not None:
+        run.note(loaded=identity(run.recorder.record, run.job.source))
+    run.say(f"running {len(workload.requests)} requests of {workload.name}")
