@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig
-from support.in_process import Launched, begun_anew, entry
+from support.in_process import Launched, begin_anew, entry
 from support.patience import no_hang
 from support.runs import ROOT, SAMPLE, TINY, assert_refused, command, variables
 
@@ -366,10 +366,10 @@ def test_every_malformed_config_is_one_line(
         monkeypatch.setattr(sys, "argv", ["harness/main.py", *words])
         jobs.clear()
         output, errors, status = io.StringIO(), io.StringIO(), None
+        begin_anew()
         try:
             with (
                 no_hang(),
-                begun_anew(),
                 contextlib.redirect_stdout(output),
                 contextlib.redirect_stderr(errors),
             ):

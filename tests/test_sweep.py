@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import statistics
@@ -15,14 +16,14 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from rich.console import Console
 from support.in_process import answered
 from support.models import save_model
 from support.runs import RANDOM, ROOT, TINY, Run, assert_refused, command, deepspeed, variables
 
 from harness.results.table import read_rows
 from harness.running.sweep import finished_runs
-from harness.running.sweep_table import Run as SweepRun
-from harness.running.sweep_table import SweepJob, choices, spread
+from harness.running.sweep_table import Follower, SweepJob, SweepRun, choices, run_line, spread
 from harness.running.tune import _without_search, parallel_splits
 
 Harness = Callable[..., Run]
@@ -298,6 +299,22 @@ def test_the_winner_s_command_keeps_what_the_search_was_about() -> None:
     assert _without_search(words, {"engine.token_budget": 64}, makes_requests=False) == kept
     assert "dataset.num_samples=9" in _without_search(words, {}, makes_requests=True)
     assert _without_search(["experiment=tune"], {}, makes_requests=False) == []
+
+
+@pytest.mark.parametrize(
+    ("elapsed_s", "said"), [(0.034, "0.034 s"), (3.94, "3.9 s"), (9.97, "10 s"), (83, "1 min 23 s")]
+)
+def test_a_short_run_took_some_time(elapsed_s: float, said: str) -> None:
+    assert run_line(SweepRun("a-run", "ok", None, 12.5, elapsed_s, 0)) == f"ok  12.5 total tokens/s in {said}  a-run"
+
+
+def test_what_a_job_says_is_shown_with_one_clock(tmp_path: Path) -> None:
+    screen = Console(file=io.StringIO(), width=200)
+    log = tmp_path / "launch.log"
+    log.write_text("loading\n   12.3 s  3/8 requests  120 tokens\n")
+    Follower(screen, "run 1 of 2", started=time.monotonic() - 75)(log)
+    assert isinstance(screen.file, io.StringIO)
+    assert screen.file.getvalue() == "    run 1 of 2 1 min 15 s 3/8 requests 120 tokens\n"
 
 
 def test_choices_are_values_by_key() -> None:

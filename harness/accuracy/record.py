@@ -18,7 +18,7 @@ BESIDE = ("kernels", "dtype", "device_name", "prefill")  # what the config does 
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class ComparedFigure:
     """One figure of two evaluations.
 
     Attributes:
@@ -65,7 +65,7 @@ def check_comparable(tasks: Sequence[str] | None, other: dict[str, Any]) -> None
         raise UserError("--against", f"{other['run_id']} has no task {', '.join(missing)}", remedy)
 
 
-def differences(ours: dict[str, Any], theirs: dict[str, Any], within: float) -> list[Difference]:
+def differences(ours: dict[str, Any], theirs: dict[str, Any], within: float) -> list[ComparedFigure]:
     """Returns how each figure compares.
 
     A perplexity may be higher by ``within`` percent, a task's score lower by ``within`` percentage points.
@@ -85,7 +85,7 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any], within: float) -> 
     return found
 
 
-def _perplexity(ours: dict[str, Any], other: dict[str, Any], within: float) -> Difference:
+def _perplexity(ours: dict[str, Any], other: dict[str, Any], within: float) -> ComparedFigure:
     theirs = other["perplexity"]
     if ours["fingerprint"] != theirs["fingerprint"] or ours["scored"] != theirs["scored"]:
         raise UserError(
@@ -98,10 +98,10 @@ def _perplexity(ours: dict[str, Any], other: dict[str, Any], within: float) -> D
     ratio = now / before
     percent = round(100 * (ratio - 1), 9)
     text = f"{before:.4f} -> {now:.4f}, ratio {ratio:.4f} ({percent:+.2f}%)"
-    return Difference("perplexity", text, not percent <= within)
+    return ComparedFigure("perplexity", text, not percent <= within)
 
 
-def _task(name: str, ours: dict[str, Any], other: dict[str, Any], within: float) -> list[Difference]:
+def _task(name: str, ours: dict[str, Any], other: dict[str, Any], within: float) -> list[ComparedFigure]:
     theirs = (other["tasks"] or {}).get(name)
     same = ("version", "n_shot", "samples")
     if theirs is None or any(theirs[key] != ours[key] for key in same):
@@ -115,7 +115,7 @@ def _task(name: str, ours: dict[str, Any], other: dict[str, Any], within: float)
         before, value = _finite(theirs["metrics"][metric]), _finite(value)
         points = round(100 * (value - before), 9)
         text = f"{before:.4f} -> {value:.4f}, {points:+.2f} percentage points"
-        found.append(Difference(f"{name} {metric}", text, not -points <= within))
+        found.append(ComparedFigure(f"{name} {metric}", text, not -points <= within))
     if not found:
         raise UserError(
             "--against", f"{name} has no score from 0 to 1 in which higher is better", "choose another task"

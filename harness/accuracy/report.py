@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from harness.accuracy.record import Difference
+from harness.accuracy.record import ComparedFigure
 from harness.basics.errors import printable
 
 
@@ -26,7 +26,7 @@ def summary(screen: Console, made: dict[str, Any], directory: Path) -> None:
     _print(screen, [*rows, ("Files", escape(f"{directory}/"))])
 
 
-def comparison(screen: Console, run_id: str, differences: list[Difference], settings: list[str]) -> None:
+def comparison(screen: Console, run_id: str, differences: list[ComparedFigure], settings: list[str]) -> None:
     """Prints how the figures compare with those of the evaluation ``run_id``, and the ``settings`` that differ."""
     rows = [("Against", escape(run_id))]
     for difference in differences:

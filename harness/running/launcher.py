@@ -29,7 +29,7 @@ from harness.running.watch import MAIN, Watched, watch
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class LaunchOutcome:
     """How a launch ended.
 
     Attributes:
@@ -42,7 +42,7 @@ class Outcome:
     error: UserError | str | None = None
 
 
-def told(outcome: Outcome) -> int:
+def told(outcome: LaunchOutcome) -> int:
     """Tells the user how a launch ended, and returns its exit status."""
     if isinstance(outcome.error, UserError):
         report(outcome.error)
@@ -51,7 +51,7 @@ def told(outcome: Outcome) -> int:
     return outcome.exit_status
 
 
-def launch(composed: DictConfig, overrides: list[str], watcher: Callable[[Path], None] | None = None) -> Outcome:
+def launch(composed: DictConfig, overrides: list[str], watcher: Callable[[Path], None] | None = None) -> LaunchOutcome:
     """Runs one job in processes of its own: one rank as it is, several in a ``deepspeed`` launch.
 
     Args:
@@ -64,10 +64,10 @@ def launch(composed: DictConfig, overrides: list[str], watcher: Callable[[Path],
         UserError: the results cannot be written; anything else that is wrong is an outcome, and a row.
     """
     begun = begin(composed)
-    return begun if isinstance(begun, Outcome) else launched(*begun, overrides, watcher)
+    return begun if isinstance(begun, LaunchOutcome) else launched(*begun, overrides, watcher)
 
 
-def begin(composed: DictConfig) -> tuple[RunRecorder, jobs.Job] | Outcome:
+def begin(composed: DictConfig) -> tuple[RunRecorder, jobs.Job] | LaunchOutcome:
     """Checks a job and begins its record, so that nobody else takes the run over; or says why it cannot run.
 
     Raises:
@@ -83,10 +83,10 @@ def begin(composed: DictConfig) -> tuple[RunRecorder, jobs.Job] | Outcome:
             job = _checked(composed)
         except UserError as error:
             recorder.finish("invalid", str(error))
-            return Outcome(REFUSED, recorder.record, error)
+            return LaunchOutcome(REFUSED, recorder.record, error)
         except KeyboardInterrupt:
             recorder.finish("interrupted", "interrupted")
-            return Outcome(INTERRUPTED, recorder.record, "interrupted")
+            return LaunchOutcome(INTERRUPTED, recorder.record, "interrupted")
         except BaseException as error:
             recorder.finish("failed", f"{type(error).__name__}: {error}")
             raise
@@ -96,7 +96,7 @@ def begin(composed: DictConfig) -> tuple[RunRecorder, jobs.Job] | Outcome:
 
 def launched(
     recorder: RunRecorder, job: jobs.Job, overrides: list[str], watcher: Callable[[Path], None] | None = None
-) -> Outcome:
+) -> LaunchOutcome:
     """Starts the ranks of a run that has been begun, waits for them, and returns how they ended."""
     try:
         return _launched(recorder, job, overrides, watcher)
@@ -106,7 +106,7 @@ def launched(
 
 def _launched(
     recorder: RunRecorder, job: jobs.Job, overrides: list[str], watcher: Callable[[Path], None] | None
-) -> Outcome:
+) -> LaunchOutcome:
     config, run_id = job.config, recorder.run_id
     ranks = job.ranks
     log = recorder.directory / LAUNCH_LOG
@@ -141,7 +141,7 @@ def _launched(
         exit_status = INTERRUPTED
     else:
         exit_status = REFUSED if ending.returncode == REFUSED or status == "oom" else 1
-    return Outcome(exit_status, record, untold)
+    return LaunchOutcome(exit_status, record, untold)
 
 
 def _checked(composed: DictConfig) -> jobs.Job:

@@ -15,14 +15,14 @@ from harness.ranks.rank import PARENT_VARIABLE, RUN_ID_VARIABLE, Rank
 from harness.results.recorder import RunRecorder
 from harness.running import launcher, worker
 from harness.running.job import Job
-from harness.running.launcher import Outcome
+from harness.running.launcher import LaunchOutcome
 
 
 def run(composed: DictConfig, overrides: list[str]) -> int:
     """Runs one job on the user's terminal; returns the exit status."""
     try:
         begun = launcher.begin(composed)
-        if isinstance(begun, Outcome):
+        if isinstance(begun, LaunchOutcome):
             return launcher.told(begun)
         recorder, job = begun
         if job.ranks > 1:

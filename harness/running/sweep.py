@@ -23,11 +23,14 @@ from harness.results.directory import read_record
 from harness.results.table import read_rows
 from harness.running import job as jobs
 from harness.running import launcher
-from harness.running.sweep_table import FILE_WIDTH, Run, SweepJob, _Follower, _line, _table
+from harness.running.sweep_table import FILE_WIDTH, Follower, SweepJob, SweepRun, run_line, table_of
 
 
 class Sweep:
-    """Runs jobs and keeps what came of them. One process drives one: :data:`SWEEP`.
+    """Runs jobs and keeps what came of them.
+
+    Args:
+        full_error: what the user set :data:`~harness.basics.errors.FULL_ERROR` to, for the jobs.
 
     Attributes:
         jobs: what was run, in order.
@@ -35,21 +38,24 @@ class Sweep:
         expected: how many jobs there will be.
         composed: the config without what is varied; set by Hydra's launcher, as is ``compose``.
         compose: returns the config of a command line.
-        full_error: what the user set :data:`~harness.basics.errors.FULL_ERROR` to, for the jobs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, full_error: str | None) -> None:
         self.jobs: list[SweepJob] = []
         self.fixed: set[str] = set()
         self.composed: DictConfig | None = None
         self.compose: Callable[[list[str]], DictConfig] | None = None
         self.expected = 0
-        self.full_error: str | None = None
+        self.full_error = full_error
         self.screen: Console = console()
         if not self.screen.is_terminal:
             self.screen.width = FILE_WIDTH  # where there is room, no cell of the table need be broken
         self.results_dir = ""
-        self._done: dict[str, list[Run]] | None = None
+        self._done: dict[str, list[SweepRun]] | None = None
+
+    def plan(self, jobs: int, fixed: set[str]) -> None:
+        """Takes note of how many jobs there will be at least, and which keys they have in common."""
+        self.expected, self.fixed = max(self.expected, jobs), fixed
 
     def say(self, line: str) -> None:
         """Prints a line as it is; a terminal wraps it, a file keeps it whole."""
@@ -79,11 +85,11 @@ class Sweep:
         job.runs = done[:times]
         self.say(f"[{job.number}/{self.expected}] {' '.join(varied) or 'as given'}")
         for run in job.runs:
-            self.say(f"    {_line(run)}")
+            self.say(f"    {run_line(run)}")
         while len(job.runs) < times:
             run = self._launch(overrides, composed, f"run {len(job.runs) + 1} of {times}" if times > 1 else "")
             job.runs.append(run)
-            self.say(f"    {_line(run)}")
+            self.say(f"    {run_line(run)}")
             if run.exit_status == INTERRUPTED:
                 raise KeyboardInterrupt
             if run.status == "ok":
@@ -92,21 +98,21 @@ class Sweep:
                 break  # it would be refused again
         return job
 
-    def _launch(self, overrides: list[str], composed: DictConfig, which: str) -> Run:
+    def _launch(self, overrides: list[str], composed: DictConfig, which: str) -> SweepRun:
         started = time.monotonic()
-        with _Follower(self.screen, which, started) as follower:
+        with Follower(self.screen, which, started) as follower:
             try:
                 with full_error(self.full_error):
                     outcome = launcher.launch(composed, overrides, follower)
             except OmegaConfBaseException as error:
-                return Run("", "invalid", str(explain(error)), None, None, REFUSED)
+                return SweepRun("", "invalid", str(explain(error)), None, None, REFUSED)
             except UserError:  # no job can write its results any more
                 self.show()
                 raise
             except Exception as error:  # a defect of ours costs this job, not the sweep
-                return Run("", "failed", one_line(f"{type(error).__name__}: {error}"), None, None, 1)
+                return SweepRun("", "failed", one_line(f"{type(error).__name__}: {error}"), None, None, 1)
         record = outcome.record
-        return Run(
+        return SweepRun(
             str(record.get("run_id")),
             str(record.get("status")),
             record.get("error"),
@@ -115,7 +121,7 @@ class Sweep:
             outcome.exit_status,
         )
 
-    def _ran_before(self, composed: DictConfig) -> list[Run]:
+    def _ran_before(self, composed: DictConfig) -> list[SweepRun]:
         """Returns the runs of this very job that are done: same config, dataset, kind of device and code."""
         if not composed.sweep.resume:
             return []
@@ -130,7 +136,7 @@ class Sweep:
     def show(self) -> None:
         """Prints the table of all jobs, best first, and the errors of those that are not ok."""
         self.screen.print()
-        self.screen.print(_table(self.jobs))
+        self.screen.print(table_of(self.jobs))
         for job in self.jobs:
             for run in job.runs:
                 if run.status != "ok":
@@ -153,12 +159,9 @@ class Sweep:
         return max((run.exit_status for job in self.jobs for run in job.runs), default=0)
 
 
-SWEEP = Sweep()
-
-
-def finished_runs(results_dir: str) -> dict[str, list[Run]]:
+def finished_runs(results_dir: str) -> dict[str, list[SweepRun]]:
     """Returns the runs in ``results_dir`` whose status is ok, by the ``job_hash`` of their record."""
-    found: dict[str, list[Run]] = {}
+    found: dict[str, list[SweepRun]] = {}
     if not (Path(results_dir) / "runs.csv").is_file():
         return found
     for row in read_rows(Path(results_dir) / "runs.csv"):
@@ -168,6 +171,6 @@ def finished_runs(results_dir: str) -> dict[str, list[Run]]:
             record = None
         if record is not None and record["status"] == "ok" and isinstance(record.get("job_hash"), str):
             rate, elapsed_s = record.get("total_tokens_per_s"), record.get("elapsed_s")
-            run = Run(row["run_id"], "ok", None, rate, elapsed_s, 0, earlier=True)
+            run = SweepRun(row["run_id"], "ok", None, rate, elapsed_s, 0, earlier=True)
             found.setdefault(record["job_hash"], []).append(run)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -21,10 +22,11 @@ from harness.basics.terminal import REFRESH_S, duration
 FILE_WIDTH = 160
 PLAIN_S = 60.0  # between two lines about a job where there is no terminal
 TAIL_BYTES = 4096  # of a launch's output, to find its last line
+RUN_CLOCK = re.compile(r"^ *\d+\.\d s +")  # see progress.Display
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class SweepRun:
     """One run of a job; figures are None where they are not known.
 
     Attributes:
@@ -53,7 +55,7 @@ class SweepJob:
     number: int
     overrides: list[str]
     varied: list[str]
-    runs: list[Run] = field(default_factory=list)
+    runs: list[SweepRun] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -76,10 +78,10 @@ def choices(overrides: Sequence[str]) -> dict[str, str]:
     return {key.lstrip("+~"): value for key, _, value in (word.partition("=") for word in overrides)}
 
 
-def _line(run: Run) -> str:
+def run_line(run: SweepRun) -> str:
     words = [run.status]
     if run.tokens_per_s and run.elapsed_s is not None:
-        words.append(f"{run.tokens_per_s:,.1f} total tokens/s in {duration(run.elapsed_s)}")
+        words.append(f"{run.tokens_per_s:,.1f} total tokens/s in {_seconds(run.elapsed_s)}")
     words.append(run.run_id)
     if run.earlier:
         words.append("(ran before)")
@@ -88,7 +90,11 @@ def _line(run: Run) -> str:
     return "  ".join(word for word in words if word)
 
 
-def _table(sweep_jobs: list[SweepJob]) -> Table:
+def _seconds(elapsed_s: float) -> str:
+    return f"{elapsed_s:#.2g} s" if elapsed_s < 9.95 else duration(elapsed_s)
+
+
+def table_of(sweep_jobs: list[SweepJob]) -> Table:
     """Returns the jobs, best first: what they varied, how they ended, their median rate and its spread.
 
     One that a search has asked for again, and whose runs another job has, is not shown.
@@ -135,7 +141,7 @@ def spread(rates: Sequence[float]) -> str:
     return f"{low:,.1f} to {high:,.1f} ({(high - low) / statistics.median(rates):.1%})"
 
 
-class _Follower:
+class Follower:
     """Shows how long a launch has been going on, and the last line that it printed.
 
     On a terminal in one line that changes, elsewhere in a new one from time to time.
@@ -145,7 +151,7 @@ class _Follower:
         self.screen, self.which, self.started, self.drawn = screen, which, started, started
         self.live = Live(console=screen, auto_refresh=False, transient=True) if screen.is_terminal else None
 
-    def __enter__(self) -> _Follower:
+    def __enter__(self) -> Follower:
         if self.live is not None:
             self.live.start()
         return self
@@ -159,7 +165,8 @@ class _Follower:
         if now - self.drawn < (PLAIN_S if self.live is None else REFRESH_S):
             return
         self.drawn = now
-        parts = ["   ", self.which, duration(now - self.started), _last_line(log)]
+        # One clock: a run's lines begin with its own, which starts later.
+        parts = ["   ", self.which, duration(now - self.started), RUN_CLOCK.sub("", _last_line(log))]
         line = Text(" ".join(part for part in parts if part), no_wrap=True, overflow="ellipsis")
         if self.live is None:
             self.screen.print(line)

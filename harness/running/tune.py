@@ -129,8 +129,8 @@ def _confirm(sweep: Sweep, searched: list[SweepJob], finalists: int, requests: i
     best = sorted(distinct.values(), key=lambda job: -job.rate)[:finalists]
     common = [word for word in searched[0].overrides if word not in searched[0].varied]
     common = [word for word in common if not word.startswith("dataset.num_samples=")]
-    final = Sweep()
-    final.expected, final.full_error = len(best) + 1, sweep.full_error
+    final = Sweep(sweep.full_error)
+    final.plan(jobs=len(best) + 1, fixed=sweep.fixed)
     for varied in [*(job.varied for job in best), []]:
         line = [*common, f"dataset.num_samples={requests}", *varied]
         assert sweep.compose is not None

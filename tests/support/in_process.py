@@ -15,7 +15,7 @@ from unittest import mock
 
 from hydra.core.global_hydra import GlobalHydra
 
-from harness.running import launcher, start, sweep
+from harness.running import launcher, start
 from support.runs import ROOT, variables
 
 
@@ -40,18 +40,17 @@ def entry() -> Iterator[ModuleType]:
                 signal.signal(signal.SIGINT, interrupt)
 
 
-def begun_anew() -> contextlib.AbstractContextManager[object]:
-    """Makes of the next ``main()`` the first of its process, for as long as the block lasts."""
+def begin_anew() -> None:
+    """Makes of the next ``main()`` the first of its process."""
     GlobalHydra.instance().clear()
-    return mock.patch.object(sweep, "SWEEP", sweep.Sweep())
 
 
 def answered(*words: str, directory: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     """Returns what ``python harness/main.py`` says to ``words``, in the environment of :func:`variables`."""
     output, errors = io.StringIO(), io.StringIO()
+    begin_anew()
     with (
         entry() as main,
-        begun_anew(),
         contextlib.chdir(directory),
         mock.patch.dict(os.environ, variables(**environment), clear=True),
         mock.patch.object(sys, "argv", ["harness/main.py", *words]),

@@ -20,10 +20,12 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
 from harness.basics.errors import UserError, quoted
-from harness.config.compose import check_choices
+from harness.config.compose import check_choices, without_hydra
 
 if TYPE_CHECKING:
     from hydra.types import HydraContext, TaskFunction
+
+    from harness.running.sweep import Sweep
 
 
 # No settings: a job's are in its config.
@@ -36,15 +38,14 @@ ConfigStore.instance().store(
 
 
 class DeepSpeedLauncher(Launcher):
-    """Hands the jobs that a sweeper has made up to :mod:`harness.running.sweep`."""
+    """Hands the jobs that a sweeper makes up to the :class:`~harness.running.sweep.Sweep` of the task function."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keeps what is needed to compose jobs; Hydra calls it once."""
         if config.sweep.confirm or config.sweep.save_as is not None:
-            from harness.config import compose
             from harness.running import tune
 
-            tune.check(compose.without_hydra(config))
+            tune.check(without_hydra(config))
         trials = config.hydra.sweeper.get("n_trials")
         if trials is not None and trials < 1:
             raise UserError("hydra.sweeper.n_trials", str(trials), "give a whole number of at least 1")
@@ -55,32 +56,28 @@ class DeepSpeedLauncher(Launcher):
         except OSError as error:
             found = f"{quoted(str(config.results_dir), 300)} cannot be written: {error.strerror}"
             raise UserError("results_dir", found, "set another directory") from error
+        self.sweep: Sweep = vars(task_function)["sweep"]
         self.context = hydra_context
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Runs the jobs; the value of each is its ``total_tokens_per_s``, 0 for one that failed."""
-        from harness.config.compose import without_hydra
-        from harness.running.sweep import SWEEP
-
         setup_globals()
         asked = OverridesParser.create().parse_overrides(list(self.config.hydra.overrides.task))
-        SWEEP.fixed = {override.get_key_element() for override in asked if not override.is_sweep_override()}
-        SWEEP.composed, SWEEP.compose = without_hydra(self.config), self._compose
+        fixed = {override.get_key_element() for override in asked if not override.is_sweep_override()}
         trials = self.config.hydra.sweeper.get("n_trials") or 0  # a search asks for one job after the other
-        SWEEP.expected = max(SWEEP.expected, initial_job_idx + len(job_overrides), trials)
+        self.sweep.plan(max(initial_job_idx + len(job_overrides), trials), fixed)
+        self.sweep.composed, self.sweep.compose = without_hydra(self.config), self._compose
         returns = []
         for overrides in job_overrides:
             words = list(overrides)
-            job = SWEEP.run(words, self._compose(words))
+            job = self.sweep.run(words, self._compose(words))
             returned = JobReturn(overrides=words, status=JobStatus.COMPLETED)
             returned.return_value = job.rate
             returns.append(returned)
         return returns
 
     def _compose(self, overrides: list[str]) -> DictConfig:
-        from harness.config.compose import without_hydra
-
         composed = self.context.config_loader.load_sweep_config(self.config, overrides)
         check_choices(composed.hydra.runtime.choices)
         HydraConfig.instance().set_config(composed)
