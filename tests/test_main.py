@@ -208,6 +208,19 @@ def test_a_run_whose_requests_are_all_rejected_is_no_result(harness: Harness) ->
         ("engine=[fastgen,baseline]", "error: engine: no option, or several"),
         ("generation.max_output_len=" + "1" * 5000, "error: command line: "),
         ("model.path=foo/not-here", "error: model.path: foo/not-here is not in the local cache"),
+        (
+            "dataset.path=/x/a,b(1).json",
+            "error: command line: 'dataset.path=/x/a,b(1).json' cannot be read; a value with commas, brackets or quotes "
+            "needs quotes inside the shell's: \"dataset.path='/x/a,b(1).json'\"\n",
+        ),
+        (
+            "dataset.path=/x/a,b.json",
+            "error: command line: 'dataset.path=/x/a,b.json' may be several values; for a sweep add -m; if it is one "
+            "value: a value with commas, brackets or quotes needs quotes inside the shell's: "
+            "\"dataset.path='/x/a,b.json'\"\n",
+        ),
+        ("dataset.path='/x/a,b(1).json'", "error: dataset.path: '/x/a,b(1).json' given with dataset=sample"),
+        ("dataset.path='/x/it\\'s(1).json'", 'error: dataset.path: "/x/it\'s(1).json" given with dataset=sample'),
     ],
 )
 def test_odd_command_lines_are_one_line_too(tmp_path: Path, override: str, line: str) -> None:

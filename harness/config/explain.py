@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import shlex
 from typing import get_type_hints
 
 from harness.basics.errors import UserError, one_line, quoted
@@ -53,7 +54,12 @@ def explain(error: BaseException) -> UserError:
             line for line in str(error).splitlines() if not line.startswith(("Error parsing override", "See http"))
         ]
         why = "" if re.search(PARSER_S_WORDS, text) or not parts else f": {one_line(parts[0], 200)}"
-        return UserError("command line", f"{quoted(word, 200)} cannot be read{why}", HOW_TO_WRITE)
+        return UserError(
+            "command line", f"{quoted(word, 200)} cannot be read{why}", HOW_TO_WRITE if why else _in_quotes(word)
+        )
+    if match := re.search(r"Ambiguous value for argument '(.*)'\n", text):
+        remedy = f"for a sweep add -m; if it is one value: {_in_quotes(match[1])}"
+        return UserError("command line", f"{quoted(match[1], 200)} may be several values", remedy)
     if match := re.search(r"Could not find '([^']+)/'", text):
         return UserError(match[1], "no option given", f"choose one: {match[1]}=...; see --help")
     if "nterpolation" in first:
@@ -72,6 +78,22 @@ def keys() -> list[str]:
         else:
             found.append(name)
     return found
+
+
+def _in_quotes(word: str) -> str:
+    """Returns how an override is written whose value holds what Hydra reads as its own signs, as advice."""
+    key, _, value = word.partition("=")
+    if (
+        not re.fullmatch(r"[\w.@/+~-]+", key)
+        or not re.search(r"[^\W\d]", value)
+        or value[0] in "'\""
+        or len(word) > 200
+    ):
+        return HOW_TO_WRITE
+    inner = value.replace("'", "\\'")
+    whole = f"{key}='{inner}'"
+    shown = f'"{whole}"' if not re.search(r'[\\"$`!]', whole) else shlex.quote(whole)
+    return f"a value with commas, brackets or quotes needs quotes inside the shell's: {shown}"
 
 
 def _nearest(key: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from dataclasses import dataclass
 
@@ -57,8 +58,9 @@ def _begin_record(run: RunContext) -> None:
     job, model = run.job, run.job.config.model
     if model.dtype.value == "auto" and job.dtype == "float32":
         run.notes.append("this machine does not compute bfloat16: model.dtype=auto took float32")
-    if job.work["model"] != model.name:
-        run.notes.append(f"the checkpoint is not the one that model={model.name} describes; its own counts")
+    chosen = any(word.startswith("model=") for word in sys.argv)  # else nobody has said what it should be
+    if chosen and job.work["model"] != model.name:
+        run.notes.append(f"model={model.name} describes another model: using the checkpoint's own config")
     if run.recorder is not None:
         run.recorder.check_work(**job.work)
         if RUN_ID_VARIABLE not in os.environ:  # else the launching parent has done it
