@@ -27,8 +27,9 @@ from omegaconf import DictConfig  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from harness.basics.errors import FULL_ERROR, INTERRUPTED, REFUSED, UserError, complain, full_error, report  # noqa: E402
-from harness.config import compose, flags  # noqa: E402
+from harness.config import flags  # noqa: E402
 from harness.config.explain import explain  # noqa: E402
+from harness.engines import catalogue  # noqa: E402
 from harness.ranks.rank import Rank, current, decoded, without_local_rank  # noqa: E402
 from harness.running import command  # noqa: E402
 
@@ -42,7 +43,7 @@ def main() -> int:
     try:
         rank = current()
         sys.argv[1:] = decoded(without_local_rank(sys.argv[1:]))
-        compose.register()
+        catalogue.register()
         if flags.parse(sys.argv[1:]).multirun:
             return _sweep(rank)
         if rank is not None:

@@ -31,7 +31,7 @@ from hydra import compose, initialize_config_dir
 
 from harness.basics.cache import cache_root
 from harness.basics.errors import UserError, report
-from harness.config.compose import register
+from harness.engines.catalogue import register
 from harness.models.tokenizer import load_tokenizer
 from harness.running import job
 from harness.workload import reading

@@ -25,7 +25,8 @@ from harness.accuracy import perplexity, record
 from harness.accuracy.pool import Pool
 from harness.accuracy.tasks import figures
 from harness.basics.errors import UserError
-from harness.config.schema import Kernels, Stop
+from harness.config.schema import Stop
+from harness.engines.fastgen.config import Kernels
 from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.scoring import Score, Scored
 

@@ -17,9 +17,10 @@ from support.runs import ROOT, command, variables
 from harness.basics.errors import UserError
 from harness.config import flags, schema
 from harness.config.checks import check_kv_heads, parse_bytes
-from harness.config.compose import register, to_config
+from harness.config.compose import to_config
 from harness.config.explain import explain, keys
 from harness.config.schema import Config
+from harness.engines.catalogue import register
 from harness.engines.fastgen.runners.native import checks as native_checks
 from harness.running.job import check, prepare, resolve_dtype
 
@@ -98,7 +99,12 @@ def test_an_experiment_overlays_the_rest_and_the_command_line_overlays_it() -> N
         ("engine.token_budget=abc", "engine.token_budget: 'abc' is no whole number"),
         ("engine.token_budget=1.5", "engine.token_budget: '1.5' is no whole number"),
         ("engine.token_budget=null", "engine.token_budget: cannot be null"),
-        ("engine.kernel_inject=perhaps", "engine.kernel_inject: 'perhaps' is no true or false"),
+        ("model.demo=perhaps", "model.demo: 'perhaps' is no true or false"),
+        (
+            "engine.batch_size=8",
+            "engine.batch_size: 8: engine=fastgen has no such key, ds_inference has; leave it out, or use engine=ds_",
+        ),
+        ("+engine.cuda_graph=true", "engine.cuda_graph: True: engine=fastgen has no such key, ds_inference has"),
         ("timeout_s=soon", "timeout_s: 'soon' is no number"),
         ("model.dtype=int4", "model.dtype: 'int4' is not known; choose one of auto, float32"),
         ("engine.kernels=naive", "engine.kernels: 'naive' is not known; choose one of auto, deepspeed, native, torch"),
@@ -128,7 +134,7 @@ def test_what_hydra_refuses_is_one_line(override: str, line: str) -> None:
         (["engine.token_budget=0"], "engine.token_budget: 0; give a whole number from 1"),
         (["engine.max_sequences=-1"], "engine.max_sequences: -1; "),
         (["engine.kv_block_size=0"], "engine.kv_block_size: 0; "),
-        (["engine.batch_size=0"], "engine.batch_size: 0; "),
+        (["engine=ds_inference", "engine.batch_size=0"], "engine.batch_size: 0; "),
         (["parallel.tp=0"], "parallel.tp: 0; "),
         (["parallel.dp=-2"], "parallel.dp: -2; "),
         (["dataset.num_samples=0"], "dataset.num_samples: 0; "),
@@ -149,7 +155,7 @@ def test_what_hydra_refuses_is_one_line(override: str, line: str) -> None:
         (["engine.kv_memory=-0.5"], "engine.kv_memory: -0.5; "),
         (["engine.kv_memory=nan"], "engine.kv_memory: nan; "),
         (["engine.kv_memory=lots"], "engine.kv_memory: 'lots'; "),
-        (["engine.kernel_inject=true"], "engine.kernel_inject: true needs CUDA"),
+        (["engine=ds_inference", "engine.kernel_inject=true"], "engine.kernel_inject: true needs CUDA"),
         (["engine.kernels=deepspeed"], "engine.kernels: deepspeed needs CUDA"),
         (["engine=mii"], "engine: mii needs CUDA"),
         (["engine=simulate"], "engine: simulate is not built yet"),
@@ -158,6 +164,7 @@ def test_what_hydra_refuses_is_one_line(override: str, line: str) -> None:
         (["engine.quantization=wf6af16"], "engine.quantization: wf6af16: only DeepSpeed's ragged kernels on CUDA"),
         (["engine.quantization=int3"], "engine.quantization: 'int3'; give null or wf6af16"),
         (["engine.name=fast"], "engine.name: 'fast'; choose one of"),
+        (["engine.name=mii"], "engine.name: mii, with the keys of another engine; use engine=mii"),
         (["model.dtype=float16"], "model.dtype: float16"),
         (["parallel.tp=4"], "parallel.tp: 4 ranks share 3 key/value heads"),
         (["engine=baseline", "parallel.tp=2"], "parallel.tp: 2: the baseline"),
@@ -281,16 +288,43 @@ def test_what_cuda_has_is_let_through_there(overrides: list[str]) -> None:
             ["engine.quantization=wf6af16", "model.dtype=float16", "engine.kernels=torch"],
             "engine.quantization: wf6af16: only DeepSpeed's ragged kernels",
         ),
-        (
-            ["engine=ds_inference", "engine.quantization=wf6af16", "model.dtype=float16"],
-            "engine.quantization: wf6af16: only DeepSpeed's ragged kernels on CUDA have it, this is ds_inference",
-        ),
     ],
 )
 def test_impossible_combinations_on_cuda(overrides: list[str], line: str) -> None:
     with pytest.raises(UserError) as refused:
         check(composed(*overrides), "cuda")
     assert str(refused.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            ["engine=baseline", "engine.token_budget=64"],
+            "engine.token_budget: 64: engine=baseline has no such key, fast",
+        ),
+        (["engine=baseline", "++engine.token_budget=64"], "engine.token_budget: 64: engine=baseline has no such key"),
+        (
+            ["engine=ds_inference", "engine.quantization=wf6af16"],
+            "engine.quantization: wf6af16: engine=ds_inference has",
+        ),
+        (
+            ["engine=mii", "engine.kernels=torch"],
+            "engine.kernels: torch: engine=mii has no such key, fastgen has; leave",
+        ),
+        (["engine=simulate", "engine.order=dataset"], "engine.order: dataset: engine=simulate has no such key"),
+        (
+            ["experiment=asc24_70b_8gpu", "engine=baseline"],
+            "engine.token_budget: engine=baseline has no such key, fastgen and mii have (experiment/asc24_70b_8gpu",
+        ),
+        (["engine=baseline", "engine.token_bugdet=64"], "engine.token_bugdet: no such key; did you mean engine.token_"),
+    ],
+)
+def test_a_key_of_another_engine_is_refused(words: list[str], line: str) -> None:
+    with pytest.raises(UserError) as refused:
+        composed(*words)
+    assert str(refused.value).startswith(line)
+    assert "\n" not in str(refused.value)
 
 
 def test_kv_heads_bound_tensor_parallelism() -> None:

@@ -17,6 +17,7 @@ from support.runs import ROOT
 
 from harness.basics.errors import UserError
 from harness.engines.fastgen.runners.deepspeed_runner import DeepSpeedRunner
+from harness.engines.known_model import KnownModel
 from harness.engines.shared import ragged_kernels as checks
 
 kernels, tiny = ragged.kernels, ragged.tiny
@@ -29,12 +30,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LLAMA_7B = yaml.safe_load((ROOT / "conf" / "model" / "llama2_7b.yaml").read_text())["architecture"]
 
 
+def unsupported(
+    architecture: dict[str, Any], dtype: str, tp: int, quantization: str | None = None, **more: Any
+) -> str | None:
+    return checks.unsupported(KnownModel(architecture, dtype, tp, **more), quantization)
+
+
 @pytest.mark.parametrize("dtype", checks.DTYPES)
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", ["llama2_7b", "llama2_13b", "llama2_70b"])
 def test_the_challenges_models_are_supported(name: str, tp: int, dtype: str) -> None:
     architecture = yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text())["architecture"]
-    assert checks.unsupported(architecture, dtype, tp, None, 4096) is None
+    assert unsupported(architecture, dtype, tp, max_context=4096) is None
 
 
 @pytest.mark.parametrize(
@@ -84,7 +91,7 @@ def test_each_hazard_is_refused(more: dict[str, Any], found: str) -> None:
     architecture.pop("dtype")
     for key, value in more.items():
         (given_to if key in given_to else architecture)[key] = value
-    reason = checks.unsupported(architecture, max_context=None, **given_to)
+    reason = unsupported(architecture, **given_to)
     assert reason is not None and found in reason and "\n" not in reason
 
 
@@ -96,13 +103,13 @@ def test_harmless_settings_are_not_refused() -> None:
         {"rope_scaling": None, "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}},
         {"rms_norm_eps": 0.1, "tie_word_embeddings": True},
     ):
-        assert checks.unsupported({**LLAMA_7B, **more}, "bfloat16", 1) is None
+        assert unsupported({**LLAMA_7B, **more}, "bfloat16", 1) is None
     packed = {**LLAMA_7B, "quantization_config": {"quant_method": "awq"}, "auto_map": {"AutoModel": "x.py"}}
-    assert checks.unsupported(packed, "float16", 1, dummy=True) is None
+    assert unsupported(packed, "float16", 1, dummy=True) is None
     window = {**LLAMA_7B, "model_type": "mistral", "sliding_window": 1024}
-    assert checks.unsupported(window, "float16", 1, max_context=1024) is None
-    assert checks.unsupported(LLAMA_7B, "float16", 2, "wf6af16") is None
-    assert checks.unsupported({}, "float16", 1) == "its config is not known before it is downloaded"
+    assert unsupported(window, "float16", 1, max_context=1024) is None
+    assert unsupported(LLAMA_7B, "float16", 2, quantization="wf6af16") is None
+    assert unsupported({}, "float16", 1) == "its config is not known before it is downloaded"
 
 
 def test_the_runner_refuses_too(kernels: None, tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ from support.documents import (
     tables,
 )
 
-from harness.config.compose import register, to_config
+from harness.config.compose import to_config
+from harness.engines.catalogue import register
 from harness.results.columns import COLUMNS
 from harness.running import job as running_job
 

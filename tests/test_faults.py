@@ -20,7 +20,8 @@ from support.resuming import undertakers
 from support.runs import BIN, RANDOM, ROOT, TINY, Run, command, deepspeed, ended, ranks_of, start, variables
 
 from harness.basics.errors import UserError
-from harness.config.compose import register, to_config
+from harness.config.compose import to_config
+from harness.engines.catalogue import register
 from harness.machine import memory
 from harness.machine.memory import OomKills
 from harness.ranks.rank import Rank, free_port

@@ -166,7 +166,7 @@ BAD = [
     (["model.path={directory}"], "model.path: "),
     (["model=llama2_7b"], "model.path: not set"),
     (["engine=mii"], "engine: mii needs CUDA"),
-    (["engine.kernel_inject=true"], "engine.kernel_inject: "),
+    (["engine=ds_inference", "engine.kernel_inject=true"], "engine.kernel_inject: "),
     pytest.param(
         ["engine.kernels=native", "parallel.tp=2"],
         "engine.kernels: native: they do not shard a model (parallel.tp); use engine.kernels=torch or auto",
@@ -210,8 +210,8 @@ def test_a_run_whose_requests_are_all_rejected_is_no_result(harness: Harness) ->
         ("model.path=foo/not-here", "error: model.path: foo/not-here is not in the local cache"),
         (
             "dataset.path=/x/a,b(1).json",
-            "error: command line: 'dataset.path=/x/a,b(1).json' cannot be read; a value with commas, brackets or quotes "
-            "needs quotes inside the shell's: \"dataset.path='/x/a,b(1).json'\"\n",
+            "error: command line: 'dataset.path=/x/a,b(1).json' cannot be read; a value with commas, brackets or "
+            "quotes needs quotes inside the shell's: \"dataset.path='/x/a,b(1).json'\"\n",
         ),
         (
             "dataset.path=/x/a,b.json",

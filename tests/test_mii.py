@@ -41,9 +41,10 @@ from support.mii import (
 
 from harness.basics.clock import Clock
 from harness.basics.errors import UserError
-from harness.config.schema import Order, Stop
+from harness.config.schema import Stop
 from harness.engines.base import Progress
 from harness.engines.mii.settings import generation_settings, memory_settings, model_settings
+from harness.engines.shared.order import Order
 from harness.models.tokenizer import ByteTokenizer
 from harness.ranks.rank import free_port
 from harness.ranks.tensor_parallel import TensorParallel

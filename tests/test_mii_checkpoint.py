@@ -21,6 +21,7 @@ from support.mii import CONTEXT, LLAMA, run, settings_of
 from harness.basics.errors import UserError
 from harness.config.schema import Stop
 from harness.engines.base import EngineSettings
+from harness.engines.known_model import KnownModel
 from harness.engines.mii.settings import end_of_sequence, lay_out, local_checkpoint, refuse_unsupported, stored_weights
 from harness.engines.shared import ragged_kernels
 from harness.machine import device
@@ -120,7 +121,7 @@ def test_what_would_end_in_a_traceback_is_one_line(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(ragged_kernels, "unsupported", unsupported)
     together = replace(settings_of(source, quantization="wf6af16"), tensor=group, host_ranks=4)
     assert "mii cannot run" in refused(together, source)
-    assert asked == [(source.architecture, "bfloat16", 4, "wf6af16", together.max_context)]
+    assert asked == [(KnownModel(source.architecture, "bfloat16", 4, together.max_context), "wf6af16")]
 
 
 def test_mii_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,11 +22,14 @@ from support.runs import ROOT
 from torch import Tensor
 
 from harness.basics.errors import UserError
-from harness.config.schema import Kernels, Order, Stop
+from harness.config.schema import Stop
+from harness.engines.fastgen.config import Kernels
 from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.fastgen.runners.native import checks
 from harness.engines.fastgen.runners.native_runner import NativeRunner
 from harness.engines.fastgen.scheduler import Chunk, RaggedBatch, Sequence
+from harness.engines.known_model import KnownModel
+from harness.engines.shared.order import Order
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -125,7 +128,7 @@ def test_logits_are_hugging_faces(tmp_path: Path, family: str, more: dict[str, A
     """In passes of every kind, with one thread and with two, over scattered blocks that held something else."""
     directory = save_model(tmp_path, family, torch.float32, **{**SIZES, **more})
     chosen = settings_of(directory, stop=Stop.eos, kv_block_size=block_size, kv_memory="64MiB")
-    assert checks.unsupported(chosen.source.architecture, "float32", 1) is None
+    assert unsupported(chosen.source.architecture, "float32", 1) is None
     runner = NativeRunner(chosen)
     runner.load()
     assert (runner.block_size, runner.stop_ids()) == (block_size, {2})
@@ -241,6 +244,10 @@ FLAGS = {*checks.INSTRUCTIONS, checks.BFLOAT16}
 LLAMA_7B = yaml.safe_load((ROOT / "conf" / "model" / "llama2_7b.yaml").read_text())["architecture"]
 
 
+def unsupported(architecture: dict[str, Any], dtype: str, tp: int, **more: Any) -> str | None:
+    return checks.unsupported(KnownModel(architecture, dtype, tp, **more))
+
+
 @pytest.fixture
 def every_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "cpu_flags", lambda: FLAGS)
@@ -250,7 +257,7 @@ def every_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["smollm2_135m", "llama2_7b", "llama2_13b", "llama2_70b"])
 def test_the_configs_models_are_supported(every_instruction: None, name: str, dtype: str) -> None:
     architecture = yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text())["architecture"]
-    assert checks.unsupported(architecture, dtype, 1) is None
+    assert unsupported(architecture, dtype, 1) is None
 
 
 @pytest.mark.parametrize(
@@ -288,7 +295,7 @@ def test_each_hazard_is_refused(every_instruction: None, more: dict[str, Any], f
     architecture.pop("dtype", None)
     for key, value in more.items():
         (given_to if key in given_to else architecture)[key] = value
-    reason = checks.unsupported(architecture, **given_to)  # type: ignore[arg-type]
+    reason = unsupported(architecture, **given_to)  # type: ignore[arg-type]
     assert reason is not None and found in reason and "\n" not in reason
 
 
@@ -304,10 +311,10 @@ def test_harmless_settings_are_not_refused(every_instruction: None) -> None:
         {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
         {"auto_map": {"AutoModel": "x.py"}},
     ):
-        assert checks.unsupported({**LLAMA_7B, **more}, "bfloat16", 1) is None
+        assert unsupported({**LLAMA_7B, **more}, "bfloat16", 1) is None
     packed = {**LLAMA_7B, "quantization_config": {"quant_method": "awq"}}
-    assert checks.unsupported(packed, "bfloat16", 1, dummy=True) is None
-    assert checks.unsupported({}, "bfloat16", 1) == "its config is not known before it is downloaded"
+    assert unsupported(packed, "bfloat16", 1, dummy=True) is None
+    assert unsupported({}, "bfloat16", 1) == "its config is not known before it is downloaded"
 
 
 @pytest.mark.parametrize(
@@ -324,7 +331,7 @@ def test_instructions_that_are_missing_are_named(
     monkeypatch: pytest.MonkeyPatch, flags: set[str], dtype: str, found: str | None
 ) -> None:
     monkeypatch.setattr(checks, "cpu_flags", lambda: flags)
-    assert checks.unsupported(LLAMA_7B, dtype, 1) == found
+    assert unsupported(LLAMA_7B, dtype, 1) == found
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from support.engines import generate, hugging_face, requests, settings
 from support.machine import needs_native
 from support.runs import ROOT, variables
 
-from harness.config.schema import Kernels
+from harness.engines.fastgen.config import Kernels
 from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.fastgen.runners.native import build, checks
 

@@ -11,10 +11,12 @@ from support.engines import generate, hugging_face, requests, settings
 from support.models import LONGROPE
 
 from harness.basics.errors import UserError
-from harness.config.schema import EngineConfig, Kernels
 from harness.engines.base import Engine, EngineSettings
+from harness.engines.baseline.config import BaselineConfig
 from harness.engines.baseline.engine import BaselineEngine
+from harness.engines.ds_inference.config import DsInferenceConfig
 from harness.engines.ds_inference.engine import DsInferenceEngine
+from harness.engines.fastgen.config import Kernels
 from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.proof import proof
 from harness.engines.shared import auto_tp
@@ -47,7 +49,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
 def engines_of(chosen: EngineSettings) -> list[Engine]:
     return [
         FastGenEngine(chosen),
-        DsInferenceEngine(replace(chosen, engine=EngineConfig("ds_inference", batch_size=4))),
+        DsInferenceEngine(replace(chosen, engine=DsInferenceConfig(batch_size=4))),
     ]
 
 
@@ -64,7 +66,7 @@ def test_what_is_not_computed_is_refused_in_one_line(family: str) -> None:
 def test_the_refusals_advice_works(family: str) -> None:
     chosen = settings(family, more=ODD[family][0])
     jobs = requests(4)
-    engine = BaselineEngine(replace(chosen, engine=EngineConfig("baseline")))
+    engine = BaselineEngine(replace(chosen, engine=BaselineConfig()))
     engine.load()
     found = {index: completion.token_ids for index, completion in generate(engine, jobs).items()}
     assert found == hugging_face(chosen.source, jobs)
@@ -88,7 +90,7 @@ def test_a_smaller_context_is_a_way_out_where_it_is_said_to_be(family: str) -> N
 def test_rotary_frequencies_stay_float32_under_deepspeed(dtype: str) -> None:
     chosen = replace(settings(), dtype=dtype)
     whole = auto_tp.load_whole(chosen, "sdpa").model.rotary_emb.inv_freq.clone()
-    engine = DsInferenceEngine(replace(chosen, engine=EngineConfig("ds_inference", batch_size=4)))
+    engine = DsInferenceEngine(replace(chosen, engine=DsInferenceConfig(batch_size=4)))
     engine.load()
     rotary = engine.engine.module.model.rotary_emb
     assert rotary.inv_freq.dtype is torch.float32

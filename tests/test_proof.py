@@ -17,9 +17,10 @@ from support.runs import RANDOM, Run, launched
 from support.runs import TINY as SMALL
 
 from harness.basics.errors import UserError
-from harness.config.schema import EngineConfig, Kernels
+from harness.engines.ds_inference.config import DsInferenceConfig
 from harness.engines.ds_inference.engine import DsInferenceEngine
 from harness.engines.ds_inference.kernel_inject import InjectedBatch
+from harness.engines.fastgen.config import Kernels
 from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.fastgen.runners import torch_runner
 from harness.engines.fastgen.runners.native_runner import NativeRunner
@@ -35,7 +36,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def static(**engine: Any) -> DsInferenceEngine:
-    return DsInferenceEngine(replace(settings(), engine=EngineConfig("ds_inference", **engine)))
+    return DsInferenceEngine(replace(settings(), engine=DsInferenceConfig(**engine)))
 
 
 # --- engines that are right -----------------------------------------------------------------------------------------

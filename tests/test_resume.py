@@ -46,8 +46,8 @@ from support.runs import (
 )
 
 from harness.basics.errors import UserError
-from harness.config.compose import register
 from harness.config.identity import config_hash
+from harness.engines.catalogue import register
 from harness.ranks.rank import Rank
 from harness.results import segments
 from harness.results.closing import close_unfinished

@@ -22,12 +22,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness.basics.errors import UserError
-from harness.config.schema import Kernels
 from harness.engines import catalogue
 from harness.engines.base import Engine
 from harness.engines.ds_inference.engine import DsInferenceEngine
 from harness.engines.ds_inference.kernel_inject import InjectedBatch
 from harness.engines.ds_inference.static_cache import StaticCache
+from harness.engines.fastgen.config import Kernels
 from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.scoring import Forced, Score, Scored, force, grouped
 from harness.models import loading
@@ -67,7 +67,8 @@ def scored(engine: Engine, wanted: list[Scored], prefill: bool = False) -> dict[
 
 def engine_of(name: str, **keys: Any) -> Engine:
     chosen = settings()
-    engine = catalogue.create(replace(chosen, engine=replace(chosen.engine, name=name, **keys)))
+    own = chosen.engine if name == chosen.engine.name else catalogue.find(name).config()
+    engine = catalogue.create(replace(chosen, engine=replace(own, **keys)))
     engine.load()
     return engine
 

@@ -22,9 +22,12 @@ from support.runs import ROOT, Run, variables
 
 from harness.basics.cells import FORMULA_STARTS
 from harness.basics.errors import UserError
-from harness.config.schema import Kernels, ModelConfig, Weights
+from harness.config.schema import ModelConfig, Weights
 from harness.engines.base import EngineSettings
+from harness.engines.fastgen.config import Kernels
+from harness.engines.fastgen.runners import choice
 from harness.engines.fastgen.runners.deepspeed_weights import skeleton
+from harness.engines.known_model import KnownModel
 from harness.engines.mii.settings import _beyond_mii, end_of_sequence, local_checkpoint
 from harness.models.directory import weight_files
 from harness.models.loading import load_model
@@ -128,12 +131,11 @@ def test_engines_that_cannot_read_a_pickle_say_so(model: Path, demo_model: Path,
     settings = EngineSettings(config.engine, config.generation, source, "float16", "cpu")
     with pytest.raises(UserError, match=r"^model\.allow_pickle: true: mii reads safetensors alone"):
         local_checkpoint(settings)
-    from harness.running.job import _ragged_kernels
-
-    assert not _ragged_kernels(config, "cuda", source, "float16", 2048)  # auto takes torch
+    known = KnownModel.of(source, "float16", max_context=2048)
+    choice.check(config.engine, known, "cuda")  # auto takes torch
     config.engine.kernels = Kernels.deepspeed
     with pytest.raises(UserError, match=r"^engine\.kernels: deepspeed: they are loaded from safetensors"):
-        _ragged_kernels(config, "cuda", source, "float16", 2048)
+        choice.check(config.engine, known, "cuda")
 
 
 @pytest.fixture
@@ -143,7 +145,8 @@ def fresh() -> Callable[..., Any]:
     from hydra.core.global_hydra import GlobalHydra
 
     from harness.config import schema
-    from harness.config.compose import register, to_config
+    from harness.config.compose import to_config
+    from harness.engines.catalogue import register
 
     def composed(*overrides: str) -> schema.Config:
         register()

@@ -10,7 +10,7 @@ from conftest import ROOT
 from hydra import compose, initialize_config_dir
 
 from harness.basics.errors import UserError
-from harness.config.compose import register
+from harness.engines.catalogue import register
 from harness.machine import snapshot
 from harness.ranks.rank import Rank
 from harness.running import job, split

@@ -14,7 +14,7 @@ import pytest
 from support.in_process import answered
 from support.runs import RANDOM, ROOT, TINY, assert_refused, command, launched, variables
 
-from harness.engines.catalogue import AUTO_TP_FAMILIES
+from harness.engines.shared.auto_tp_families import AUTO_TP_FAMILIES
 from harness.results.completions import read_completions
 from harness.results.directory import read_record
 from harness.results.table import read_rows
@@ -61,7 +61,7 @@ FAMILIES = (
     HEAD
     + """
 import transformers
-from harness.engines.catalogue import AUTO_TP_FAMILIES
+from harness.engines.shared.auto_tp_families import AUTO_TP_FAMILIES
 from harness.engines.shared.auto_tp import init_inference
 from harness.engines.shared.packed_linear import can_pack, pack_linears
 transformers.logging.set_verbosity_error()

@@ -23,6 +23,7 @@ if __name__ == "__main__":
 from harness.basics.command import Parser, not_negative, positive, whole
 from harness.basics.errors import INTERRUPTED, REFUSED, UserError, report
 from harness.config.compose import compose
+from harness.engines import catalogue
 from harness.ranks.rank import Rank, current, decoded, without_local_rank
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace, words: list[str], rank: Rank | None) -> int:
+    catalogue.register()
     composed = compose(options.overrides)
     # Only now: a mistyped command line is refused within a second.
     from harness.accuracy import session

@@ -20,7 +20,6 @@ from harness.basics.outcome import Fault
 from harness.config.identity import config_hash
 from harness.engines import catalogue
 from harness.engines.base import SCORING
-from harness.engines.catalogue import NOT_BUILT
 from harness.machine import device
 from harness.machine import snapshot as snapshots
 from harness.models import locate
@@ -34,7 +33,6 @@ from harness.running.lifecycle import Lifecycle, RankWork
 from harness.workload import reading
 
 LINES = "scores.jsonl"
-CANNOT_SCORE = ("mii", *NOT_BUILT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +49,7 @@ def check(composed: DictConfig, options: Options, rank: Rank | None = None) -> J
     """Returns the job; raises UserError for what can be refused before a model is loaded."""
     job = jobs.prepare(composed, rank)
     config = job.config
-    if config.engine.name in CANNOT_SCORE:
+    if not catalogue.find(config.engine.name).scores:
         raise UserError("engine", f"{config.engine.name} cannot score given tokens", SCORING)
     if config.repeat > 1:
         raise UserError("repeat", f"{config.repeat}: scores do not vary as times do", "leave it out")
@@ -190,7 +188,7 @@ class _Evaluation(RankWork):
             "model": self.model,
             "weights": config.model.weights,
             "dtype": job.dtype,
-            "quantization": config.engine.quantization,
+            "quantization": getattr(config.engine, "quantization", None),
             "tp": job.tp,
             "dp": job.dp,
             "device": job.accelerator,

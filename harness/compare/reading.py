@@ -32,7 +32,7 @@ COUNTS = names_of(
 )
 UNKNOWN = object()
 NAMES_OF_GROUPS = ("engine", "model", "dataset", "hardware")
-BUDGETED = ("fastgen", "mii")  # engines whose passes token_budget and max_sequences bound
+UNBUDGETED = ("baseline", "ds_inference")  # whose records had the keys of all engines once, these two unused
 
 
 @dataclass(slots=True)
@@ -112,7 +112,7 @@ def settings_of(runs: Sequence[ComparedRun]) -> dict[str, Any]:
     for column, key in KEYS.items():
         # A run that was refused may not have come to the columns its config settles; of one that is ok they are right.
         settled = finished and column in runs[0].cells
-        unused = column in ("token_budget", "max_sequences") and rows.get("engine") not in BUDGETED
+        unused = column in ("token_budget", "max_sequences") and rows.get("engine") in UNBUDGETED
         if settled or unused or record.get(key) is None:
             record.pop(key, None)
     return {**record, **rows}

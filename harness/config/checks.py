@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 
 from harness.basics.errors import UserError, quoted
 from harness.config.schema import Config, DType, SweepConfig
@@ -52,26 +53,40 @@ def check_sweep(sweep: SweepConfig) -> None:
         raise UserError("sweep.save_as", quoted(sweep.save_as), "give a name of letters, digits, _ and -")
 
 
-def _check_numbers(config: Config) -> None:
-    engine = config.engine
-    at_least_one = {
-        "engine.token_budget": engine.token_budget,
-        "engine.max_sequences": engine.max_sequences,
-        "engine.kv_block_size": engine.kv_block_size,
-        "engine.batch_size": engine.batch_size,
-        "engine.batch_tokens": engine.batch_tokens,
-        "parallel.tp": config.parallel.tp,
-        "parallel.dp": config.parallel.dp,
-        "dataset.num_samples": config.dataset.num_samples,
-        "dataset.input_len": config.dataset.input_len,
-        "dataset.output_len": config.dataset.output_len,
-        "generation.max_output_len": config.generation.max_output_len,
-        "model.max_context": config.model.max_context,
-        "repeat": config.repeat,
-    }
-    for name, value in at_least_one.items():
+def check_counts(found: Mapping[str, int | None]) -> None:
+    """Raises UserError for what is no number of things, by key; None is not given."""
+    for name, value in found.items():
         if value is not None and not 1 <= value <= 2**31:
             raise UserError(name, str(value), f"give a whole number from 1 to {2**31}")
+
+
+def check_size(name: str, setting: float | int | str) -> None:
+    """Raises UserError for what is neither a part of the memory nor a size."""
+    try:
+        memory = parse_bytes(setting)
+    except ValueError:
+        memory = math.nan
+    if not 0 < memory < 2**60:
+        raise UserError(
+            name,
+            quoted(setting),
+            "give a fraction of the free memory up to 1, a number of bytes, or a size such as 2GiB",
+        )
+
+
+def _check_numbers(config: Config) -> None:
+    check_counts(
+        {
+            "parallel.tp": config.parallel.tp,
+            "parallel.dp": config.parallel.dp,
+            "dataset.num_samples": config.dataset.num_samples,
+            "dataset.input_len": config.dataset.input_len,
+            "dataset.output_len": config.dataset.output_len,
+            "generation.max_output_len": config.generation.max_output_len,
+            "model.max_context": config.model.max_context,
+            "repeat": config.repeat,
+        }
+    )
     if config.repeat > MAX_REPEAT:
         raise UserError("repeat", str(config.repeat), f"give a whole number from 1 to {MAX_REPEAT}")
     if not 0 <= config.verify <= 2**31:
@@ -90,16 +105,6 @@ def _check_numbers(config: Config) -> None:
             raise UserError(name, str(peak), "give the data sheet's figure, or null where it is not known")
     if config.timeout_s is not None and not TIMEOUTS_S[0] <= config.timeout_s <= TIMEOUTS_S[1]:
         raise UserError("timeout_s", str(config.timeout_s), "give seconds from 0.001 to 1e9, or null for none")
-    try:
-        memory = parse_bytes(engine.kv_memory)
-    except ValueError:
-        memory = math.nan
-    if not 0 < memory < 2**60:
-        raise UserError(
-            "engine.kv_memory",
-            quoted(engine.kv_memory),
-            "give a fraction of the free memory up to 1, a number of bytes, or a size such as 2GiB",
-        )
 
 
 def _check_architecture(value: object, where: str) -> None:

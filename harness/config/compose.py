@@ -13,22 +13,21 @@ from omegaconf import (
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.basics.errors import UserError
-from harness.config.explain import explain
+from harness.config import engine_schemas
+from harness.config.engine_schemas import keys_of, owners
+from harness.config.explain import explain, foreign_key
 from harness.config.identity import GROUPS
-from harness.config.schema import Config
+from harness.config.schema import Config, EngineConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def compose(overrides: list[str]) -> DictConfig:
-    """Returns the config that ``harness/main.py`` would compose; raises UserError."""
+    """Returns the config that ``harness/main.py`` would compose, once the engines are registered; raises UserError."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
 
-    from harness.config.compose import without_hydra
-
-    register()
     try:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             composed = hydra_compose("config", overrides, return_hydra_config=True)
@@ -38,23 +37,33 @@ def compose(overrides: list[str]) -> DictConfig:
         raise explain(error) from error
 
 
-def register() -> None:
-    """Makes known to Hydra what ``conf/config.yaml`` names: the schema, and our plugins."""
+def register(engines: Mapping[str, type[EngineConfig]]) -> None:
+    """Makes known to Hydra what ``conf/`` names: the schema, the engines' own parts of it by name, and our plugins."""
     from hydra.core.config_store import ConfigStore
 
     plugins = str(Path(__file__).resolve().parents[1] / "running" / "plugins")
     if plugins not in sys.path:
         sys.path.append(plugins)  # Hydra takes plugins from a package hydra_plugins alone, wherever parts of it lie
     ConfigStore.instance().store(name="schema", node=Config)
+    engine_schemas.register(engines)
 
 
 def to_config(composed: DictConfig) -> Config:
-    """Returns the composed config as plain typed objects; raises UserError for a value that is missing."""
+    """Returns the composed config as plain typed objects, the engine's part as its own class.
+
+    Raises:
+        UserError: a value is missing, or a key is another engine's.
+    """
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise UserError(missing[0], "not set", f"give {missing[0]}=...")
+    engine = OmegaConf.get_type(composed, "engine")
+    schema = Config(engine=engine()) if issubclass(engine, EngineConfig) else Config()
+    for key, value in composed.engine.items():
+        if key != "name" and key not in keys_of(type(schema.engine)) and owners(key):
+            raise foreign_key(key, value, composed.engine.name)
     # Merged anew: a key that was added with + is in the composed config, though not in the schema.
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(composed)))
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(composed)))
     assert isinstance(config, Config)
     return config
 

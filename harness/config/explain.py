@@ -9,6 +9,7 @@ import shlex
 from typing import get_type_hints
 
 from harness.basics.errors import UserError, one_line, quoted
+from harness.config.engine_schemas import keys_of, owners, registered
 from harness.config.schema import Config
 
 HOW_TO_WRITE = "write group=option or group.key=value, special characters in quotes inside the shell's: \"key='a,b'\""
@@ -42,7 +43,7 @@ def explain(error: BaseException) -> UserError:
     if match := re.search(r"full_key: (\S+)", text):
         key = match[1]
         if re.search(r"Key '.*?' (is )?not (in|a member)|Could not override", text):
-            return UserError(key, "no such key", _nearest(key))
+            return _of_another_engine(key, text) or UserError(key, "no such key", _nearest(key))
         return UserError(key, one_line(text.splitlines()[0], 200), "see --help for the keys and their values")
     if match := re.search(r"Could not override '([^']+)'", text):
         return UserError(match[1], "no such key", _nearest(match[1]))
@@ -69,15 +70,41 @@ def explain(error: BaseException) -> UserError:
     return UserError("command line", one_line(first, 200), HOW_TO_WRITE)
 
 
+def foreign_key(key: str, value: object, engine: str, where: str = "") -> UserError:
+    """Returns the refusal of a key that other engines have, and this one has not.
+
+    Args:
+        value: as given; None where it is not known.
+        where: what sets it, if that is not the command line.
+    """
+    having = owners(key)
+    found = f"engine={engine} has no such key, {' and '.join(having)} {'has' if len(having) == 1 else 'have'}"
+    found = found if value is None else f"{one_line(str(value), 60)}: {found}"
+    found = f"{found} ({where} sets it)" if where else found
+    return UserError(f"engine.{key}", found, f"leave it out, or use engine={' or '.join(having)}")
+
+
+def _of_another_engine(key: str, text: str) -> UserError | None:
+    """Returns the refusal if that is what OmegaConf's message is about."""
+    leaf = key.removeprefix("engine.")
+    chosen = re.search(r"object_type=(\w+)", text)
+    engines = {config.__name__: name for name, config in registered().items()}
+    if chosen is None or chosen[1] not in engines or not owners(leaf):
+        return None
+    value = re.search(rf"\+?{re.escape(key)}=(.*)", text)
+    where = re.search(r"In '(experiment/[^']+)'", text)
+    return foreign_key(leaf, value[1] if value else None, engines[chosen[1]], where[1] if where else "")
+
+
 def keys() -> list[str]:
-    """Returns every key of the schema, dotted."""
-    found = []
+    """Returns every key of the schema, dotted, those of all engines among them."""
+    found = [f"engine.{key}" for config in registered().values() for key in keys_of(config)]
     for name, kind in get_type_hints(Config).items():
         if dataclasses.is_dataclass(kind):
             found += [f"{name}.{inner.name}" for inner in dataclasses.fields(kind)]
         else:
             found.append(name)
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _in_quotes(word: str) -> str:

@@ -1,4 +1,4 @@
-"""The schema of ``conf/``: typed groups, and the checks that span fields.
+"""The schema of ``conf/``: typed groups.
 
 Nothing here imports torch, transformers or deepspeed, so that a wrong config is refused within a second.
 """
@@ -7,18 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Union
+from typing import Any
 
 from omegaconf import MISSING
-
-
-class Kernels(Enum):
-    """Which forward pass ``engine=fastgen`` uses: ``auto`` is deepspeed on CUDA, native on CPUs, torch elsewhere."""
-
-    auto = "auto"
-    deepspeed = "deepspeed"
-    native = "native"
-    torch = "torch"
 
 
 class Weights(Enum):
@@ -44,13 +35,6 @@ class Stop(Enum):
     length = "length"
 
 
-class Order(Enum):
-    """In which order requests enter the engine: the dataset's, or the longest ``output_len`` first."""
-
-    dataset = "dataset"
-    longest_first = "longest_first"
-
-
 class SyntheticPrompt(Enum):
     """``hi`` is the committee's prompt ``"hi" * (input_len - 1)``; ``random`` draws token ids."""
 
@@ -60,20 +44,9 @@ class SyntheticPrompt(Enum):
 
 @dataclass
 class EngineConfig:
-    """Which engine runs the job, and how; a key that an engine has no use for is ignored by it."""
+    """Which engine runs the job. Each engine's own keys are a subclass in its room (:mod:`harness.engines.room`)."""
 
     name: str = MISSING
-    kernels: Kernels = Kernels.auto
-    token_budget: int = 512
-    max_sequences: int = 64
-    order: Order = Order.longest_first
-    kv_block_size: int = 64
-    kv_memory: Union[int, float, str] = 0.3  # noqa: UP007 (OmegaConf reads typing.Union)
-    batch_size: int = 16
-    batch_tokens: int = 32768
-    kernel_inject: bool = False
-    cuda_graph: bool = False
-    quantization: str | None = None
 
 
 @dataclass

@@ -6,11 +6,11 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from harness.basics.clock import Clock
 from harness.basics.errors import UserError
-from harness.config.schema import EngineConfig, GenerationConfig, Order
+from harness.config.schema import EngineConfig, GenerationConfig
 from harness.engines.scoring import Forced, Score, Scored
 from harness.workload.records import Completion, PassRecord, Request
 
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from harness.ranks.tensor_parallel import TensorParallel
 
 SCORING = "use engine=fastgen, ds_inference or baseline"
+C = TypeVar("C", bound=EngineConfig)  # an engine's own keys
 
 
 @dataclass(frozen=True, slots=True)
-class EngineSettings:
+class EngineSettings(Generic[C]):
     """All an engine is told.
 
     Attributes:
@@ -34,7 +35,7 @@ class EngineSettings:
         host_ranks: ranks on this host, which share its memory where the device is the CPU.
     """
 
-    engine: EngineConfig
+    engine: C
     generation: GenerationConfig
     source: Source
     dtype: str
@@ -48,6 +49,11 @@ class EngineSettings:
     def tp(self) -> int:
         """Ranks that share this engine's model, itself among them."""
         return 1 if self.tensor is None else self.tensor.size
+
+    @property
+    def quantization(self) -> str | None:
+        """How the weights are packed, by the engine's own key; None where they are not, or it has no such key."""
+        return getattr(self.engine, "quantization", None)
 
     @property
     def leads(self) -> bool:
@@ -105,10 +111,10 @@ class Progress:
     output_tokens: int
 
 
-class Engine(ABC):
+class Engine(ABC, Generic[C]):
     """One way to run the job. Knows nothing of files, Hydra, or ranks other than its own."""
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings[C]) -> None:
         self.settings = settings
         self.tokenizer: Any = None
         self.statistics = EngineStatistics()
@@ -136,7 +142,7 @@ class Engine(ABC):
             return "parallel.tp", f"{self.settings.tp}: engine={name} does not compute this model", "use parallel.tp=1"
         return "model", f"engine={name} does not compute it as Hugging Face does", "use engine=baseline"
 
-    def instead(self, reason: str) -> Engine | None:
+    def instead(self, reason: str) -> Engine[C] | None:
         """Returns the engine to take where this one's passes differ from the model's; None if there is none."""
         return None
 
@@ -250,13 +256,6 @@ class Engine(ABC):
         if limit is not None and fed > limit:
             return f"its {fed} tokens exceed the model's context of {limit}"
         return None
-
-
-def arranged(requests: Sequence[Request], order: Order) -> list[Request]:
-    """Returns the requests as ``engine.order`` says; equal lengths keep the dataset's order."""
-    if order is Order.dataset:
-        return list(requests)
-    return sorted(requests, key=lambda request: -(request.output_len or 0))
 
 
 def rejection(request: Request, reason: str, clock: Clock) -> Completion:

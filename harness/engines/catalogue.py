@@ -1,20 +1,73 @@
-"""The engines there are, and what each refuses; cheap to import."""
+"""The engines there are, found rather than listed; cheap to import.
+
+A folder beside this file with a ``room.py`` is an engine, and so is what an installed package declares as an entry
+point of the group ``harness.engines`` (``NAME = package.room:ROOM``). A room is imported when it is asked for.
+"""
 
 from __future__ import annotations
 
-from harness.basics.errors import UserError, quoted
-from harness.config.checks import check_kv_heads
-from harness.config.schema import Config, DType, Kernels
-from harness.engines.base import Engine, EngineSettings
+import importlib
+import importlib.metadata
+from functools import cache
+from pathlib import Path
+from typing import Any
 
-ENGINES = ("baseline", "ds_inference", "fastgen", "mii", "simulate")
-NOT_BUILT = ("simulate",)
-QUANTIZATIONS = ("wf6af16",)  # what DeepSpeed's ragged engine has: FP6 weights, float16 activations
-# AutoTP cuts these as they must be; others (phi3, olmo2, falcon) it cuts wrongly without a word.
-AUTO_TP_FAMILIES = (
-    *("cohere", "gemma", "gpt_neox", "granite", "llama", "mistral"),
-    *("olmo", "phi", "qwen2", "qwen3", "smollm3", "starcoder2"),
-)
+from omegaconf import DictConfig, OmegaConf
+
+from harness.basics.errors import UserError, one_line, quoted
+from harness.config import compose
+from harness.config.checks import check_kv_heads
+from harness.config.schema import Config, DType
+from harness.engines.base import Engine, EngineSettings
+from harness.engines.room import Room
+
+GROUP = "harness.engines"
+
+
+@cache
+def _places() -> dict[str, str]:
+    """Returns, by engine, where its declaration is, as ``module:ROOM``."""
+    inside = sorted(path.parent.name for path in Path(__file__).parent.glob("*/room.py"))
+    found = {name: f"{__package__}.{name}.room:ROOM" for name in inside}
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        if found.setdefault(entry.name, entry.value) != entry.value:
+            raise UserError(f"engine {entry.name}", f"{entry.value} is a second one of that name", "uninstall one")
+    return dict(sorted(found.items()))
+
+
+def names() -> tuple[str, ...]:
+    """Returns the names of all engines."""
+    return tuple(_places())
+
+
+@cache
+def find(name: str) -> Room:
+    """Returns an engine's room; raises UserError for a name that is none, or a room that cannot be imported."""
+    if name not in _places():
+        raise UserError("engine.name", quoted(name), f"choose one of {', '.join(names())}")
+    try:
+        room = _imported(_places()[name])
+    except Exception as error:  # somebody else's code
+        found = f"{_places()[name]} cannot be imported ({one_line(f'{type(error).__name__}: {error}', 200)})"
+        raise UserError(f"engine {name}", found, "mend its package, or uninstall it") from error
+    if not isinstance(room, Room) or room.name != name:
+        raise UserError(f"engine {name}", f"{_places()[name]} is no room of that name", "mend its package")
+    return room
+
+
+def of_record(name: object) -> Room:
+    """Returns the room of an engine that a record names; where it is not known here, one of no particulars."""
+    return find(name) if isinstance(name, str) and name in _places() else Room()
+
+
+def having(key: str) -> list[str]:
+    """Returns the engines that have a key."""
+    return [name for name in names() if key in find(name).keys]
+
+
+def register() -> None:
+    """Makes the schema and each engine's own part of it known to Hydra."""
+    compose.register({name: find(name).config for name in names()})
 
 
 def check(config: Config, accelerator: str) -> None:
@@ -26,129 +79,47 @@ def check(config: Config, accelerator: str) -> None:
     Raises:
         UserError: naming the field, its value and the way out.
     """
-    _check_engine(config, accelerator)
-    _check_parallel(config)
-
-
-def _check_engine(config: Config, accelerator: str) -> None:
-    engine = config.engine
-    if engine.name not in ENGINES:
-        raise UserError("engine.name", quoted(engine.name), f"choose one of {', '.join(ENGINES)}")
-    if engine.name in NOT_BUILT:
-        raise UserError("engine", f"{engine.name} is not built yet", "use engine=fastgen")
-    if engine.token_budget < engine.max_sequences:
-        raise UserError(
-            "engine.token_budget",
-            f"{engine.token_budget} is below engine.max_sequences={engine.max_sequences}, "
-            "and every running sequence needs one token of each pass",
-            "raise the budget or lower max_sequences",
-        )
-    if accelerator != "cuda":
-        _check_engine_on_cpu(config)
-    elif engine.kernels is Kernels.native:
-        raise UserError(
-            "engine.kernels", "native computes on a CPU, and this run is on cuda", "use engine.kernels=auto"
-        )
-    if engine.cuda_graph and ((config.parallel.tp or 1) > 1 or engine.kernel_inject):
-        raise UserError(
-            "engine.cuda_graph",
-            "true: DeepSpeed captures no graph of a model that is sharded or has injected kernels",
-            "use engine.cuda_graph=false, or parallel.tp=1 and engine.kernel_inject=false",
-        )
-    _check_quantization(config, accelerator)
-
-
-def _check_engine_on_cpu(config: Config) -> None:
-    engine = config.engine
-    if engine.name == "mii":
-        raise UserError("engine", "mii needs CUDA, and this run is on cpu", "use engine=fastgen")
-    for name, asked in (("kernel_inject", engine.kernel_inject), ("cuda_graph", engine.cuda_graph)):
-        if asked:
-            raise UserError(
-                f"engine.{name}",
-                "true needs CUDA, and this run is on cpu",
-                f"use engine.{name}=false",
-            )
-    if engine.kernels is Kernels.deepspeed:
-        raise UserError(
-            "engine.kernels",
-            "deepspeed needs CUDA: its ragged kernels do not exist for cpu",
-            "use engine.kernels=native, torch or auto",
-        )
-    if config.model.dtype is DType.float16:
+    room = find(config.engine.name)
+    if not isinstance(config.engine, room.config):
+        raise UserError("engine.name", f"{room.name}, with the keys of another engine", f"use engine={room.name}")
+    if not room.engine:
+        raise UserError("engine", f"{room.name} is not built yet", "use engine=fastgen")
+    room.check(config, accelerator)
+    if accelerator == "cpu" and config.model.dtype is DType.float16:
         raise UserError(
             "model.dtype",
             "float16 is not computed well on cpu",
             "use model.dtype=bfloat16, float32 or auto",
         )
-
-
-def _check_quantization(config: Config, accelerator: str) -> None:
-    asked = config.engine.quantization
-    if asked is None:
-        return
-    if asked not in QUANTIZATIONS:
-        raise UserError("engine.quantization", quoted(asked), f"give null or {' or '.join(QUANTIZATIONS)}")
-    name = config.engine.name
-    if accelerator != "cuda" or name not in ("fastgen", "mii") or config.engine.kernels is Kernels.torch:
-        raise UserError(
-            "engine.quantization",
-            f"{asked}: only DeepSpeed's ragged kernels on CUDA have it, this is {name} on {accelerator}",
-            "use engine.quantization=null",
-        )
-    if config.model.dtype is not DType.float16:
-        raise UserError(
-            "model.dtype",
-            f"{config.model.dtype.value}: engine.quantization={asked} computes with float16 activations",
-            "use model.dtype=float16",
-        )
-
-
-def _check_parallel(config: Config) -> None:
-    tp, dp = config.parallel.tp or 1, config.parallel.dp or 1
     kv_heads = config.model.architecture.get("num_key_value_heads") if config.model.path is None else None
-    check_kv_heads(tp, kv_heads)
-    if config.engine.name == "baseline" and tp > 1:
-        raise UserError(
-            "parallel.tp",
-            f"{tp}: the baseline spreads a large model over devices with accelerate's device_map",
-            "use parallel=single",
-        )
-    if config.engine.name == "mii" and dp > 1:
-        raise UserError(
-            "parallel.dp",
-            f"{dp}: MII's pipeline is one replica a launch",
-            "use parallel.dp=1, or engine=fastgen",
-        )
+    check_kv_heads(config.parallel.tp or 1, kv_heads)
 
 
-def check_auto_tp(tp: int, family: object) -> None:
-    """Raises UserError for a model that AutoTP is not known to shard rightly."""
-    if tp > 1 and family is not None and family not in AUTO_TP_FAMILIES:
-        raise UserError(
-            "parallel.tp",
-            f"{tp}: DeepSpeed's AutoTP is not known to shard {quoted(family)} models rightly",
-            "use parallel.dp for replicas, or parallel=single",
-        )
-
-
-def create(settings: EngineSettings) -> Engine:
+def create(settings: EngineSettings[Any]) -> Engine[Any]:
     """Returns the engine that ``settings.engine.name`` names, nothing loaded yet."""
-    # Imported here: an engine brings torch and its own library with it.
-    if settings.engine.name == "baseline":
-        from harness.engines.baseline.engine import BaselineEngine
+    engine: Engine[Any] = _imported(find(settings.engine.name).engine)(settings)
+    return engine
 
-        return BaselineEngine(settings)
-    if settings.engine.name == "fastgen":
-        from harness.engines.fastgen.engine import FastGenEngine
 
-        return FastGenEngine(settings)
-    if settings.engine.name == "ds_inference":
-        from harness.engines.ds_inference.engine import DsInferenceEngine
+def typed(recorded: DictConfig) -> DictConfig:
+    """Returns the config of a record with its types.
 
-        return DsInferenceEngine(settings)
-    if settings.engine.name == "mii":
-        from harness.engines.mii.engine import MiiEngine
+    Until each engine had its own keys, a record had those of all of them: what the engine does not have is left out.
 
-        return MiiEngine(settings)
-    raise ValueError(f"no engine named {settings.engine.name!r}")  # config.check() lets none through
+    Raises:
+        UserError: the engine is not known here.
+        OmegaConfBaseException: a value is not of its type.
+    """
+    room = find(str(recorded.engine.name))
+    mine = OmegaConf.masked_copy(recorded, [key for key in recorded if key != "engine"])
+    mine.engine = OmegaConf.masked_copy(
+        recorded.engine, [key for key in recorded.engine if key in ("name", *room.keys)]
+    )
+    merged = OmegaConf.merge(OmegaConf.structured(Config(engine=room.config())), mine)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _imported(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)

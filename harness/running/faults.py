@@ -11,6 +11,7 @@ from typing import Any
 
 from harness.basics.errors import REFUSED, one_line
 from harness.basics.outcome import Fault
+from harness.engines import catalogue
 from harness.machine.memory import OomKills, out_of_memory
 
 DEVICE_WORDS = ("cuda", "cublas", "cudnn", "cusolver", "nccl", "gpu", "insufficient memory")
@@ -90,6 +91,7 @@ def advice(config: Mapping[str, Any], facts: Mapping[str, Any], device: bool) ->
         device: whether the memory is a GPU's.
     """
     engine, model, parallel = (config.get(name) or {} for name in ("engine", "model", "parallel"))
+    room = catalogue.of_record(engine.get("name"))
     phase, dtype = facts.get("phase"), facts.get("dtype") or model.get("dtype")
     changes: list[tuple[str, object, object]] = []
     tp, dp = int(parallel.get("tp") or 1), int(parallel.get("dp") or 1)
@@ -99,53 +101,15 @@ def advice(config: Mapping[str, Any], facts: Mapping[str, Any], device: bool) ->
         if dtype == "float32":
             changes.append(("model.dtype", "bfloat16", dtype))
         heads = (model.get("architecture") or {}).get("num_key_value_heads")  # of the named model; a path may differ
-        if device and engine.get("name") != "baseline" and not (isinstance(heads, int) and 2 * tp > heads):
+        if device and room.shards and not (isinstance(heads, int) and 2 * tp > heads):
             changes.append(("parallel.tp", 2 * tp, tp))
             if dp > 1:
                 changes.append(("parallel.dp", dp // 2, dp))
-    elif engine.get("name") == "ds_inference":
-        changes += _halved(engine, "batch_size", "batch_tokens")
-    elif engine.get("name") in ("fastgen", "mii"):
-        if phase != "cache":
-            changes += _smaller_passes(engine)
-        if (less := _half_the_cache(engine.get("kv_memory"))) is not None:
-            changes.append(("engine.kv_memory", less, engine["kv_memory"]))
+    elif (lower := room.less_memory(engine, phase)) is not None:
+        changes += lower
     elif dtype == "float32":
         changes.append(("model.dtype", "bfloat16", dtype))
     if not changes:
         return "use a smaller model, or " + ("a GPU with more memory" if device else "a machine with more memory")
     new = " ".join(f"{key}={value}" for key, value, _ in changes)
     return f"try {new} (now {', '.join(str(value) for _, _, value in changes)})"
-
-
-def _halved(engine: Mapping[str, Any], *keys: str) -> list[tuple[str, object, object]]:
-    known = ((key, engine.get(key)) for key in keys)
-    return [(f"engine.{key}", now // 2, now) for key, now in known if isinstance(now, int) and now > 1]
-
-
-def _smaller_passes(engine: Mapping[str, Any]) -> list[tuple[str, object, object]]:
-    """Half the tokens of a pass, but one for each sequence; if that is no less, half the sequences."""
-    budget, sequences = engine.get("token_budget"), engine.get("max_sequences")
-    if not isinstance(budget, int) or not isinstance(sequences, int):
-        return []
-    if (less := max(budget // 2, sequences)) < budget:
-        return [("engine.token_budget", less, budget)]
-    return _halved(engine, "max_sequences", "token_budget")
-
-
-def _half_the_cache(setting: object) -> object:
-    """Returns ``engine.kv_memory`` halved, in the unit in which it was given; None where it is nothing known."""
-    from harness.config.checks import parse_bytes
-    from harness.engines.shared.kv_memory import is_fraction
-
-    try:
-        assert isinstance(setting, int | float | str)
-        amount = parse_bytes(setting)
-        if not isinstance(setting, str) or is_fraction(setting):
-            return f"{amount / 2:g}" if amount <= 1 else int(amount // 2)
-    except (AssertionError, ValueError):
-        return None
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if amount / 2 >= size:
-            return f"{amount / 2 / size:.4g}{unit}"
-    return int(amount // 2)

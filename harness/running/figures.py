@@ -149,7 +149,7 @@ def _parity(run: RunContext, delivery: Delivery, recorder: RunRecorder) -> dict[
 
 def _wrong(run: RunContext, run_id: str, found: dict[str, Any]) -> str | None:
     """Returns why a run with wrong outputs failed; None where quantized weights may have made them."""
-    if run.job.config.engine.quantization is not None:
+    if getattr(run.job.config.engine, "quantization", None) is not None:
         return None
     first = next(one for one in found["requests"] if one["verdict"] == "wrong")
     return (

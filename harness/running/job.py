@@ -15,17 +15,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness.basics.errors import UserError
 from harness.config import checks
-from harness.config.checks import check_kv_heads, parse_bytes
+from harness.config.checks import check_kv_heads
 from harness.config.compose import to_config
 from harness.config.explain import explain
 from harness.config.identity import config_hash
-from harness.config.schema import Config, DType, Kernels, ParallelConfig
+from harness.config.schema import Config, DType, ParallelConfig
 from harness.engines import catalogue
-from harness.engines.catalogue import check_auto_tp
-from harness.engines.fastgen.runners.native import checks as native_checks
-from harness.engines.shared.attention_checks import refuse_by_its_file
-from harness.engines.shared.kv_memory import is_fraction
-from harness.engines.shared.ragged_kernels import PICKLED, unsupported
+from harness.engines.known_model import KnownModel
 from harness.machine import device, snapshot
 from harness.machine.memory import available_memory_bytes
 from harness.models import locate
@@ -41,7 +37,6 @@ RANK_BYTES = (
     300 * 2**20
 )  # that a process holds for itself once torch and DeepSpeed are imported (measured: 313 to 324 MiB)
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-FP6_BYTES = 0.75
 DEVICE_BYTES = 2 * 2**30  # of a GPU, for CUDA's context, NCCL's buffers and what a pass computes
 
 
@@ -119,8 +114,7 @@ def prepare(composed: DictConfig, rank: Rank | None = None) -> Job:
     source = locate.locate(config.model)
     dtype = resolve_dtype(config.model.dtype, accelerator)
     max_context = context_length(source.architecture, config.model.max_context)
-    if config.engine.name in ("fastgen", "ds_inference"):
-        refuse_by_its_file(source.architecture, max_context, config.engine.name)
+    catalogue.find(config.engine.name).check_model(KnownModel.of(source, dtype, max_context=max_context))
     job = Job(
         config=config,
         settings=resolved(composed),
@@ -176,8 +170,8 @@ def _launch(rank: Rank | None, accelerator: str, engine: str) -> Launch:
         return Launch(rank.world, rank.local_world)
     if (outer := current()) is not None:  # the first rank of a launch drives several, each of its own
         return Launch(outer.world, outer.local_world, fixed=False)
-    # Shards on a CPU would share the memory that they have to read anyway, and one baseline spreads over all GPUs.
-    alone = accelerator == "cpu" or engine == "baseline"
+    # Shards on a CPU would share the memory that they have to read anyway, and one rank of some engines takes all GPUs.
+    alone = accelerator == "cpu" or catalogue.find(engine).spreads
     return Launch(None, 1 if alone else device.cuda_devices())
 
 
@@ -201,24 +195,15 @@ def _needs(job: Job) -> Needs | None:
     count = parameters(job.source.architecture)
     if count is None:
         return None
-    engine, element = job.config.engine, BYTES[job.dtype]
-    longest, part, given = 2**62, 1.0, None
-    if engine.name == "ds_inference":  # its cache is as large as its batch
-        longest = engine.batch_tokens
-    elif engine.name == "baseline":
-        longest = 1
-    elif is_fraction(engine.kv_memory):
-        part = parse_bytes(engine.kv_memory)
-    else:
-        given = int(parse_bytes(engine.kv_memory))
+    share, element = catalogue.find(job.config.engine.name).share(job.config), BYTES[job.dtype]
     return Needs(
-        sharded=int(count.matmul * (element if engine.quantization is None else FP6_BYTES)),
+        sharded=int(count.matmul * (share.weight_bytes or element)),
         whole=(count.total - count.matmul) * element,
         token=kv_bytes_per_token(job.source.architecture, element),
         kv_heads=attention_heads(job.source.architecture)[1],
-        tokens=split.useful_tokens(job.workload.requests, job.max_context, longest),
-        part=part,
-        given=given,
+        tokens=split.useful_tokens(job.workload.requests, job.max_context, share.tokens),
+        part=share.part,
+        given=share.given,
     )
 
 
@@ -242,9 +227,8 @@ def _check_sharding(job: Job) -> None:
     """Raises UserError for a model that so many ranks cannot share."""
     config, source = job.config, job.source
     check_kv_heads(job.tp, source.architecture.get("num_key_value_heads"))
-    if config.engine.name != "mii" and not _ragged_kernels(job):
-        check_auto_tp(job.tp, source.architecture.get("model_type"))
-    _check_native(job)
+    known = KnownModel.of(source, job.dtype, job.tp, job.max_context)
+    catalogue.find(config.engine.name).check_shards(config, known, job.accelerator)
 
 
 def check(config: Config, accelerator: str) -> None:
@@ -265,43 +249,6 @@ def resolve_dtype(dtype: DType, accelerator: str) -> str:
     if accelerator == "cuda" or device.supports_bfloat16_on_cpu():
         return "bfloat16"
     return "float32"
-
-
-def _ragged_kernels(job: Job) -> bool:
-    """Returns whether DeepSpeed's ragged kernels shard the model; raises UserError if they are asked for and cannot."""
-    engine, source = job.config.engine, job.source
-    if engine.name != "fastgen" or job.accelerator != "cuda" or engine.kernels is Kernels.torch:
-        return False
-    reason = unsupported(
-        source.architecture,
-        job.dtype,
-        job.tp,
-        engine.quantization,
-        job.max_context,
-        dummy=source.kind == "dummy",
-        remote_code=source.trust_remote_code,
-    )
-    if source.pickled:
-        reason = PICKLED
-    if reason is not None and engine.kernels is Kernels.deepspeed and source.architecture:
-        raise UserError("engine.kernels", f"deepspeed: {reason}", "use engine.kernels=torch or auto")
-    return reason is None
-
-
-def _check_native(job: Job) -> None:
-    """Raises UserError if the native kernels are asked for and cannot compute the model."""
-    config, source = job.config, job.source
-    if config.engine.name != "fastgen" or config.engine.kernels is not Kernels.native or not source.architecture:
-        return
-    reason = native_checks.unsupported(
-        source.architecture,
-        job.dtype,
-        job.tp,
-        dummy=source.kind == "dummy",
-        remote_code=source.trust_remote_code,
-    )
-    if reason is not None:
-        raise UserError("engine.kernels", f"native: {reason}", "use engine.kernels=torch or auto")
 
 
 def _check_ranks(ranks: int, tp: int) -> None:

@@ -45,9 +45,8 @@ def _settings(run: RunContext) -> EngineSettings:
     """Returns what the engine is told, once this rank has its cores and has joined the others."""
     job = run.job
     setup.use_cores(job, run.rank)
-    # The baseline spreads a large model over all the GPUs there are.
     directory = run.recorder.directory if run.recorder is not None else None
-    run.telemetry = of_rank(run.rank, job.accelerator, job.config.engine.name == "baseline", directory)
+    run.telemetry = of_rank(run.rank, job.accelerator, catalogue.find(job.config.engine.name).spreads, directory)
     run.replicas = setup.join(job, run.rank, run.rendezvous)
     settings = setup.engine_settings(job, run.rank, run.replicas)
     run.device = settings.device

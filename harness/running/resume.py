@@ -11,13 +11,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness.basics.errors import UserError, quoted
 from harness.config.identity import GROUPS, PLACES
-from harness.config.schema import Config
+from harness.engines import catalogue
 from harness.ranks.rank import Rank
 from harness.results.directory import read_record, run_directory
 
-# What the tokens or the work depend on; all else (memory, ranks, order) may be another the second time.
+# What the tokens or the work depend on, beside the engine's own resume_keys; all else (memory, ranks, order) may be
+# another the second time.
 SAME_GROUPS = ("model", "dataset", "generation")
-SAME_KEYS = ("engine.name", "engine.kernels", "engine.kernel_inject", "engine.quantization")
 
 
 def compose(typed: DictConfig, overrides: list[str], rank: Rank | None) -> DictConfig:
@@ -46,8 +46,9 @@ def compose(typed: DictConfig, overrides: list[str], rank: Rank | None) -> DictC
             found = f"the config.yaml of {run_id} is missing"
         raise UserError("resume", found, "take a run id from the first column of runs.csv, or set results_dir")
     try:
-        before = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
-        assert isinstance(before, DictConfig)
+        recorded = OmegaConf.load(path)
+        assert isinstance(recorded, DictConfig)
+        before = catalogue.typed(recorded)
         config = before.copy()
         config.repeat, config.sweep = typed.repeat, typed.sweep
         if rank is not None:  # by itself a run has the ranks that it had; a launch may bring another number
@@ -85,7 +86,8 @@ def _facts(config: DictConfig) -> dict[str, Any]:
     data = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     assert isinstance(data, dict)
     facts = {f"{group}.{key}": value for group in SAME_GROUPS for key, value in data[group].items()}
-    facts |= {key: data["engine"][key.partition(".")[2]] for key in SAME_KEYS}
+    name = data["engine"]["name"]
+    facts |= {f"engine.{key}": data["engine"].get(key) for key in ("name", *catalogue.of_record(name).resume_keys)}
     return {key: value for key, value in facts.items() if key not in PLACES}
 
 

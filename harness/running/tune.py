@@ -16,6 +16,7 @@ from harness.basics import files
 from harness.basics.errors import UserError, printable
 from harness.config import checks, compose
 from harness.config.compose import without_hydra
+from harness.engines import catalogue as engines
 from harness.machine.device import accelerator, cores, cuda_devices, device_name
 from harness.models import locate
 from harness.running.sweep import Sweep
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 MARK = "# Found by a search on "  # in the first lines of what is written there
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "conf" / "experiment"
 MORE = 4  # times as many requests confirm the best as searched for them
-ENGINES = ("fastgen", "mii")  # which token_budget and max_sequences mean something to
 # Of the search alone: what it finds is not to be run on few requests.
 SEARCH_KEYS = ("dataset.num_samples", "repeat", "timeout_s")
 
@@ -50,12 +50,12 @@ def search_space(composed: DictConfig, trial: Trial) -> None:
     Raises:
         UserError: the engine has nothing to tune here, or the model cannot be found.
     """
-    engine = str(composed.engine.name)
-    if engine not in ENGINES:
+    engine, able = str(composed.engine.name), engines.having("token_budget")
+    if engine not in able:
         raise UserError(
             "engine",
             f"{engine} has no token_budget to tune",
-            f"use engine={' or '.join(ENGINES)}, or sweep over its own keys with -m",
+            f"use engine={' or '.join(able)}, or sweep over its own keys with -m",
         )
     if {"parallel", "parallel.tp", "parallel.dp"} & {str(name).lstrip("+") for name in trial.user_attrs}:
         return
@@ -64,7 +64,7 @@ def search_space(composed: DictConfig, trial: Trial) -> None:
     cuda = accelerator() == "cuda"
     devices = cuda_devices() if cuda else cores()
     splits = parallel_splits(devices, cuda, heads if isinstance(heads, int) else None)
-    if engine == "mii":  # one replica a launch
+    if not engines.find(engine).replicas:
         splits = [(tp, 1) for tp in dict.fromkeys(tp for tp, _ in splits)]
     tp = trial.suggest_categorical("parallel.tp", list(dict.fromkeys(tp for tp, _ in splits)))
     replicas = [dp for split, dp in splits if split == tp]

@@ -12,14 +12,13 @@ from typing import Any
 
 from harness.basics.errors import one_line
 from harness.basics.files import numbered_lines
+from harness.engines import catalogue, room
 from harness.machine.telemetry import INTERVAL_S, SERIES, STOP_S
 from harness.results.passes import pass_figures
 from harness.verify.runs import RecordedRun
 from harness.workload.records import PASS_COLUMNS
 
 PASSES = "passes.csv"
-PASSES_OF_STEPS = ("fastgen", "mii", "ds_inference")  # a pass gives a sequence at most one token
-WHOLE_REQUESTS = ("baseline",)  # a pass is a request, and its last token counts as one of the pass
 WALL_S = 2.0  # both ends of a run are whole seconds, and the wall clock may be set meanwhile
 SAMPLE_S = 0.5  # a sample may come between the reading of the clock at its end and the order to stop
 EXTRA_SAMPLES = 4  # at both ends of a segment, beside one a second
@@ -192,12 +191,12 @@ def _last(passes: Passes, completed: list[dict[str, Any]]) -> Iterator[str]:
 
 def _sums(run: RecordedRun, passes: Passes, completed: list[dict[str, Any]]) -> Iterator[str]:
     """Yields where the passes of one replica are not those that its requests need."""
-    engine, statistics = run.record.get("engine"), run.record.get("engine_statistics")
-    if engine not in (*PASSES_OF_STEPS, *WHOLE_REQUESTS) or not isinstance(statistics, dict):
+    kind, statistics = catalogue.of_record(run.record.get("engine")).passes, run.record.get("engine_statistics")
+    if kind is None or not isinstance(statistics, dict):
         return
     prompt_tokens = sum(line["prompt_tokens"] for line in completed)
     needed = prompt_tokens + sum(len(line["token_ids"]) for line in completed)
-    if engine in PASSES_OF_STEPS:  # a request's last token is never fed back
+    if kind is room.Passes.steps:  # a request's last token is never fed back
         again = statistics.get("recomputed_tokens")
         needed += (max(again, 0) if isinstance(again, int) else 0) - len(completed)
     if sum(passes.tokens) != needed:
@@ -209,7 +208,7 @@ def _sums(run: RecordedRun, passes: Passes, completed: list[dict[str, Any]]) -> 
     known = [value for value in forward if value is not None]
     if len(known) < len(forward) or abs(sum(known) - total) > 1e-5 * total + 1e-6:
         yield f"record.json's time has {sum(known):.6f} s of forward passes, those of {PASSES} took {total:.6f}"
-    if engine in PASSES_OF_STEPS:
+    if kind is room.Passes.steps:
         yield from _too_early(passes, completed)
 
 

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
+from harness.engines import catalogue
 from harness.engines.base import Engine
-from harness.engines.shared.kv_blocks import refusal
+from harness.engines.room import Unrecorded, count, section
 from harness.models.architecture import context_length
 from harness.verify.runs import RecordedRun
 from harness.workload.records import Request
-
-BLOCK_NOTE = re.compile(r"the kernels' KV blocks are of ([0-9]+) tokens")  # FastGenEngine.load()
-
-
-class Unknown(Exception):
-    """A limit is not in the record; says which."""
 
 
 def check(
@@ -43,7 +37,7 @@ def check(
         for part in _parts(run.record):
             try:
                 refused = refused or _refusal(part, architecture, prompt_tokens, output_len) is not None
-            except Unknown as error:
+            except Unrecorded as error:
                 why = str(error)
         if why is not None and not refused:
             unknown.append(why)
@@ -64,59 +58,11 @@ def _refusal(part: dict[str, Any], architecture: dict[str, Any], prompt_tokens: 
     """Returns why the engine had to refuse a request; None when it had room for it.
 
     Raises:
-        Unknown: nothing that the record tells refuses it, and it does not tell everything.
+        Unrecorded: nothing that the record tells refuses it, and it does not tell everything.
     """
-    engine, model, parallel = (_section(part, name) for name in ("engine", "model", "parallel"))
-    limit = context_length(architecture, None if model.get("max_context") is None else _count(model, "max_context"))
+    model = section(part, "model")
+    limit = context_length(architecture, None if model.get("max_context") is None else count(model, "max_context"))
     asked = SimpleNamespace(settings=SimpleNamespace(max_context=limit))
-    if reason := Engine.too_long(cast(Engine, asked), prompt_tokens, output_len):
+    if reason := Engine.too_long(cast(Any, asked), prompt_tokens, output_len):
         return reason
-    name = engine.get("name")
-    if name == "ds_inference" and engine.get("kernel_inject"):
-        return _too_wide(engine, prompt_tokens, output_len)
-    if name in ("fastgen", "mii"):
-        return _too_many_blocks(part, engine, _count(parallel, "dp"), prompt_tokens, output_len)
-    return None
-
-
-def _too_wide(engine: dict[str, Any], prompt_tokens: int, output_len: int) -> str | None:
-    """As the engine itself says it; imported here, since it brings torch and DeepSpeed."""
-    from harness.engines.ds_inference.engine import DsInferenceEngine
-
-    settings = SimpleNamespace(batch_tokens=_count(engine, "batch_tokens"), batch_size=_count(engine, "batch_size"))
-    asked: Any = SimpleNamespace(injected=True, settings=SimpleNamespace(engine=settings))
-    asked._width = cast(Any, DsInferenceEngine._width).fget(asked)
-    return DsInferenceEngine._too_wide(asked, prompt_tokens, output_len)
-
-
-def _too_many_blocks(
-    part: dict[str, Any], engine: dict[str, Any], dp: int, prompt_tokens: int, output_len: int
-) -> str | None:
-    statistics = part.get("engine_statistics")
-    if not isinstance(statistics, dict) or type(total := statistics.get("kv_blocks")) is not int:
-        raise Unknown("how many KV blocks there were is not in the record")
-    if engine["name"] == "mii":
-        # MII takes the size of a block from its kernels and cannot use the last one.
-        raise Unknown("the size of MII's KV blocks is not in the record")
-    size = _count(engine, "kv_block_size")
-    notes = part.get("notes")
-    for note in notes if isinstance(notes, list) else ():
-        if match := BLOCK_NOTE.search(str(note)):
-            size = int(match[1])
-    # The replicas' blocks are in the record as a sum, and one may have had fewer than another.
-    return refusal(prompt_tokens, output_len, max(size, 1), total if dp == 1 else total // dp // 2)
-
-
-def _section(part: dict[str, Any], name: str) -> dict[str, Any]:
-    config = part.get("config")
-    section = config.get(name) if isinstance(config, dict) else None
-    if not isinstance(section, dict):
-        raise Unknown(f"its config has no {name}")
-    return section
-
-
-def _count(section: dict[str, Any], key: str) -> int:
-    value = section.get(key)
-    if type(value) is not int or value < 1:
-        raise Unknown(f"its config has no {key}")
-    return value
+    return catalogue.of_record(section(part, "engine").get("name")).refusal(part, prompt_tokens, output_len)

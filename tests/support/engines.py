@@ -14,9 +14,11 @@ from transformers import DynamicCache
 
 from harness.basics.clock import Clock
 from harness.basics.errors import UserError
-from harness.config.schema import EngineConfig, GenerationConfig, Kernels, Stop
+from harness.config.schema import GenerationConfig, Stop
 from harness.engines.base import Engine, EngineSettings
+from harness.engines.ds_inference.config import DsInferenceConfig
 from harness.engines.ds_inference.engine import DsInferenceEngine
+from harness.engines.fastgen.config import FastGenConfig, Kernels
 from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.fastgen.runners.torch_runner import TorchRunner
 from harness.engines.proof import proof
@@ -45,7 +47,7 @@ def settings(
 ) -> EngineSettings:
     architecture = {"model_type": model_type, **TINY, **(more or {})}
     return EngineSettings(
-        engine=EngineConfig(name="fastgen", **{"kernels": Kernels.torch, **engine}),
+        engine=FastGenConfig(**{"kernels": Kernels.torch, **engine}),
         generation=GenerationConfig(stop=stop),
         source=Source("dummy", None, None, None, architecture, False),
         dtype="float32",
@@ -93,7 +95,7 @@ def settings_of(
     directory: Path, dtype: str = "float32", stop: Stop = Stop.length, kernels: Kernels = Kernels.native, **engine: Any
 ) -> EngineSettings:
     return EngineSettings(
-        engine=EngineConfig(name="fastgen", kernels=kernels, **engine),
+        engine=FastGenConfig(kernels=kernels, **engine),
         generation=GenerationConfig(stop=stop),
         source=find(str(directory), False, need_weights=True),
         dtype=dtype,
@@ -105,7 +107,7 @@ def settings_of(
 def engine_for(model_type: str = "llama", stop: Stop = Stop.length, **engine: Any) -> DsInferenceEngine:
     more = {"sliding_window": None, "pad_token_id": 0} if model_type in ("mistral", "phi3") else {"pad_token_id": 0}
     chosen = settings(model_type, stop, more)
-    loaded = DsInferenceEngine(replace(chosen, engine=EngineConfig("ds_inference", **engine)))
+    loaded = DsInferenceEngine(replace(chosen, engine=DsInferenceConfig(**engine)))
     loaded.load()
     return loaded
 

@@ -19,13 +19,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from harness.basics.clock import Clock
 from harness.basics.errors import UserError, one_line
 from harness.config.checks import check_kv_heads
-from harness.config.schema import EngineConfig, GenerationConfig, Kernels, Stop
+from harness.config.schema import GenerationConfig, Stop
 from harness.engines import catalogue
 from harness.engines.base import EngineSettings
-from harness.engines.catalogue import check_auto_tp
+from harness.engines.ds_inference.config import DsInferenceConfig
+from harness.engines.fastgen.config import FastGenConfig, Kernels
 from harness.engines.fastgen.runners.native import checks as native_checks
+from harness.engines.known_model import KnownModel
 from harness.engines.proof import proof
 from harness.engines.shared.attention_checks import refuse_by_its_file
+from harness.engines.shared.auto_tp_families import check_auto_tp
 from harness.models.architecture import context_length
 from harness.models.directory import find
 from harness.models.generation import greedy
@@ -60,10 +63,11 @@ class Column:
         return f"{self.engine}{kernels}{' bf16' * (self.dtype != 'float32')}{f' tp={self.tp}' * (self.tp > 1)}"
 
     @property
-    def config(self) -> EngineConfig:
+    def config(self) -> FastGenConfig | DsInferenceConfig:
         """Small budgets, so that prompts are split and requests share passes and batches."""
-        sizes = {"token_budget": 24, "max_sequences": 6, "kv_block_size": 8, "kv_memory": "64MiB", "batch_size": 4}
-        return EngineConfig(name=self.engine, kernels=self.kernels, **sizes)  # type: ignore[arg-type]
+        if self.engine == "ds_inference":
+            return DsInferenceConfig(batch_size=4)
+        return FastGenConfig(kernels=self.kernels, token_budget=24, max_sequences=6, kv_block_size=8, kv_memory="64MiB")
 
 
 FASTGEN, NATIVE, DS_INFERENCE = Column("fastgen"), Column("fastgen", Kernels.native), Column("ds_inference")
@@ -149,7 +153,7 @@ def refuse_early(source: Source, column: Column) -> int | None:
     refuse_by_its_file(architecture, max_context, column.engine)
     check_auto_tp(column.tp, architecture.get("model_type"))
     if column.kernels is Kernels.native:
-        reason = native_checks.unsupported(architecture, column.dtype, column.tp)
+        reason = native_checks.unsupported(KnownModel(architecture, column.dtype, column.tp))
         if reason is not None:
             raise UserError("engine.kernels", f"native: {reason}", "use engine.kernels=torch or auto")
     return max_context

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness.engines.fastgen.runners.native import checks as native_checks
+from harness.engines.known_model import KnownModel
 from harness.machine.device import cpu_flags
 
 needs_native = pytest.mark.skipif(
@@ -22,5 +23,5 @@ needs_native_bfloat16 = pytest.mark.skipif(
 def kernels_on_cpu(model: Path, dtype: str) -> str:
     """Returns what ``engine.kernels=auto`` takes on this machine for the checkpoint in ``model``."""
     architecture = json.loads((model / "config.json").read_text())
-    reason = native_checks.unsupported(architecture, dtype, 1) or native_checks.slower(dtype)
+    reason = native_checks.unsupported(KnownModel(architecture, dtype)) or native_checks.slower(dtype)
     return "native" if reason is None else "torch"

@@ -14,11 +14,13 @@ from deepspeed.inference.v2.ragged.manager_configs import KVCacheConfig
 from deepspeed.inference.v2.ragged.sequence_descriptor import DSSequenceDescriptor
 
 from harness.basics.clock import Clock
-from harness.config.schema import EngineConfig, GenerationConfig, Stop
+from harness.config.schema import GenerationConfig, Stop
 from harness.engines.base import EngineSettings
+from harness.engines.mii.config import MiiConfig
 from harness.engines.mii.settings import model_settings
 from harness.engines.shared import ragged_kernels
 from harness.engines.shared.kv_blocks import KvBlocks
+from harness.engines.shared.order import Order
 from harness.models import loading
 from harness.models.source import Source
 from harness.models.tokenizer import ByteTokenizer
@@ -160,7 +162,9 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def settings_of(source: Source | None = None, stop: Stop = Stop.length, **engine: Any) -> EngineSettings:
     return EngineSettings(
-        engine=EngineConfig(name="mii", **engine),
+        engine=MiiConfig(
+            **{"token_budget": 512, "max_sequences": 64, "order": Order.longest_first, "kv_memory": 0.3, **engine}
+        ),
         generation=GenerationConfig(stop=stop),
         source=source or Source("directory", "/models/llama", None, None, LLAMA, False),
         dtype="bfloat16",

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from harness.basics.clock import Clock
-from harness.config.schema import EngineConfig, GenerationConfig, Order, Stop
+from harness.config.schema import GenerationConfig, Stop
 from harness.engines.base import EngineSettings
+from harness.engines.fastgen.config import FastGenConfig
 from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.fastgen.runners.deepspeed_runner import DeepSpeedRunner
 from harness.engines.fastgen.scheduler import Chunk, RaggedBatch, Sequence
+from harness.engines.shared.order import Order
 from harness.models.directory import find
 from harness.models.source import Source
 from harness.models.tokenizer import ByteTokenizer
@@ -51,7 +53,7 @@ def settings(directory: Path | None, dtype: str = "float16", **engine: Any) -> E
         source = find(str(directory), False, need_weights=True)
     keys = {"token_budget": 160, "max_sequences": 8, "kv_block_size": 128, "kv_memory": "64MiB", **engine}
     return EngineSettings(
-        engine=EngineConfig(name="fastgen", order=Order.dataset, **keys),
+        engine=FastGenConfig(order=Order.dataset, **keys),
         generation=GenerationConfig(stop=Stop.length),
         source=source,
         dtype=dtype,

@@ -10,13 +10,14 @@ import torch
 
 from harness.basics.clock import Clock
 from harness.engines.base import Engine, EngineStatistics, Progress, rejection
+from harness.engines.baseline.config import BaselineConfig
 from harness.engines.scoring import Score, Scored, force, grouped
 from harness.models import architecture, loading, tokenizer
 from harness.models.generation import greedy, stop_ids
 from harness.workload.records import Completion, PassRecord, Request
 
 
-class BaselineEngine(Engine):
+class BaselineEngine(Engine[BaselineConfig]):
     """Batch size 1, in the dataset's order, greedy ``generate``; timed: tokenize, generate, decode."""
 
     @property

@@ -12,7 +12,8 @@ import torch
 
 from harness.basics.clock import Clock
 from harness.engines.base import Engine, EngineSettings, EngineStatistics, Progress, rejection
-from harness.engines.ds_inference import kernel_inject
+from harness.engines.ds_inference import checks, kernel_inject
+from harness.engines.ds_inference.config import DsInferenceConfig
 from harness.engines.ds_inference.kernel_inject import InjectedBatch
 from harness.engines.ds_inference.static_cache import ATTENTION, StaticCache, static_attention
 from harness.engines.scoring import Forced, Score, Scored, force, grouped, no_prefill
@@ -46,10 +47,10 @@ class Pass:
     seconds: float
 
 
-class DsInferenceEngine(Engine):
+class DsInferenceEngine(Engine[DsInferenceConfig]):
     """Static batches: requests of like length start together, and a batch ends with its last row."""
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings[DsInferenceConfig]) -> None:
         super().__init__(settings)
         self.graphed: StaticCache | None = None  # with cuda_graph: the buffers that the captured graph reads
         self.injected: InjectedBatch | None = None  # with kernel_inject
@@ -109,7 +110,7 @@ class DsInferenceEngine(Engine):
     @property
     def _width(self) -> int:
         """Columns of a row where all batches share one size: with injected kernels and under a CUDA graph."""
-        return self.settings.engine.batch_tokens // self.settings.engine.batch_size
+        return checks.row_width(self.settings.engine.batch_tokens, self.settings.engine.batch_size)
 
     def warm_up(self) -> None:
         """Runs one full batch of made-up prompts for a few tokens."""
@@ -231,12 +232,7 @@ class DsInferenceEngine(Engine):
 
     def _too_wide(self, prompt: int, output_len: int) -> str | None:
         """Returns why injected kernels have no room for a request of so many tokens, or None when they have."""
-        if self.injected is None or prompt + output_len <= self._width:
-            return None
-        return (
-            f"prompt of {prompt} tokens + output_len {output_len} exceeds the {self._width} "
-            f"columns of a row (engine.batch_tokens / engine.batch_size)"
-        )
+        return None if self.injected is None else checks.too_wide(self._width, prompt, output_len)
 
     def _fit(self, lengths: list[tuple[int, int]]) -> int:
         """Returns how many of the first rows, prompt and output tokens, fit a batch: one at least."""

@@ -8,17 +8,15 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from harness.basics.clock import Clock
-from harness.basics.errors import UserError
-from harness.config.schema import Kernels
-from harness.engines.base import Engine, EngineSettings, EngineStatistics, Progress, arranged, rejection
+from harness.engines.base import Engine, EngineSettings, EngineStatistics, Progress, rejection
 from harness.engines.fastgen import scoring
-from harness.engines.fastgen.runners.base import Runner
-from harness.engines.fastgen.runners.native import checks as native_checks
+from harness.engines.fastgen.config import FastGenConfig, Kernels
+from harness.engines.fastgen.runners import choice
 from harness.engines.fastgen.runners.sharded_runner import ShardedRunner
 from harness.engines.fastgen.scheduler import RaggedBatch, Scheduler, Sequence
 from harness.engines.scoring import Forced, Score, Scored, no_prefill
-from harness.engines.shared import ragged_kernels
 from harness.engines.shared.kv_blocks import KvBlocks
+from harness.engines.shared.order import arranged
 from harness.models import tokenizer
 from harness.workload.records import Completion, PassRecord, Request
 
@@ -33,12 +31,13 @@ class _Active:
     first_token_s: float | None = None
 
 
-class FastGenEngine(Engine):
+class FastGenEngine(Engine[FastGenConfig]):
     """Dynamic SplitFuse over a :class:`Runner`."""
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings[FastGenConfig]) -> None:
         super().__init__(settings)
-        self.runner = self._runner()
+        self.runner, note = choice.choose(settings)
+        self.notes += [note] if note else []
         self.team: ShardedRunner | None = None
         if settings.tensor is not None:
             self.team = self.runner = ShardedRunner(self.runner, settings.tensor)
@@ -60,7 +59,7 @@ class FastGenEngine(Engine):
             return super().suspect
         return "engine.kernels", self.kernels, "use engine.kernels=torch"
 
-    def instead(self, reason: str) -> Engine | None:
+    def instead(self, reason: str) -> FastGenEngine | None:
         """Returns the engine with PyTorch's kernels where ``engine.kernels=auto`` has taken others."""
         engine = self.settings.engine
         if engine.kernels is not Kernels.auto or self.kernels == "torch" or engine.quantization is not None:
@@ -221,72 +220,6 @@ class FastGenEngine(Engine):
         blocks = KvBlocks(self.total_blocks, self.runner.block_size)
         budget = min(budget or engine.token_budget, engine.token_budget)
         return Scheduler(budget, min(engine.max_sequences, budget), blocks, stop_ids)
-
-    def _runner(self) -> Runner:
-        """Returns the fastest kernels that can run, or the ones asked for."""
-        settings, engine = self.settings, self.settings.engine
-        if engine.kernels is Kernels.torch:
-            return self._torch_runner()
-        if not settings.device.startswith("cuda"):
-            return self._native_runner()
-        # Imported here, by name: each of the kernels brings its own library.
-        import torch
-
-        reason = ragged_kernels.unsupported(
-            settings.source.architecture,
-            settings.dtype,
-            settings.tp,
-            engine.quantization,
-            settings.max_context,
-            dummy=settings.source.kind == "dummy",
-            remote_code=settings.source.trust_remote_code,
-        )
-        if settings.source.pickled:
-            reason = ragged_kernels.PICKLED
-        reason = reason or ragged_kernels.not_installed(engine.quantization)
-        major = torch.cuda.get_device_capability(settings.device)[0]
-        reason = reason or ragged_kernels.device_unsupported(engine.quantization, major)
-        if reason is None:
-            from harness.engines.fastgen.runners.deepspeed_runner import DeepSpeedRunner
-
-            return DeepSpeedRunner(settings)
-        if engine.quantization is not None:
-            raise UserError("engine.quantization", f"{engine.quantization}: {reason}", "use engine.quantization=null")
-        if engine.kernels is Kernels.deepspeed:
-            raise UserError("engine.kernels", f"deepspeed: {reason}", "use engine.kernels=torch or auto")
-        return self._torch_runner("DeepSpeed's", reason)
-
-    def _torch_runner(self, others: str = "", reason: str = "") -> Runner:
-        """Returns PyTorch's kernels; given why ``engine.kernels=auto`` did not take others, a note says so."""
-        from harness.engines.fastgen.runners.torch_runner import TorchRunner
-
-        if reason:
-            self.notes.append(f"engine.kernels=auto took torch, not {others} kernels: {reason}")
-        return TorchRunner(self.settings)
-
-    def _native_runner(self) -> Runner:
-        """Returns the C++ pass, or PyTorch's kernels where ``engine.kernels=auto`` has to do without it."""
-        from harness.engines.fastgen.runners.native.build import BuildError
-        from harness.engines.fastgen.runners.native_runner import NativeRunner
-
-        settings, auto = self.settings, self.settings.engine.kernels is Kernels.auto
-        source = settings.source
-        reason = native_checks.unsupported(
-            source.architecture,
-            settings.dtype,
-            settings.tp,
-            dummy=source.kind == "dummy",
-            remote_code=source.trust_remote_code,
-        )
-        reason = reason or (native_checks.slower(settings.dtype) if auto else None)
-        if reason is None:
-            try:
-                return NativeRunner(settings)
-            except BuildError as error:
-                reason = str(error)
-        if not auto:
-            raise UserError("engine.kernels", f"native: {reason}", "use engine.kernels=torch or auto")
-        return self._torch_runner("the native", reason)
 
     def _forward(self, batch: RaggedBatch) -> list[int]:
         rows = self.runner.forward(batch)

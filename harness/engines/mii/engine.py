@@ -23,7 +23,8 @@ from torch import Tensor
 
 from harness.basics.clock import Clock
 from harness.basics.errors import UserError, one_line
-from harness.engines.base import Engine, EngineStatistics, Progress, arranged, rejection
+from harness.engines.base import Engine, EngineStatistics, Progress, rejection
+from harness.engines.mii.config import MiiConfig
 from harness.engines.mii.settings import (
     USE_FASTGEN,
     device_memory,
@@ -35,6 +36,7 @@ from harness.engines.mii.settings import (
     refuse_unsupported,
 )
 from harness.engines.shared.kv_blocks import blocks_at_end, refusal
+from harness.engines.shared.order import arranged
 from harness.models.tokenizer import load_tokenizer
 from harness.ranks.rank import free_port
 from harness.ranks.tensor_parallel import TensorParallel
@@ -259,7 +261,7 @@ def _close(socket: Any, context: Any) -> None:
     context.term()
 
 
-class MiiEngine(Engine):
+class MiiEngine(Engine[MiiConfig]):
     """Requests through :class:`RequestPipeline`, admitted only while the KV cache can hold them to their ends."""
 
     pipeline: RequestPipeline

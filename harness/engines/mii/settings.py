@@ -13,6 +13,7 @@ from typing import Any
 from harness.basics.errors import UserError, one_line
 from harness.config.checks import parse_bytes
 from harness.engines.base import EngineSettings
+from harness.engines.known_model import KnownModel
 from harness.engines.shared.kv_memory import is_fraction, too_little, too_much
 from harness.models.architecture import LLAMA_LIKE, attention_heads, kv_bytes_per_token
 from harness.models.directory import find, weight_files
@@ -162,7 +163,8 @@ def refuse_unsupported(settings: EngineSettings, source: Source) -> None:
     if tp > settings.host_ranks:
         found = f"{tp} ranks, {settings.host_ranks} of them on this host: MII's tensor parallelism stays on one"
         raise UserError("parallel.tp", found, USE_FASTGEN)
-    reason = unsupported(source.architecture, settings.dtype, tp, quantization, settings.max_context)
+    known = KnownModel(source.architecture, settings.dtype, tp, settings.max_context)
+    reason = unsupported(known, quantization)
     reason = reason or next(_beyond_mii(source, quantization), None)
     if reason is None and settings.device.startswith("cuda"):
         major = torch.cuda.get_device_capability(settings.device)[0]

@@ -12,13 +12,12 @@ from typing import Any
 from harness.basics.cache import cache_root
 from harness.basics.errors import UserError
 from harness.basics.files import json_bytes, replace
+from harness.engines import catalogue
 from harness.engines.base import EngineSettings
 from harness.machine import device, snapshot
 from harness.models.fingerprint import fingerprint
 
 LIBRARIES = ("torch", "transformers", "deepspeed", "deepspeed-kernels", "triton")
-# Of the engine's settings those that choose its code; sizes of batches and of the cache do not.
-SETTINGS = ("name", "quantization", "kv_block_size", "kernel_inject", "cuda_graph")
 
 
 def root() -> Path:
@@ -35,12 +34,14 @@ def key(settings: EngineSettings, kernels: str) -> str | None:
     weights = fingerprint(settings.source)
     if weights is None:
         return None
+    room = catalogue.find(settings.engine.name)
+    keys = room.keys if room.proof_keys is None else room.proof_keys
     accelerator = "cpu" if settings.device == "cpu" else "cuda"
     facts = [
         weights,
         snapshot.code_fingerprint(),
         [_version(name) for name in LIBRARIES],
-        [getattr(settings.engine, name) for name in SETTINGS],
+        [room.name, *(str(getattr(settings.engine, key)) for key in keys)],
         [kernels, settings.dtype, settings.tp, settings.max_context, settings.source.trust_remote_code],
         [accelerator, device.device_name(accelerator), sorted(device.cpu_flags())],
     ]

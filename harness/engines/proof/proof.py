@@ -210,7 +210,7 @@ def _ask(settings: EngineSettings, source: Source) -> Expected:
         expected = replace(expected, bound=max(SLACK * worst, FLOORS[settings.dtype]))
     if packed and dtype is not torch.float32:
         expected = replace(expected, bound=UNMEASURED)
-    if settings.engine.quantization is not None:
+    if settings.quantization is not None:
         expected = replace(expected, bound=max(expected.bound, QUANTIZED))
     del model
     _free()

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from harness.engines.known_model import KnownModel
 from harness.models.architecture import attention_heads, not_plain, rotary_settings, rotary_types
 
 # Families whose decoder is model_implementations/{llama_v2,mistral,qwen_v2,phi3}. The engine has others (opt, falcon,
@@ -52,28 +53,16 @@ PICKLED = "they are loaded from safetensors, and these weights are pickled (mode
 OLDEST = (0, 19, 3)
 
 
-def unsupported(
-    architecture: dict[str, Any],
-    dtype: str,
-    tp: int,
-    quantization: str | None = None,
-    max_context: int | None = None,
-    *,
-    dummy: bool = False,
-    remote_code: bool = False,
-) -> str | None:
+def unsupported(known: KnownModel, quantization: str | None = None) -> str | None:
     """Returns, in one clause, why the kernels cannot compute a model correctly; None when they can.
 
     Args:
-        architecture: the keys of the checkpoint's ``config.json``.
-        dtype: name of the torch type of the activations.
-        tp: ranks that share the model.
         quantization: None or ``wf6af16``.
-        max_context: longest prompt plus output in tokens; None is the model's own limit.
-        dummy: the weights are made up, so how the checkpoint packs its own does not matter.
-        remote_code: the checkpoint's own code may run, if it has any (``model.trust_remote_code``).
     """
+    architecture, dtype, tp = known.architecture, known.dtype, known.tp
     family = architecture.get("model_type")
+    if known.pickled:
+        return PICKLED
     if not architecture:
         return "its config is not known before it is downloaded"
     if family not in FAMILIES:
@@ -81,8 +70,8 @@ def unsupported(
     if dtype not in DTYPES:
         return f"they compute in {' or '.join(DTYPES)}, not in {dtype}"
     return (
-        not_plain(architecture, dummy=dummy, remote_code=remote_code)
-        or next(_unlike_layers(architecture, max_context), None)
+        not_plain(architecture, dummy=known.dummy, remote_code=known.remote_code)
+        or next(_unlike_layers(architecture, known.max_context), None)
         or next(_unlike_shapes(architecture, tp), None)
         or (next(_unlike_fp6(architecture, dtype, tp), None) if quantization == FP6 else None)
     )

@@ -25,6 +25,7 @@ an equally large pool, before the pass; and what finishes or is preempted is fre
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ from harness.basics.errors import UserError
 from harness.engines.base import EngineSettings
 from harness.engines.fastgen.runners.deepspeed_weights import Weights
 from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
+from harness.engines.known_model import KnownModel
 from harness.engines.shared.kv_memory import kv_memory_bytes, too_little, too_much
 from harness.engines.shared.ragged_kernels import FP6, TOKENS_MOST, device_unsupported, unsupported
 from harness.machine.memory import available_memory_bytes
@@ -124,17 +126,8 @@ class DeepSpeedRunner:
         place = torch.device("cpu") if quantization == FP6 else self.device
         weights = Weights(settings.source, self.dtype, self.device, place)
         config = weights.model.config
-        _refuse(
-            unsupported(
-                config.to_dict(),
-                settings.dtype,
-                settings.tp,
-                quantization,
-                settings.max_context,
-                dummy=settings.source.kind == "dummy",
-                remote_code=settings.source.trust_remote_code,
-            )
-        )
+        known = KnownModel.of(settings.source, settings.dtype, settings.tp, settings.max_context)
+        _refuse(unsupported(replace(known, architecture=config.to_dict()), quantization))
         config.dtype = self.dtype
         config.max_seq_length = settings.max_context or config.max_position_embeddings  # DeepSpeed's name for it
         self.stop = stop_ids(weights.model, settings.generation)

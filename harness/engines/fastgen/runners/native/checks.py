@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from harness.engines.fastgen.runners.native.library import LARGEST_HEAD, VECTOR
+from harness.engines.known_model import KnownModel
 from harness.machine.device import cpu_flags
 from harness.models.architecture import LLAMA_LIKE, attention_heads, not_plain, rotary_settings, rotary_types
 
@@ -14,29 +15,20 @@ INSTRUCTIONS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma")
 BFLOAT16 = "avx512_bf16"
 
 
-def unsupported(
-    architecture: dict[str, Any], dtype: str, tp: int, *, dummy: bool = False, remote_code: bool = False
-) -> str | None:
-    """Returns, in one clause, why the pass cannot be computed here; None when it can.
-
-    Args:
-        architecture: the keys of the checkpoint's ``config.json``.
-        dtype: name of the torch type of weights and activations.
-        tp: ranks that share the model.
-        dummy: the weights are made up, so how the checkpoint packs its own does not matter.
-        remote_code: the checkpoint's own code may run, if it has any (``model.trust_remote_code``).
-    """
+def unsupported(known: KnownModel) -> str | None:
+    """Returns, in one clause, why the pass cannot be computed here; None when it can."""
+    dtype = known.dtype
     if dtype not in ("float32", "bfloat16"):
         return f"they compute in float32 or bfloat16, not in {dtype}"
     flags, wanted = cpu_flags(), [*INSTRUCTIONS, *([BFLOAT16] if dtype == "bfloat16" else [])]
     missing = [name for name in wanted if name not in flags]
     if missing:
         return f"this processor has no {', '.join(missing)}"
-    if tp > 1:
+    if known.tp > 1:
         return "they do not shard a model (parallel.tp)"
-    if not architecture:
+    if not known.architecture:
         return "its config is not known before it is downloaded"
-    return _unlike(architecture, dummy, remote_code)
+    return _unlike(known.architecture, known.dummy, known.remote_code)
 
 
 def slower(dtype: str) -> str | None:

@@ -1,0 +1,57 @@
+"""``engine=ds_inference``: ``deepspeed.init_inference`` over static batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from harness.config.schema import Config
+from harness.engines.ds_inference import checks
+from harness.engines.ds_inference.config import DsInferenceConfig
+from harness.engines.known_model import KnownModel
+from harness.engines.room import Change, Passes, Room, Share, count, section
+from harness.engines.shared import less_memory
+from harness.engines.shared.attention_checks import refuse_by_its_file
+from harness.engines.shared.auto_tp_families import check_auto_tp
+
+
+class DsInferenceRoom(Room):
+    """See :class:`Room`."""
+
+    name = "ds_inference"
+    config = DsInferenceConfig
+    engine = "harness.engines.ds_inference.engine:DsInferenceEngine"
+    passes = Passes.steps
+    resume_keys = ("kernel_inject",)
+    proof_keys = ("kernel_inject", "cuda_graph")
+
+    def check(self, config: Config, accelerator: str) -> None:
+        """See :func:`checks.check`."""
+        checks.check(config, accelerator)
+
+    def check_model(self, known: KnownModel) -> None:
+        """Its attention is plain."""
+        refuse_by_its_file(known.architecture, known.max_context, self.name)
+
+    def check_shards(self, config: Config, known: KnownModel, accelerator: str) -> None:
+        """AutoTP shards the model."""
+        check_auto_tp(known.tp, known.architecture.get("model_type"))
+
+    def share(self, config: Config) -> Share:
+        """Its cache is as large as its batch."""
+        return Share(tokens=cast(DsInferenceConfig, config.engine).batch_tokens)
+
+    def less_memory(self, engine: Mapping[str, Any], phase: object) -> list[Change] | None:
+        """Smaller batches."""
+        return less_memory.halved(engine, "batch_size", "batch_tokens")
+
+    def refusal(self, part: Mapping[str, Any], prompt_tokens: int, output_len: int) -> str | None:
+        """With injected kernels all rows are of one width."""
+        engine = section(part, "engine")
+        if not engine.get("kernel_inject"):
+            return None
+        width = checks.row_width(count(engine, "batch_tokens"), count(engine, "batch_size"))
+        return checks.too_wide(width, prompt_tokens, output_len)
+
+
+ROOM = DsInferenceRoom()

@@ -1,0 +1,29 @@
+"""What ``engine=fastgen`` refuses before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from harness.basics.errors import UserError
+from harness.config.checks import check_counts
+from harness.config.schema import Config
+from harness.engines.fastgen.config import FastGenConfig, Kernels
+from harness.engines.shared import paged
+
+
+def check(config: Config, accelerator: str) -> None:
+    """Raises UserError for settings that cannot be, or not on this kind of device."""
+    engine = cast(FastGenConfig, config.engine)
+    paged.check(engine)
+    check_counts({"engine.kv_block_size": engine.kv_block_size})
+    if accelerator != "cuda" and engine.kernels is Kernels.deepspeed:
+        raise UserError(
+            "engine.kernels",
+            "deepspeed needs CUDA: its ragged kernels do not exist for cpu",
+            "use engine.kernels=native, torch or auto",
+        )
+    if accelerator == "cuda" and engine.kernels is Kernels.native:
+        raise UserError(
+            "engine.kernels", "native computes on a CPU, and this run is on cuda", "use engine.kernels=auto"
+        )
+    paged.check_quantization(engine, config.model.dtype, accelerator, has=engine.kernels is not Kernels.torch)

@@ -1,0 +1,22 @@
+"""``engine.order``: in which order requests enter an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+
+from harness.workload.records import Request
+
+
+class Order(Enum):
+    """The dataset's order, or the longest ``output_len`` first."""
+
+    dataset = "dataset"
+    longest_first = "longest_first"
+
+
+def arranged(requests: Sequence[Request], order: Order) -> list[Request]:
+    """Returns the requests as ``engine.order`` says; equal lengths keep the dataset's order."""
+    if order is Order.dataset:
+        return list(requests)
+    return sorted(requests, key=lambda request: -(request.output_len or 0))

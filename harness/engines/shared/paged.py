@@ -1,0 +1,70 @@
+"""What the engines with passes of a token budget over a paged KV cache have in common: their settings."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from harness.basics.errors import UserError, quoted
+from harness.config.checks import check_counts, check_size, parse_bytes
+from harness.config.schema import DType
+from harness.engines.room import Share
+from harness.engines.shared.kv_memory import is_fraction
+
+QUANTIZATIONS = ("wf6af16",)  # what DeepSpeed's ragged engine has: FP6 weights, float16 activations
+FP6_BYTES = 0.75
+
+
+class Paged(Protocol):
+    """The keys that they share."""
+
+    name: str
+    token_budget: int
+    max_sequences: int
+    kv_memory: int | float | str
+    quantization: str | None
+
+
+def check(engine: Paged) -> None:
+    """Raises UserError for sizes that cannot be."""
+    check_counts({"engine.token_budget": engine.token_budget, "engine.max_sequences": engine.max_sequences})
+    check_size("engine.kv_memory", engine.kv_memory)
+    if engine.token_budget < engine.max_sequences:
+        raise UserError(
+            "engine.token_budget",
+            f"{engine.token_budget} is below engine.max_sequences={engine.max_sequences}, "
+            "and every running sequence needs one token of each pass",
+            "raise the budget or lower max_sequences",
+        )
+
+
+def check_quantization(engine: Paged, dtype: DType, accelerator: str, has: bool) -> None:
+    """Raises UserError for a quantization that there is not, or not here.
+
+    Args:
+        has: whether the kernels asked for may be DeepSpeed's ragged ones.
+    """
+    asked = engine.quantization
+    if asked is None:
+        return
+    if asked not in QUANTIZATIONS:
+        raise UserError("engine.quantization", quoted(asked), f"give null or {' or '.join(QUANTIZATIONS)}")
+    if accelerator != "cuda" or not has:
+        raise UserError(
+            "engine.quantization",
+            f"{asked}: only DeepSpeed's ragged kernels on CUDA have it, this is {engine.name} on {accelerator}",
+            "use engine.quantization=null",
+        )
+    if dtype is not DType.float16:
+        raise UserError(
+            "model.dtype",
+            f"{dtype.value}: engine.quantization={asked} computes with float16 activations",
+            "use model.dtype=float16",
+        )
+
+
+def share(engine: Paged) -> Share:
+    """Returns what ``engine.kv_memory`` and the quantization make of the memory."""
+    weight_bytes = None if engine.quantization is None else FP6_BYTES
+    if is_fraction(engine.kv_memory):
+        return Share(part=parse_bytes(engine.kv_memory), weight_bytes=weight_bytes)
+    return Share(given=int(parse_bytes(engine.kv_memory)), weight_bytes=weight_bytes)

@@ -1,0 +1,1 @@
+"""FastGen's scheduler over a cost model: not built yet."""
