@@ -215,8 +215,8 @@ def test_a_run_whose_requests_are_all_rejected_is_no_result(harness: Harness) ->
         ),
         (
             "dataset.path=/x/a,b.json",
-            "error: command line: 'dataset.path=/x/a,b.json' may be several values; for a sweep add -m; if it is one "
-            "value: a value with commas, brackets or quotes needs quotes inside the shell's: "
+            "error: command line: 'dataset.path=/x/a,b.json' may be several values; for a sweep add -m; a "
+            "value with commas, brackets or quotes needs quotes inside the shell's: "
             "\"dataset.path='/x/a,b.json'\"\n",
         ),
         ("dataset.path='/x/a,b(1).json'", "error: dataset.path: '/x/a,b(1).json' given with dataset=sample"),
@@ -332,7 +332,8 @@ def test_a_killed_launch_leaves_no_stray_ranks(tmp_path: Path, killed: str) -> N
     _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
     (row,) = read_rows(tmp_path / "runs.csv")
-    assert row["status"] == "interrupted"
+    assert row["status"] == "failed"
+    assert row["error"] == "the launching process was killed, or ended before its ranks"
     assert int(row["completed"]) > 0
 
 

@@ -55,11 +55,10 @@ def explain(error: BaseException) -> UserError:
             line for line in str(error).splitlines() if not line.startswith(("Error parsing override", "See http"))
         ]
         why = "" if re.search(PARSER_S_WORDS, text) or not parts else f": {one_line(parts[0], 200)}"
-        return UserError(
-            "command line", f"{quoted(word, 200)} cannot be read{why}", HOW_TO_WRITE if why else _in_quotes(word)
-        )
+        remedy = (None if why else _in_quotes(word)) or HOW_TO_WRITE
+        return UserError("command line", f"{quoted(word, 200)} cannot be read{why}", remedy)
     if match := re.search(r"Ambiguous value for argument '(.*)'\n", text):
-        remedy = f"for a sweep add -m; if it is one value: {_in_quotes(match[1])}"
+        remedy = "for a sweep add -m" + (f"; {advice}" if (advice := _in_quotes(match[1])) else "")
         return UserError("command line", f"{quoted(match[1], 200)} may be several values", remedy)
     if match := re.search(r"Could not find '([^']+)/'", text):
         return UserError(match[1], "no option given", f"choose one: {match[1]}=...; see --help")
@@ -107,16 +106,12 @@ def keys() -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _in_quotes(word: str) -> str:
-    """Returns how an override is written whose value holds what Hydra reads as its own signs, as advice."""
+def _in_quotes(word: str) -> str | None:
+    """Returns how an override is written whose value is text with signs that Hydra reads, as advice; else None."""
     key, _, value = word.partition("=")
-    if (
-        not re.fullmatch(r"[\w.@/+~-]+", key)
-        or not re.search(r"[^\W\d]", value)
-        or value[0] in "'\""
-        or len(word) > 200
-    ):
-        return HOW_TO_WRITE
+    text = re.search(r"[^\W\d]", value) and value[0] not in "'\"" and len(word) <= 200
+    if not text or not re.fullmatch(r"[\w.@/+~-]+", key):
+        return None
     inner = value.replace("'", "\\'")
     whole = f"{key}='{inner}'"
     shown = f'"{whole}"' if not re.search(r'[\\"$`!]', whole) else shlex.quote(whole)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -15,12 +16,16 @@ import psutil
 
 from harness.ranks.rank import PARENT_VARIABLE
 
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+ORPHANED = signal.SIGRTMIN  # sent by a rank to itself; of those that wait, Python handles the lowest number first
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, ORPHANED)
 PATIENCE_S = 15.0  # for the main thread to come back from a library and notice a signal
 
 
 class Ended(BaseException):
-    """A signal asked the run to end (SIGALRM: its time is over). No Exception, so that no library swallows it."""
+    """A signal asked the run to end: SIGALRM, since its time is over, :data:`ORPHANED`, since its launcher is gone.
+
+    No Exception, so that no library swallows it.
+    """
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -29,7 +34,7 @@ class Ended(BaseException):
 
 @contextmanager
 def handled(timeout_s: float | None, hung: Callable[[int], None], patience_s: float = PATIENCE_S) -> Iterator[None]:
-    """Turns SIGINT, SIGTERM and the end of ``timeout_s`` into :class:`Ended`, raised in the main thread.
+    """Turns :data:`ENDING`, the end of ``timeout_s`` among them, into :class:`Ended`, raised in the main thread.
 
     Once only: what follows the first is not interrupted by the second, since the launcher sends several.
 
@@ -79,30 +84,40 @@ def handled(timeout_s: float | None, hung: Callable[[int], None], patience_s: fl
 
 
 def end_with_the_parent() -> None:
-    """Interrupts this rank when a process that started the launch is gone: nobody would wait for it any more."""
-    parents = _launchers()
-    if not parents:
-        return
+    """Ends this rank when a process that started the launch is gone: nobody would wait for it any more."""
 
     def watch() -> None:
-        while all(map(_alive, parents)):
-            time.sleep(1.0)
-        os.kill(os.getpid(), signal.SIGINT)
+        _wait_for_an_end(parents)
+        os.kill(os.getpid(), ORPHANED)
 
-    threading.Thread(target=watch, daemon=True).start()
+    try:
+        parents = _launchers()
+    except psutil.NoSuchProcess:  # gone already
+        os.kill(os.getpid(), ORPHANED)
+        return
+    if parents:
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def _wait_for_an_end(processes: list[psutil.Process]) -> None:
+    """Returns once one of the processes is gone: at once where the kernel tells of it, else within a second."""
+    handles: list[int] = []
+    with suppress(OSError, AttributeError):
+        handles = [os.pidfd_open(process.pid) for process in processes]
+    while all(map(_alive, processes)):
+        if handles:
+            select.select(handles, [], [], 1.0)
+        else:
+            time.sleep(1.0)
 
 
 def _launchers() -> list[psutil.Process]:
     """Returns our launcher, which sees to DeepSpeed's by itself; without it DeepSpeed's two, as far as on this host."""
     ours = os.environ.get(PARENT_VARIABLE)
-    try:
-        if ours is not None:
-            return [psutil.Process(int(ours))] if int(ours) != os.getpid() else []
-        parents = psutil.Process().parents()[:2]
-        return [parent for parent in parents if any("deepspeed" in Path(word).name for word in parent.cmdline()[:5])]
-    except psutil.NoSuchProcess:  # gone already
-        os.kill(os.getpid(), signal.SIGINT)
-        return []
+    if ours is not None:
+        return [psutil.Process(int(ours))] if int(ours) != os.getpid() else []
+    parents = psutil.Process().parents()[:2]
+    return [parent for parent in parents if any("deepspeed" in Path(word).name for word in parent.cmdline()[:5])]
 
 
 def _alive(process: psutil.Process) -> bool:

@@ -22,6 +22,7 @@ from harness.running import job as jobs
 from harness.running.job import Job
 
 LAST_WORDS_S = 1.0  # for a rank that ends to say why, after its connections have broken
+ORPHANED = "the launching process was killed, or ended before its ranks"
 
 
 class RankWork(ABC):
@@ -130,6 +131,8 @@ class Lifecycle:
         """Returns why a signal has ended this rank."""
         if signum == signal.SIGALRM:
             return faults.timed_out(self.work.config["timeout_s"])
+        if signum == signals.ORPHANED:
+            return Fault("failed", ORPHANED, INTERRUPTED)
         if self.rank.world > 1 and signum == signal.SIGTERM:
             # So the launcher ends the others when a rank has died; a user's Ctrl-C comes as SIGINT.
             died = RankFailed(
