@@ -182,7 +182,7 @@ def test_where_nothing_is_counted_a_kill_may_be_anything(tmp_path: Path) -> None
 def test_a_plain_kill_is_told_from_one_for_want_of_memory() -> None:
     fault = faults.killed("rank 0", signal.SIGKILL, OomKills(), {}, {})
     assert (fault.status, fault.exit_status) == ("failed", 1)
-    assert "not for want of memory" in fault.error
+    assert "not because memory ran out" in fault.error
     assert "dmesg" in faults.killed("rank 0", 0, OomKills(), {}, {}).error
 
 
@@ -294,7 +294,7 @@ def test_a_killed_rank_0_under_deepspeed_leaves_a_row(tmp_path: Path) -> None:
     status, stderr, row = ended(process, tmp_path)
     assert status == 256 - 9
     assert row["status"] == "failed"
-    assert row["error"].startswith("rank 0 was ended by signal SIGKILL, and not for want of memory")
+    assert row["error"].startswith("rank 0 was ended by signal SIGKILL, and not because memory ran out")
     assert f"error: {row['error']} (what was finished is in {tmp_path}/{row['run_id']}; " in stderr
     assert "error: rank 1: another rank died: rank 0 on " in stderr
     assert read_record(tmp_path, row["run_id"])["status"] == "failed"  # type: ignore[index]
@@ -328,7 +328,7 @@ os.kill(os.getpid(), int(sys.argv[4]))
 @pytest.mark.parametrize(
     ("what", "signum", "error"),
     [
-        ("die", signal.SIGKILL, "rank 0 was ended by signal SIGKILL, and not for want of memory"),
+        ("die", signal.SIGKILL, "rank 0 was ended by signal SIGKILL, and not because memory ran out"),
         ("die", signal.SIGSEGV, "rank 0 was ended by signal SIGSEGV: native code crashed"),
         ("fork", signal.SIGKILL, "rank 0 was ended by signal SIGKILL"),  # a child that outlives it does not matter
         ("finish", signal.SIGKILL, ""),
@@ -378,7 +378,7 @@ def test_a_signal_is_known_although_the_process_is_buried_at_once() -> None:
         if number:
             child.send_signal(number)
         child.wait()
-        if number and not ending.told_afterwards:
+        if number and not ending.known_afterwards:
             pytest.skip("this kernel tells nothing of a process that is gone")
         assert ending.signal() == (number or 0)
 
@@ -403,7 +403,7 @@ def test_the_undertaker_says_what_it_can_of_a_process_that_is_gone(tmp_path: Pat
     words = [sys.executable, ROOT / "harness" / "running" / "watchdog.py", tmp_path, "a-run", str(gone.pid)]
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
     (row,) = read_rows(tmp_path / "runs.csv")
-    assert row["error"] == "rank 0 died without a word; the system's log (dmesg) may say why"
+    assert row["error"] == "rank 0 died without an error message; the system's log (dmesg) may say why"
     assert done.stderr.startswith(f"error: {row['error']} (")
 
 

@@ -344,7 +344,7 @@ def test_a_killed_rank_leaves_a_row(tmp_path: Path) -> None:
     status, stderr, row = ended(process, tmp_path)
     assert status == -signal.SIGKILL
     assert row["status"] == "failed"
-    assert row["error"].startswith("rank 0 was ended by signal SIGKILL, and not for want of memory")
+    assert row["error"].startswith("rank 0 was ended by signal SIGKILL, and not because memory ran out")
     assert stderr == f"error: {row['error']} ({faults.way_on(tmp_path / row['run_id'], row['run_id'])})\n"
 
 

@@ -12,7 +12,7 @@ from harness.basics.errors import UserError, quoted
 from harness.config.identity import UNHASHED_KEYS, flat
 
 FILE = "accuracy.json"
-# Which may differ without a word: nothing of them reaches a score.
+# Differences in these are not listed: nothing of them reaches a score.
 UNSAID = (*UNHASHED_KEYS, "hardware")
 BESIDE = ("kernels", "dtype", "device_name", "prefill")  # what the config does not say
 

@@ -1,6 +1,6 @@
-"""What ended a run, told from outside and inside: want of memory, a kill, a lost host; and what to do about it.
+"""What ended a run, seen from inside or outside: out of memory, a kill, a lost host; and what to do about it.
 
-Nothing here imports torch or DeepSpeed: whoever tells it may be a launcher, or all that is left of a run.
+Nothing here imports torch or DeepSpeed: the process that asks may be a launcher, or all that is left of a run.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ def killed(who: str, number: int, kills: OomKills, config: Mapping[str, Any], fa
         text = f"out of memory of the host: the kernel ended {who} (SIGKILL)"
         return Fault("oom", f"{text}; {advice(config, facts, device=False)}", REFUSED)
     if number == 0:
-        return Fault("failed", f"{who} died without a word; the system's log (dmesg) may say why", 1)
+        return Fault("failed", f"{who} died without an error message; the system's log (dmesg) may say why", 1)
     name = signal.Signals(number).name if number in set(signal.Signals) else str(number)
     text = f"{who} was ended by signal {name}"
     if number == signal.SIGKILL:
         text += (
-            ", and not for want of memory: by hand, or by a job system"
+            ", and not because memory ran out: by hand, or by a job system"
             if kills.known
             else ", as the system does when memory runs out"
         )

@@ -34,7 +34,7 @@ class LaunchOutcome:
 
     Attributes:
         record: the run's ``record.json``, whose ``status`` is final.
-        error: what the user has not been told yet, if there is something.
+        error: what the user has not seen yet, if there is something.
     """
 
     exit_status: int
@@ -42,7 +42,7 @@ class LaunchOutcome:
     error: UserError | str | None = None
 
 
-def told(outcome: LaunchOutcome) -> int:
+def report_outcome(outcome: LaunchOutcome) -> int:
     """Tells the user how a launch ended, and returns its exit status."""
     if isinstance(outcome.error, UserError):
         report(outcome.error)
@@ -119,11 +119,11 @@ def _launched(
             None if watcher is None else lambda: watcher(log),
             recorder.directory,
         )
-    untold: UserError | str | None
+    unreported: UserError | str | None
     try:
-        untold = _close(ending, config.results_dir, run_id)
+        unreported = _close(ending, config.results_dir, run_id)
     except UserError as error:
-        untold = None if ending.returncode == REFUSED else error  # rank 0 has met the same full disk, and said so
+        unreported = None if ending.returncode == REFUSED else error  # rank 0 has met the same full disk, and said so
     record = read_record(config.results_dir, run_id)
     if record is None:  # for a sweep, which has no other word of it
         gone = recorder.gone()
@@ -135,13 +135,13 @@ def _launched(
     status = record.get("status")
     if status == "ok":
         exit_status = INTERRUPTED if ending.interrupted else 0 if ending.returncode == 0 else 1
-        if exit_status == 1 and untold is None:
-            untold = f"the run was complete when a rank ended with status {ending.returncode}"
+        if exit_status == 1 and unreported is None:
+            unreported = f"the run was complete when a rank ended with status {ending.returncode}"
     elif status == "interrupted":
         exit_status = INTERRUPTED
     else:
         exit_status = REFUSED if ending.returncode == REFUSED or status == "oom" else 1
-    return LaunchOutcome(exit_status, record, untold)
+    return LaunchOutcome(exit_status, record, unreported)
 
 
 def _checked(composed: DictConfig) -> jobs.Job:
@@ -151,7 +151,7 @@ def _checked(composed: DictConfig) -> jobs.Job:
 
 
 def _taken_up(composed: DictConfig, resolved: dict[str, Any]) -> tuple[RunRecorder, jobs.Job]:
-    """Begins a new segment of the run that is to be gone on with; one that is refused stays as it was.
+    """Begins a new segment of the run that is to be resumed; one that is refused stays as it was.
 
     Until the ranks have ended it is ours, so that nobody else begins one before rank 0 is there.
     """
@@ -232,10 +232,10 @@ def visible_devices(ranks: int, accelerator: str) -> list[str] | None:
 
 
 def variables(ranks: int, accelerator: str) -> dict[str, str]:
-    """Returns the environment for :func:`command`: this process's without what another launcher told it.
+    """Returns the environment for :func:`command`: this process's without what another launcher set in it.
 
-    Nor with the GPUs that the user chose, of which the ranks are told their own. A lone rank is told what DeepSpeed's
-    launcher would tell it.
+    Nor with the GPUs that the user chose, of which each rank gets its own. A lone rank gets what DeepSpeed's launcher
+    would set.
     """
     left_out = {"CUDA_VISIBLE_DEVICES", RUN_ID_VARIABLE, PARENT_VARIABLE, *RANK_VARIABLES}
     kept = {name: value for name, value in os.environ.items() if name not in left_out}
@@ -243,7 +243,7 @@ def variables(ranks: int, accelerator: str) -> dict[str, str]:
 
 
 def alone(accelerator: str) -> dict[str, str]:
-    """Returns what DeepSpeed's launcher tells the only rank of a launch."""
+    """Returns what DeepSpeed's launcher sets for the only rank of a launch."""
     return {
         **dict.fromkeys(("RANK", "LOCAL_RANK", "CROSS_RANK"), "0"),
         **dict.fromkeys(("WORLD_SIZE", "LOCAL_SIZE", "CROSS_SIZE"), "1"),
@@ -254,7 +254,7 @@ def alone(accelerator: str) -> dict[str, str]:
 
 
 def _close(ending: Watched, results_dir: str, run_id: str) -> str | None:
-    """Closes the record if rank 0 could not; returns why, for the user, who has not been told."""
+    """Closes the record if rank 0 could not; returns why, for the user, who has not seen it."""
     if ending.timed_out and ending.timeout_s is not None:
         fault = faults.timed_out(ending.timeout_s)
     elif ending.interrupted:

@@ -42,7 +42,7 @@ def load(run: RunContext) -> Loaded:
 
 
 def _settings(run: RunContext) -> EngineSettings:
-    """Returns what the engine is told, once this rank has its cores and has joined the others."""
+    """Returns the engine's settings, once this rank has its cores and has joined the others."""
     job = run.job
     setup.use_cores(job, run.rank)
     directory = run.recorder.directory if run.recorder is not None else None

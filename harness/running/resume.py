@@ -21,7 +21,7 @@ SAME_GROUPS = ("model", "dataset", "generation")
 
 
 def compose(typed: DictConfig, overrides: list[str], rank: Rank | None) -> DictConfig:
-    """Returns the config with which a run is gone on with.
+    """Returns the config with which a run is resumed.
 
     A command line that sets single keys changes them in the run's own config; one that chooses a group's option or an
     experiment is the whole command line again, and counts as it is.

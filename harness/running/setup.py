@@ -38,7 +38,7 @@ def join(job: Job, rank: Rank, rendezvous: Rendezvous) -> Replicas | None:
 
 
 def engine_settings(job: Job, rank: Rank, replicas: Replicas | None) -> EngineSettings:
-    """Returns what this rank's engine is told.
+    """Returns the settings of this rank's engine.
 
     Args:
         replicas: the ranks of the launch, which have met; None for a lone one.

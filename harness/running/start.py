@@ -23,10 +23,10 @@ def run(composed: DictConfig, overrides: list[str]) -> int:
     try:
         begun = launcher.begin(composed)
         if isinstance(begun, LaunchOutcome):
-            return launcher.told(begun)
+            return launcher.report_outcome(begun)
         recorder, job = begun
         if job.ranks > 1:
-            return launcher.told(launcher.launched(recorder, job, overrides))
+            return launcher.report_outcome(launcher.launched(recorder, job, overrides))
     except UserError as error:
         return report(error)
     try:
@@ -41,7 +41,7 @@ def run(composed: DictConfig, overrides: list[str]) -> int:
 
 def _become_the_rank(composed: DictConfig, overrides: list[str], recorder: RunRecorder, job: Job) -> int:
     """Runs the only rank of a job in this process; returns the exit status."""
-    told = launcher.alone(job.accelerator) | {"DS_ACCELERATOR": job.accelerator}
+    variables = launcher.alone(job.accelerator) | {"DS_ACCELERATOR": job.accelerator}
     if job.accelerator == "cuda":
         # The CUDA driver has been asked for its devices by now, and shows this program those for good.
         line = launcher.command(1, job.accelerator, [*overrides, *launcher.split_words(job)])
@@ -49,7 +49,7 @@ def _become_the_rank(composed: DictConfig, overrides: list[str], recorder: RunRe
         os.execve(line[0], line, launcher.variables(1, job.accelerator) | parent)
     for name in (RUN_ID_VARIABLE, PARENT_VARIABLE, *rank.RANK_VARIABLES):
         os.environ.pop(name, None)
-    os.environ.update(told)
+    os.environ.update(variables)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's
         signal.signal(signal.SIGHUP, lambda signum, frame: os.kill(os.getpid(), signal.SIGINT))
     for stream in (sys.stdout, sys.stderr):

@@ -1,8 +1,8 @@
 """Closes the record of a run whose rank 0 was killed, where no launcher of ours is there to do it.
 
 Under a bare ``deepspeed``, and where a run has one rank alone, nobody but rank 0 knows of the record. So rank 0 starts
-this as a program, which detaches itself, waits for rank 0's end at the other end of a pipe, and leaves without a word
-if the record is closed then. Meanwhile it is the witness of rank 0's life, and continues ranks that are stopped when
+this as a program, which detaches itself, waits for rank 0's end at the other end of a pipe, and ends silently if
+the record is closed then. Meanwhile it is the witness of rank 0's life, and continues ranks that are stopped when
 they are to end.
 """
 
@@ -114,14 +114,14 @@ def _outlive(directory: Path, pid: int, timeout_s: float | None) -> tuple[int, S
                 sleepers.killed = True
                 send(rank, signal.SIGKILL)
     witness.gone_now()
-    number = ending.signal()  # before the launcher buries it
+    number = ending.signal()  # before the launcher reaps it
     with contextlib.suppress(psutil.Error):
         wake()  # the others, for which the launcher would wait
     return number, sleepers
 
 
 class Ending:
-    """How another's child ends. A shell buries it at once; a handle on it, taken before, still tells (Linux 6.15)."""
+    """How another process's child ends. A shell reaps it at once; a handle taken before still says how (Linux 6.15)."""
 
     def __init__(self, pid: int) -> None:
         self._pid, self._handle = pid, -1
@@ -129,7 +129,7 @@ class Ending:
             self._handle = os.pidfd_open(pid)
 
     def signal(self) -> int:
-        """Returns the signal that has ended the process, or is about to; 0 where that cannot be told any more."""
+        """Returns the signal that has ended the process, or is about to; 0 where that is not known any more."""
         deadline = time.monotonic() + ZOMBIE_S
         while time.monotonic() < deadline:
             try:
@@ -145,8 +145,8 @@ class Ending:
         return 0
 
     @property
-    def told_afterwards(self) -> bool:
-        """Whether the kernel still tells of the process, which is gone."""
+    def known_afterwards(self) -> bool:
+        """Whether the kernel still says how the process ended, which is gone."""
         return self._afterwards() is not None
 
     def _afterwards(self) -> int | None:
