@@ -60,8 +60,10 @@ def main() -> int:
 def _sweep(rank: Rank | None) -> int:
     if not command.drives(rank, "-m"):
         return 0
+    from harness.running import engine_sweep
     from harness.running.sweep import Sweep
 
+    sys.argv[1:] = engine_sweep.lenient(sys.argv[1:])
     sweep = Sweep(os.environ.get(FULL_ERROR))
     return command.concluded(sweep, lambda: _with_hydra(None, lambda composed: command.run(composed, None), sweep))
 

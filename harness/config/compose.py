@@ -48,6 +48,15 @@ def register(engines: Mapping[str, type[EngineConfig]]) -> None:
     engine_schemas.register(engines)
 
 
+def search_path() -> list[str]:
+    """Returns the overrides that name further directories of options; who composes the same needs them too."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return []
+    return [word for word in HydraConfig.get().overrides.hydra if word.lstrip("+").startswith("hydra.searchpath=")]
+
+
 def to_config(composed: DictConfig) -> Config:
     """Returns the composed config as plain typed objects, the engine's part as its own class.
 

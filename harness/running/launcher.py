@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from harness.basics.errors import INTERRUPTED, REFUSED, UserError, complain, report
 from harness.basics.outcome import Fault
+from harness.config.compose import search_path
 from harness.machine import device, memory
 from harness.ranks.rank import PARENT_VARIABLE, RANK_VARIABLES, RUN_ID_VARIABLE, free_port
 from harness.results.closing import close_unfinished
@@ -168,8 +169,8 @@ def _taken_up(composed: DictConfig, resolved: dict[str, Any]) -> tuple[RunRecord
 
 
 def split_words(job: jobs.Job) -> list[str]:
-    """Returns the overrides that tell the ranks how they are split, which each would have to find out anew."""
-    return [f"parallel.tp={job.tp}", f"parallel.dp={job.dp}"]
+    """Returns the overrides that tell the ranks how they are split, and where further options are."""
+    return [f"parallel.tp={job.tp}", f"parallel.dp={job.dp}", *search_path()]
 
 
 def myself(pid: int | None = None) -> list[Any]:

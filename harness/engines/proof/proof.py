@@ -268,7 +268,7 @@ def _score(engine: Engine, asked: Expected) -> tuple[str | None, dict[str, Any]]
             scores = {score.index: score for score in engine.prove(asked.items)}
     except FloatingPointError:
         return "its logits are not numbers, Hugging Face's are", {}
-    exact = settings.dtype == "float32" and settings.engine.quantization is None
+    exact = settings.dtype == "float32" and settings.quantization is None
     largest, compared = 0.0, 0
     for place, item in enumerate(asked.items):
         score = scores[item.index]

@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 
 from harness.basics.errors import UserError, quoted
 from harness.config.compose import check_choices, without_hydra
+from harness.running import engine_sweep
 
 if TYPE_CHECKING:
     from hydra.types import HydraContext, TaskFunction
@@ -63,14 +64,19 @@ class DeepSpeedLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Runs the jobs; the value of each is its ``total_tokens_per_s``, 0 for one that failed."""
         setup_globals()
+        jobs = engine_sweep.jobs(job_overrides)
+        for note in jobs.notes:
+            self.sweep.say(note)
         asked = OverridesParser.create().parse_overrides(list(self.config.hydra.overrides.task))
-        fixed = {override.get_key_element() for override in asked if not override.is_sweep_override()}
+        keys = (override.get_key_element() for override in asked if not override.is_sweep_override())
         trials = self.config.hydra.sweeper.get("n_trials") or 0  # a search asks for one job after the other
-        self.sweep.plan(max(initial_job_idx + len(job_overrides), trials), fixed)
+        self.sweep.plan(max(initial_job_idx + len(set(jobs.same)), trials), set(map(engine_sweep.plain, keys)))
         self.sweep.composed, self.sweep.compose = without_hydra(self.config), self._compose
-        returns = []
-        for overrides in job_overrides:
-            words = list(overrides)
+        returns: list[JobReturn] = []
+        for number, words in enumerate(jobs.words):
+            if jobs.same[number] < number:
+                returns.append(returns[jobs.same[number]])
+                continue
             job = self.sweep.run(words, self._compose(words))
             returned = JobReturn(overrides=words, status=JobStatus.COMPLETED)
             returned.return_value = job.rate

@@ -1,0 +1,140 @@
+"""One engine, one room: what each declares, what is imported for it, and an engine from outside the package."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+from support.runs import RANDOM, ROOT, TINY, Run, assert_refused, command, variables
+
+from harness.basics.errors import UserError
+from harness.engines import catalogue
+from harness.engines.base import Engine
+from harness.results.completions import read_completions
+
+Harness = Callable[..., Run]
+HEAVY = ("torch", "transformers", "deepspeed", "numpy", "accelerate")
+TOY = ROOT / "tests" / "support" / "toy"
+SMALL = [*TINY, *RANDOM, "dataset.num_samples=3", "dataset.input_len=8", "dataset.output_len=4"]
+
+
+@pytest.mark.parametrize("name", catalogue.names())
+def test_an_engine_s_file_and_its_class_have_the_same_keys_and_values(name: str) -> None:
+    option = yaml.safe_load((ROOT / "conf" / "engine" / f"{name}.yaml").read_text())
+    assert option.pop("defaults") == [f"/{name}_schema@_here_", "_self_"]
+    config = catalogue.find(name).config
+    assert list(option) == [field.name for field in fields(config)]
+    assert OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True) == option
+
+
+@pytest.mark.parametrize("name", [name for name in catalogue.names() if catalogue.find(name).engine])
+def test_a_room_names_keys_that_it_has_and_a_class_that_is_an_engine(name: str) -> None:
+    room = catalogue.find(name)
+    assert {*room.resume_keys, *(room.proof_keys or ())} <= {*room.keys}
+    module, _, kind = room.engine.partition(":")
+    assert issubclass(getattr(__import__(module, fromlist=[kind]), kind), Engine)
+
+
+def test_the_catalogue_imports_nothing_heavy_and_a_room_only_when_asked() -> None:
+    script = f"""
+import json, sys
+from harness.engines import catalogue
+rooms = lambda: [name for name in sys.modules if name.endswith(".room") and name != "harness.engines.room"]
+before = rooms()
+catalogue.find("baseline")
+one = rooms()
+catalogue.register()
+print(json.dumps([before, one, [name for name in {HEAVY} if name in sys.modules]]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=variables(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[], ["harness.engines.baseline.room"], []]
+
+
+def test_no_engine_is_tested_by_name_outside_its_room() -> None:
+    quoted = [f'"{name}"' for name in catalogue.names()]
+    found = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in (ROOT / "harness").rglob("*.py")
+        if not path.is_relative_to(ROOT / "harness" / "engines")
+        for line in path.read_text().splitlines()
+        if any(name in line for name in quoted)
+    ]
+    # compare's usual baseline, and the records of before, whose config had the keys of all engines.
+    assert {line.partition(":")[0] for line in found} <= {
+        "harness/compare/choosing.py",
+        "harness/compare/reading.py",
+        "harness/compare/page.py",
+        "harness/compare/text.py",
+    }, found
+
+
+def test_a_name_that_is_no_engine_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^engine\.name: 'vllm'; choose one of baseline, ds_inference, fastgen, mii"):
+        catalogue.find("vllm")
+    assert catalogue.of_record("vllm").less_memory({}, None) is None
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> dict[str, str]:
+    """Returns the environment of a machine where the toy's package is installed."""
+    installed = tmp_path / "site" / "toy_engine-1.0.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-engine\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text("[harness.engines]\ntoy = toy_engine.room:ROOM\n")
+    return {"PYTHONPATH": f"{installed.parent}:{TOY}"}
+
+
+def test_an_engine_from_outside_runs_sweeps_and_compares(
+    tmp_path: Path, harness: Harness, outside: dict[str, str]
+) -> None:
+    there = f"hydra.searchpath=[file://{TOY / 'conf'}]"
+    run = harness("engine=toy", "engine.reply=7", there, *SMALL, **outside)
+    assert run.status == 0, run.stderr
+    assert (run.row["engine"], run.row["kernels"], run.row["completed"]) == ("toy", "none", "3")
+    assert {tuple(line["token_ids"]) for line in run.completions.values()} == {(7, 7, 7, 7)}
+    assert run.record["config"]["engine"] == {"name": "toy", "reply": 7}
+
+    sweep = harness("-m", "engine=toy,baseline", "engine.reply=6,8", there, *SMALL, **outside)
+    assert sweep.status == 0, sweep.stdout + sweep.stderr
+    assert [(row["engine"], row["status"]) for row in sweep.rows[1:]] == [
+        ("toy", "ok"),
+        ("toy", "ok"),
+        ("baseline", "ok"),
+    ]
+    note = "engine=baseline has no reply: left out of its jobs; 1 that would be the same is not run again\n[1/3] "
+    assert sweep.stdout.startswith(note)
+    replies = [read_completions(sweep.results / row["run_id"] / "completions.jsonl") for row in sweep.rows[1:3]]
+    assert [{*line["token_ids"]} for lines in replies for line in lines[:1]] == [{6}, {8}]
+
+    compared = subprocess.run(
+        [sys.executable, "-m", "harness.compare", str(sweep.results)],
+        cwd=ROOT,
+        env=variables(),
+        capture_output=True,
+        text=True,
+    )
+    assert compared.returncode == 0, compared.stderr
+    assert "toy" in compared.stdout and "engine.reply" in compared.stdout
+
+
+def test_an_engine_from_outside_has_its_keys_checked(tmp_path: Path, outside: dict[str, str]) -> None:
+    there = f"hydra.searchpath=[file://{TOY / 'conf'}]"
+
+    def refused(*words: str) -> subprocess.CompletedProcess[str]:
+        line = command(there, *words, f"results_dir={tmp_path / 'results'}", launcher=(sys.executable,))
+        return subprocess.run(line, cwd=ROOT, env=variables(**outside), capture_output=True, text=True)
+
+    assert_refused(refused("engine=toy", "engine.reply=x"), "error: engine.reply: 'x' is no whole number; ")
+    assert_refused(refused("engine=toy", "engine.reply=0"), "error: engine.reply: 0; give a whole number from 1 to ")
+    assert_refused(
+        refused("engine=baseline", "engine.reply=5"),
+        "error: engine.reply: 5: engine=baseline has no such key, toy has; ",
+    )
