@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,11 +13,13 @@ from pathlib import Path
 import pytest
 import yaml
 from omegaconf import OmegaConf
-from support.runs import RANDOM, ROOT, TINY, Run, assert_refused, command, variables
+from support.in_process import answered
+from support.runs import RANDOM, ROOT, TINY, Run, assert_refused, command, start, variables
 
 from harness.basics.errors import UserError
 from harness.engines import catalogue
 from harness.engines.base import Engine
+from harness.results import segments
 from harness.results.completions import read_completions
 
 Harness = Callable[..., Run]
@@ -80,6 +83,50 @@ def test_a_name_that_is_no_engine_is_refused() -> None:
     with pytest.raises(UserError, match=r"^engine\.name: 'vllm'; choose one of baseline, ds_inference, fastgen, mii"):
         catalogue.find("vllm")
     assert catalogue.of_record("vllm").less_memory({}, None) is None
+
+
+# What every record had in its engine section until each engine had its own keys.
+ALL_KEYS = {
+    **{"kernels": "torch", "token_budget": 64, "max_sequences": 8, "order": "longest_first", "kv_block_size": 64},
+    **{"kv_memory": 0.3, "batch_size": 16, "batch_tokens": 32768, "kernel_inject": False, "cuda_graph": False},
+    "quantization": None,
+}
+
+
+@pytest.mark.parametrize("name", ["baseline", "ds_inference", "fastgen", "mii"])
+def test_a_record_of_before_has_the_engine_s_own_keys_taken(name: str) -> None:
+    recorded = OmegaConf.create({"engine": {"name": name, **ALL_KEYS}, "parallel": {"tp": 1, "dp": 1}})
+    found = OmegaConf.to_container(catalogue.typed(recorded), enum_to_str=True)
+    keys = catalogue.find(name).keys
+    assert isinstance(found, dict)
+    assert found["engine"] == {"name": name, **{key: ALL_KEYS[key] for key in keys}}
+    before, now = {"engine": {"name": name, **ALL_KEYS}}, {"engine": found["engine"]}
+    assert segments.changed(before, now) == {}
+
+
+@pytest.mark.slow
+def test_a_run_of_before_can_be_resumed(tmp_path: Path, harness: Harness) -> None:
+    results = tmp_path / "results"
+    process = start(results, "engine.kernels=torch")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    (directory,) = results.glob("2*/")
+    for name, read, written in (
+        ("config.yaml", yaml.safe_load, yaml.safe_dump),
+        ("record.json", json.loads, json.dumps),
+    ):
+        kept = read((directory / name).read_text())
+        section = (kept if name == "config.yaml" else kept["config"])["engine"]
+        section |= {key: value for key, value in ALL_KEYS.items() if key not in section}
+        (directory / name).write_text(written(kept))
+    run = harness(f"resume={directory.name}", "timeout_s=15", results=results)
+    assert run.row["status"] == "timeout", run.stderr
+    assert run.record["segments"][-1]["changed"] == {}
+    assert "batch_size" not in yaml.safe_load((directory / "config.yaml").read_text())["engine"]
+    assert_refused(
+        answered(f"resume={directory.name}", "engine.batch_size=4", f"results_dir={results}"),
+        "error: engine.batch_size: 4: engine=fastgen has no such key, ds_inference has; leave it out",
+    )
 
 
 @pytest.fixture

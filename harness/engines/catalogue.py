@@ -109,12 +109,14 @@ def typed(recorded: DictConfig) -> DictConfig:
     Raises:
         UserError: the engine is not known here.
         OmegaConfBaseException: a value is not of its type.
+        ValueError: it has no engine.
     """
-    room = find(str(recorded.engine.name))
+    engine = recorded.get("engine")
+    if not isinstance(engine, DictConfig):
+        raise ValueError("it has no engine")
+    room = find(str(engine.get("name")))
     mine = OmegaConf.masked_copy(recorded, [key for key in recorded if key != "engine"])
-    mine.engine = OmegaConf.masked_copy(
-        recorded.engine, [key for key in recorded.engine if key in ("name", *room.keys)]
-    )
+    mine.engine = OmegaConf.masked_copy(engine, [key for key in engine if key in ("name", *room.keys)])
     merged = OmegaConf.merge(OmegaConf.structured(Config(engine=room.config())), mine)
     assert isinstance(merged, DictConfig)
     return merged

@@ -193,7 +193,9 @@ def _accuracy(segment: dict[str, Any]) -> str:
 def changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
     """Returns, by key, the settings that are not what they were, with both values."""
     was, is_ = (flat(_groups(config), depth=2) for config in (before, now))
-    return {key: [was.get(key), is_.get(key)] for key in sorted({*was, *is_}) if was.get(key) != is_.get(key)}
+    # Records once had the keys of all engines: one that is gone is no change.
+    known = {key for key in {*was, *is_} if not key.startswith("engine.") or (key in was and key in is_)}
+    return {key: [was.get(key), is_.get(key)] for key in sorted(known) if was.get(key) != is_.get(key)}
 
 
 def _groups(config: dict[str, Any]) -> dict[str, dict[str, Any]]:

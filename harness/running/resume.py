@@ -94,7 +94,7 @@ def _facts(config: DictConfig) -> dict[str, Any]:
 def _check_same(before: DictConfig, config: DictConfig, run_id: str) -> None:
     """Raises UserError if ``config`` is not of the same work as the run's own."""
     theirs, ours = _facts(before), _facts(config)
-    for key in sorted({*theirs, *ours}):
+    for key in sorted({*theirs, *ours}, key=lambda key: (key != "engine.name", key)):
         if theirs.get(key) != ours.get(key):
             raise UserError(
                 key,
