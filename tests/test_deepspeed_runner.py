@@ -41,7 +41,7 @@ from support.runs import ROOT, variables
 
 from harness.basics.errors import UserError
 from harness.config.schema import GenerationConfig, Stop
-from harness.engines.fastgen.runners import deepspeed_runner
+from harness.engines.fastgen.runners import deepspeed_model, deepspeed_runner
 from harness.engines.fastgen.runners.deepspeed_runner import DeepSpeedRunner, engine_config
 from harness.engines.fastgen.scheduler import Scheduler, Sequence
 from harness.engines.shared import ragged_kernels as checks
@@ -140,7 +140,7 @@ def test_deepspeeds_own_rotary_embedding_is_the_larger_error(
         return float((found - logits).abs().mean() / logits.std())
 
     ours = error()
-    monkeypatch.setattr(deepspeed_runner, "_Rotary", lambda rotary, frequencies: rotary)
+    monkeypatch.setattr(deepspeed_model, "_Rotary", lambda rotary, frequencies: rotary)
     assert error() > 4 * ours
 
 
@@ -163,7 +163,7 @@ def test_generation_ends_at_the_checkpoints_stop_ids(kernels: None, tiny: Path, 
 def test_every_attribute_that_deepspeed_reads_is_in_the_config(kernels: None, tmp_path: Path) -> None:
     from deepspeed.inference.v2.model_implementations.inference_transformer_base import DSTransformerModelBase
 
-    for family, (_, model_class) in deepspeed_runner.CLASSES.items():
+    for family, (_, model_class) in deepspeed_model.CLASSES.items():
         runner = loaded(settings(save(tmp_path / family, family)))
         config = runner.policy.model._config
         source = inspect.getsource(model_class) + inspect.getsource(DSTransformerModelBase)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.engines import TINY, engine_for, generate, hugging_face, ids, requests
 
-from harness.engines.ds_inference.engine import prefill_groups
+from harness.engines.ds_inference.batches import prefill_groups
 from harness.engines.ds_inference.static_cache import StaticCache
 from harness.workload.records import PassRecord, Request
 
@@ -46,14 +46,14 @@ def test_batches_do_not_change_a_token_and_each_ends_on_its_own(size: int, token
 def test_the_fixed_cache_of_a_cuda_graph_gives_the_same_ids(width: int) -> None:
     """What a captured graph would replay, computed step by step; a batch wider than the buffers goes without."""
     engine = engine_for(batch_size=4)
-    engine.graphed = StaticCache(4, width, "cpu", fixed=True)
+    engine.batches.graphed = StaticCache(4, width, "cpu", fixed=True)
     jobs = requests(10, seed=5)
     assert ids(generate(engine, jobs)) == hugging_face(engine.settings.source, jobs)
-    buffers = engine.graphed.keys
+    buffers = engine.batches.graphed.keys
     assert len(buffers) == TINY["num_hidden_layers"]
     places = [buffer.data_ptr() for buffer in buffers]
     assert ids(generate(engine, jobs)) == hugging_face(engine.settings.source, jobs)
-    assert [buffer.data_ptr() for buffer in engine.graphed.keys] == places  # a graph holds addresses
+    assert [buffer.data_ptr() for buffer in engine.batches.graphed.keys] == places  # a graph holds addresses
 
 
 def test_eos_ends_a_row_and_is_counted() -> None:
@@ -61,7 +61,7 @@ def test_eos_ends_a_row_and_is_counted() -> None:
     jobs = requests(12, seed=7)
     free = ids(generate(engine, jobs))
     eos = max({token for tokens in free.values() for token in tokens}, key=lambda t: sum(t in x for x in free.values()))
-    engine.stop_ids = frozenset([eos])
+    engine.batches.stop_ids = frozenset([eos])
     found = generate(engine, jobs)
     ended = 0
     for index, tokens in free.items():

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from support.in_process import answered
 from support.runs import RANDOM, ROOT, TINY, Run, assert_refused, command, start, variables
 
 from harness.basics.errors import UserError
+from harness.config.compose import compose, to_config
 from harness.engines import catalogue
 from harness.engines.base import Engine
 from harness.results import segments
@@ -77,6 +79,39 @@ def test_no_engine_is_tested_by_name_outside_its_room() -> None:
         "harness/compare/page.py",
         "harness/compare/text.py",
     }, found
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            ["engine=baseline", "engine.token_budget=64"],
+            "engine.token_budget: 64: engine=baseline has no such key, fast",
+        ),
+        (["engine=baseline", "++engine.token_budget=64"], "engine.token_budget: 64: engine=baseline has no such key"),
+        (
+            ["engine=ds_inference", "engine.quantization=wf6af16"],
+            "engine.quantization: wf6af16: engine=ds_inference has",
+        ),
+        (
+            ["engine=mii", "engine.kernels=torch"],
+            "engine.kernels: torch: engine=mii has no such key, fastgen has; leave",
+        ),
+        (["engine=simulate", "engine.order=dataset"], "engine.order: dataset: engine=simulate has no such key"),
+        (
+            ["experiment=asc24_70b_8gpu", "engine=baseline"],
+            "engine.token_budget: engine=baseline has no such key, fastgen and mii have (experiment/asc24_70b_8gpu",
+        ),
+        (["engine=baseline", "engine.token_bugdet=64"], "engine.token_bugdet: no such key; did you mean engine.token_"),
+    ],
+)
+def test_a_key_of_another_engine_is_refused(words: list[str], line: str) -> None:
+    catalogue.register()
+    GlobalHydra.instance().clear()
+    with pytest.raises(UserError) as refused:
+        to_config(compose(words))
+    assert str(refused.value).startswith(line)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_name_that_is_no_engine_is_refused() -> None:
@@ -169,7 +204,7 @@ def test_an_engine_from_outside_runs_sweeps_and_compares(
         text=True,
     )
     assert compared.returncode == 0, compared.stderr
-    assert "toy" in compared.stdout and "engine.reply" in compared.stdout
+    assert "toy" in compared.stdout and "reply" in compared.stdout
 
 
 def test_an_engine_from_outside_has_its_keys_checked(tmp_path: Path, outside: dict[str, str]) -> None:

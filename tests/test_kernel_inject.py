@@ -15,7 +15,7 @@ from harness.workload.records import Request
 
 def test_batches_of_all_rows_give_hugging_face_ids() -> None:
     engine = engine_for(batch_size=4, batch_tokens=4 * 190)
-    engine.injected = InjectedBatch(LayersThatRemember(4), 4, "cpu", torch.float32)
+    engine.batches.injected = InjectedBatch(LayersThatRemember(4), 4, "cpu", torch.float32)
     jobs = [
         *requests(14, seed=11),
         Request(14, "", 20, prompt_ids=tuple([7] * 180)),

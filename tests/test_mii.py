@@ -61,7 +61,7 @@ GIB = 2**30
 def test_settings_reach_mii_and_deepspeed() -> None:
     from mii.config import ModelConfig
 
-    from harness.engines.mii.engine import TokenIds
+    from harness.engines.mii.pipeline import TokenIds
 
     settings = settings_of(token_budget=300, max_sequences=40, quantization="wf6af16")
     tokens = TokenIds(VOCABULARY)
@@ -80,7 +80,7 @@ def test_settings_reach_mii_and_deepspeed() -> None:
 def test_tensor_parallel_size_is_the_groups_and_not_the_environments() -> None:
     from mii.config import ModelConfig
 
-    from harness.engines.mii.engine import TokenIds
+    from harness.engines.mii.pipeline import TokenIds
 
     group = TensorParallel(rank=0, size=4, leader=0, group=None, messages=None)
     settings = replace(settings_of(), tensor=group, max_context=None)
@@ -136,7 +136,7 @@ def test_greedy_is_the_argmax_of_the_whole_vocabulary_and_nothing_is_sorted() ->
     from mii.batching.data_classes import RequestBatch
     from mii.batching.postprocess import run_batch_logit_processing, run_batch_sampler
 
-    from harness.engines.mii.engine import RequestPipeline
+    from harness.engines.mii.pipeline import RequestPipeline
 
     pipeline = pipeline_of(settings_of(), RequestPipeline, counting, 8, 8)
     stock = pipeline_of(settings_of(), MIIPipeline, counting, 8, 8)
@@ -369,7 +369,7 @@ def test_longest_outputs_go_first() -> None:
 
 @given(prompt=st.integers(1, 200), output=st.integers(1, 100), block_size=st.sampled_from([8, 64, 128]))
 def test_blocks_needed_are_those_that_deepspeed_takes(prompt: int, output: int, block_size: int) -> None:
-    from harness.engines.mii.engine import RequestPipeline
+    from harness.engines.mii.pipeline import RequestPipeline
 
     arithmetic: Any = BlockArithmetic(block_size)
     blocks, seen = 0, 0
@@ -428,7 +428,8 @@ def _rank(number: int, port: int, queue: Any) -> None:
     """One of two ranks that share a model: the leader generates, the other follows, as MII's own ranks do."""
     from mii.batching import ragged_batching
 
-    from harness.engines.mii.engine import MiiEngine, RequestPipeline
+    from harness.engines.mii.engine import MiiEngine
+    from harness.engines.mii.pipeline import RequestPipeline
 
     os.environ["DS_ACCELERATOR"] = "cpu"
     for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):

@@ -127,7 +127,8 @@ def test_what_would_end_in_a_traceback_is_one_line(tmp_path: Path, monkeypatch: 
 def test_mii_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("mii", "mii.batching"):
         monkeypatch.setitem(sys.modules, name, None)  # what import sees when there is none
-    monkeypatch.delitem(sys.modules, "harness.engines.mii.engine", raising=False)
+    for name in ("engine", "pipeline"):
+        monkeypatch.delitem(sys.modules, f"harness.engines.mii.{name}", raising=False)
     with pytest.raises(UserError, match=r"^engine: mii is not installed, or not all of it \(.*run bash launch/install"):
         importlib.import_module("harness.engines.mii.engine")
 

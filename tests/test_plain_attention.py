@@ -92,10 +92,10 @@ def test_rotary_frequencies_stay_float32_under_deepspeed(dtype: str) -> None:
     whole = auto_tp.load_whole(chosen, "sdpa").model.rotary_emb.inv_freq.clone()
     engine = DsInferenceEngine(replace(chosen, engine=DsInferenceConfig(batch_size=4)))
     engine.load()
-    rotary = engine.engine.module.model.rotary_emb
+    rotary = engine.batches.engine.module.model.rotary_emb
     assert rotary.inv_freq.dtype is torch.float32
     assert torch.equal(rotary.inv_freq, whole)
-    assert engine.engine.module.model.norm.weight.dtype is getattr(torch, dtype)
+    assert engine.batches.engine.module.model.norm.weight.dtype is getattr(torch, dtype)
 
 
 def test_kernels_auto_refuses_the_same() -> None:

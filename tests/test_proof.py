@@ -25,7 +25,7 @@ from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.fastgen.runners import torch_runner
 from harness.engines.fastgen.runners.native_runner import NativeRunner
 from harness.engines.fastgen.runners.torch_runner import TorchRunner
-from harness.engines.proof import cache, proof
+from harness.engines.proof import cache, proof, shortened
 
 pytestmark = pytest.mark.usefixtures("one_thread", "empty_cache")
 
@@ -173,7 +173,7 @@ def test_injected_layers_are_what_is_compared(monkeypatch: pytest.MonkeyPatch, d
         asked, engine.settings = engine.settings, static(batch_size=4).settings
         whole(engine)
         engine.settings = asked
-        engine.injected = InjectedBatch(LayersThatRemember(4, damage), 4, "cpu", torch.float32)
+        engine.batches.injected = InjectedBatch(LayersThatRemember(4, damage), 4, "cpu", torch.float32)
 
     monkeypatch.setattr(DsInferenceEngine, "load", injected)
     engine = static(batch_size=4, batch_tokens=4 * 180, kernel_inject=True)
@@ -194,7 +194,7 @@ def test_injected_layers_are_what_is_compared(monkeypatch: pytest.MonkeyPatch, d
 def test_a_model_that_does_not_fit_twice_is_compared_by_its_first_layers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(proof, "CPU_BYTES", 0)
+    monkeypatch.setattr(shortened, "CPU_BYTES", 0)
     chosen = settings()
     if kind == "directory":
         chosen = settings_of(

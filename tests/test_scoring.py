@@ -142,7 +142,7 @@ def test_an_end_of_sequence_in_a_target_ends_nothing() -> None:
     for name in ("fastgen", "ds_inference"):
         engine = engine_of(name)
         if isinstance(engine, DsInferenceEngine):
-            engine.stop_ids = frozenset([2])
+            engine.batches.stop_ids = frozenset([2])
         wanted = [Scored(0, [5, 6, 7], [2, 8, 2, 9])]
         model = loading.load_model(engine.settings.source, dtype=torch.float32)
         assert differences(model, wanted, scored(engine, wanted)).max() < 1e-5
@@ -212,7 +212,7 @@ def test_an_engine_that_cannot_score_says_so() -> None:
 def test_the_fixed_cache_of_a_cuda_graph_is_what_is_scored(width: int) -> None:
     engine = engine_of("ds_inference", batch_size=4)
     assert isinstance(engine, DsInferenceEngine)
-    engine.graphed = StaticCache(4, width, "cpu", fixed=True)
+    engine.batches.graphed = StaticCache(4, width, "cpu", fixed=True)
     wanted = items(10, seed=5)
     model = loading.load_model(engine.settings.source, dtype=torch.float32)
     assert differences(model, wanted, scored(engine, wanted)).max() < 1e-5
@@ -222,7 +222,7 @@ def test_injected_layers_are_what_is_scored() -> None:
     engine = engine_of("ds_inference", batch_size=4, batch_tokens=4 * 180)
     assert isinstance(engine, DsInferenceEngine)
     layers = LayersThatRemember(4, damage=0.3)
-    engine.injected = InjectedBatch(layers, 4, "cpu", torch.float32)
+    engine.batches.injected = InjectedBatch(layers, 4, "cpu", torch.float32)
     wanted = items(14, seed=11)
     found = scored(engine, wanted)
     whole = loading.load_model(engine.settings.source, dtype=torch.float32)

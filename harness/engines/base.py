@@ -82,7 +82,7 @@ class EngineStatistics:
     detokenize_s: float = 0.0
 
 
-def combined(all_ranks: Sequence[EngineStatistics]) -> EngineStatistics:
+def merged_statistics(all_ranks: Sequence[EngineStatistics]) -> EngineStatistics:
     """Returns the statistics of several replicas as one: counts add up, peaks are the highest, times the mean."""
     whole = EngineStatistics()
     count = len(all_ranks)

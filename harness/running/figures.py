@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any
 
 from harness.basics.errors import REFUSED, UserError, complain, one_line
-from harness.engines.base import EngineStatistics, combined
+from harness.engines.base import EngineStatistics, merged_statistics
 from harness.machine import memory
 from harness.machine.telemetry import across_hosts
 from harness.ranks import signals
@@ -67,7 +67,7 @@ def _figures(run: RunContext, delivery: Delivery) -> dict[str, Any]:
     elapsed_s = max([delivery.elapsed_s, *(other["elapsed_s"] for other in others)])
     peak_memory = [memory.peak_memory_bytes(engine.settings.device), *(other["peak_memory_bytes"] for other in others)]
     elsewhere = [EngineStatistics(**other["statistics"]) for other in others if other["statistics"]]
-    statistics = dataclasses.asdict(combined([engine.statistics, *elsewhere]))
+    statistics = dataclasses.asdict(merged_statistics([engine.statistics, *elsewhere]))
     times = {key: statistics.pop(key) for key in ("prefill_s", "decode_s", "tokenize_s", "detokenize_s")}
     times["host_s"] = elapsed_s - run.recorder.clock_s - sum(times.values())
     hosts = [None if run.telemetry is None else run.telemetry.summary(elapsed_s)]

@@ -178,7 +178,7 @@ def pipeline_of(
 ) -> Any:
     from mii.config import ModelConfig
 
-    from harness.engines.mii.engine import TokenIds
+    from harness.engines.mii.pipeline import TokenIds
 
     tokens = TokenIds(VOCABULARY)
     memory = {"mode": "allocate", "size": blocks}
@@ -191,7 +191,8 @@ def engine_on_cpu(
     settings: EngineSettings, logits_of: Logits = counting, blocks: int = 400, block_size: int = 8
 ) -> MiiEngine:
     """Returns the engine as ``load`` leaves it, but for who computes the logits."""
-    from harness.engines.mii.engine import MiiEngine, RequestPipeline
+    from harness.engines.mii.engine import MiiEngine
+    from harness.engines.mii.pipeline import RequestPipeline
 
     engine = MiiEngine(settings)
     engine.tokenizer = ByteTokenizer()

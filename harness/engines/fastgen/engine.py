@@ -31,6 +31,16 @@ class _Active:
     first_token_s: float | None = None
 
 
+@dataclass(slots=True)
+class _Counts:
+    """What the passes of a run have added up to."""
+
+    steps: int = 0
+    tokens: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+
+
 class FastGenEngine(Engine[FastGenConfig]):
     """Dynamic SplitFuse over a :class:`Runner`."""
 
@@ -145,11 +155,11 @@ class FastGenEngine(Engine[FastGenConfig]):
 
     def generate(self, requests: Iterable[Request], clock: Clock) -> Iterator[Completion]:
         """Yields completions as their sequences finish; see :meth:`Engine.generate`."""
-        self.statistics = statistics = EngineStatistics(kv_blocks=self.total_blocks)
+        self.statistics = EngineStatistics(kv_blocks=self.total_blocks)
         scheduler = self._scheduler(self.runner.stop_ids())
         intake = iter(requests)
+        counts = _Counts()
         active: dict[int, _Active] = {}
-        prompt_tokens = output_tokens = steps = tokens = 0
         lookahead = self.settings.lookahead
         more = True
         while True:
@@ -166,34 +176,8 @@ class FastGenEngine(Engine[FastGenConfig]):
             token_ids = self._forward(batch)
             ended = clock()
             finished = scheduler.complete(batch, token_ids)
-
-            steps += 1
-            tokens += batch.tokens
-            statistics.prefill_s += (ended - started) * batch.prompt_tokens / batch.tokens
-            statistics.decode_s += (ended - started) * batch.decode_tokens / batch.tokens
-            output_tokens += len(token_ids)
-            for sequence, _, _, last in batch.chunks[batch.decode_tokens :]:
-                # Recomputed tokens were counted when they were first fed.
-                if last and (entry := active[sequence.uid]).first_token_s is None:
-                    entry.first_token_s = ended
-                    prompt_tokens += sequence.prompt_len
-            used = scheduler.blocks.used / scheduler.blocks.total
-            self.on_pass(
-                PassRecord(
-                    step=steps,
-                    started_s=started,
-                    seconds=ended - started,
-                    tokens=batch.tokens,
-                    prompt_tokens=batch.prompt_tokens,
-                    decode_tokens=batch.decode_tokens,
-                    sequences=len(batch.chunks),
-                    kv_utilisation=used,
-                    waiting=len(scheduler.waiting),
-                )
-            )
-            self.on_progress(
-                Progress(len(scheduler.running), len(scheduler.waiting), used, prompt_tokens, output_tokens)
-            )
+            counts.output_tokens += len(token_ids)
+            self._account(batch, scheduler, active, counts, started, ended)
             for sequence in finished:
                 self.runner.free(sequence)
                 yield self.completion(
@@ -204,15 +188,56 @@ class FastGenEngine(Engine[FastGenConfig]):
                     active.pop(sequence.uid).first_token_s,
                     clock,
                 )
-
         if self.team is not None:
             self.team.release()
-        statistics.steps = steps
+        self._sum_up(scheduler, counts)
+
+    def _account(
+        self,
+        batch: RaggedBatch,
+        scheduler: Scheduler,
+        active: dict[int, _Active],
+        counts: _Counts,
+        started: float,
+        ended: float,
+    ) -> None:
+        """Books a pass that took from ``started`` to ``ended``, and tells who watches."""
+        statistics = self.statistics
+        counts.steps += 1
+        counts.tokens += batch.tokens
+        statistics.prefill_s += (ended - started) * batch.prompt_tokens / batch.tokens
+        statistics.decode_s += (ended - started) * batch.decode_tokens / batch.tokens
+        for sequence, _, _, last in batch.chunks[batch.decode_tokens :]:
+            # Recomputed tokens were counted when they were first fed.
+            if last and (entry := active[sequence.uid]).first_token_s is None:
+                entry.first_token_s = ended
+                counts.prompt_tokens += sequence.prompt_len
+        used = scheduler.blocks.used / scheduler.blocks.total
+        self.on_pass(
+            PassRecord(
+                step=counts.steps,
+                started_s=started,
+                seconds=ended - started,
+                tokens=batch.tokens,
+                prompt_tokens=batch.prompt_tokens,
+                decode_tokens=batch.decode_tokens,
+                sequences=len(batch.chunks),
+                kv_utilisation=used,
+                waiting=len(scheduler.waiting),
+            )
+        )
+        running, waiting = len(scheduler.running), len(scheduler.waiting)
+        self.on_progress(Progress(running, waiting, used, counts.prompt_tokens, counts.output_tokens))
+
+    def _sum_up(self, scheduler: Scheduler, counts: _Counts) -> None:
+        """Completes the statistics once all requests are done."""
+        statistics = self.statistics
+        statistics.steps = counts.steps
         statistics.preemptions = scheduler.preemptions
         statistics.recomputed_tokens = scheduler.recomputed_tokens
         statistics.kv_peak_utilisation = scheduler.blocks.peak / scheduler.blocks.total
         statistics.peak_sequences = scheduler.peak_sequences
-        statistics.mean_tokens_per_pass = tokens / steps if steps else None
+        statistics.mean_tokens_per_pass = counts.tokens / counts.steps if counts.steps else None
 
     def _scheduler(self, stop_ids: frozenset[int], budget: int | None = None) -> Scheduler:
         """Returns a new scheduler; ``budget`` lowers ``engine.token_budget``."""

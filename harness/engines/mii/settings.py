@@ -99,8 +99,8 @@ def generation_settings(prompt_tokens: int, output_len: int, stops: frozenset[in
 
     MII compares ``max_length`` and ``min_new_tokens`` with lengths that include the prompt, so the one is set
     where it never cuts and the other never takes part. ``stop`` takes texts of single tokens; with
-    :class:`harness.engines.mii.engine.TokenIds` they are the ids themselves. So all of the checkpoint's end-of-sequence
-    ids count; MII's own rule knows one.
+    :class:`harness.engines.mii.pipeline.TokenIds` they are the ids themselves. So all of the checkpoint's
+    end-of-sequence ids count; MII's own rule knows one.
     """
     return {
         "max_new_tokens": output_len,

@@ -15,33 +15,26 @@ import contextlib
 import ctypes
 import gc
 import importlib
-import os
 import random
 import secrets
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import filelock
 import torch
 
 from harness.basics.errors import UserError
 from harness.engines.base import Engine, EngineSettings
-from harness.engines.proof import cache
+from harness.engines.proof import cache, shortened
 from harness.engines.scoring import Scored
-from harness.engines.shared.kv_memory import free_memory
 from harness.engines.shared.plain_attention import computed
 from harness.machine.memory import forget_peak_memory
-from harness.models.architecture import first_layers, positive_integer, required_bytes, rotary_threshold
-from harness.models.directory import weight_files
+from harness.models.architecture import positive_integer, rotary_threshold
 from harness.models.loading import load_model
 from harness.models.reference import forced_logits
 from harness.models.source import Source
-from harness.models.transformers_quiet import quiet
 
 LENGTHS = (1, 6, 19, 50, 83)  # of prompts: 32 and 64, where blocks and passes end, lie within the last two
 TARGETS = 4  # tokens after each prompt, of which all but the last are fed one by one
@@ -51,9 +44,6 @@ SLACK = 4.0  # 16 bits: an engine may be so many times as far from float32 as Hu
 FLOORS = {"float16": 0.01, "bfloat16": 0.05}  # where Hugging Face happened to round well
 UNMEASURED = 0.35  # 16 bits, where there is no float32 to tell how much Hugging Face rounds
 QUANTIZED = 0.5  # weights of 6 bits are others; what is computed wrongly is at 0.9 or more
-MEMORY_SHARE = 0.8  # of what is free, for Hugging Face's model
-CPU_BYTES = 4 << 30  # of float32 weights: more would take a CPU longer than seconds
-FIRST_LAYERS = 2
 SPECIAL_KEYS = (
     *("sliding_window", "attention_chunk_size", "chunk_size", "window_size", "attention_window_size"),
     *("original_max_position_embeddings",),  # of phi3 and its kin, whose generate forgets its cache there
@@ -122,7 +112,7 @@ def _load(engine: Engine, say: Callable[[str], None]) -> None:
         return
     key = cache.key(settings, engine.kernels) if settings.leads else None
     kept = cache.read(key) if key else None
-    plan = kept, None if kept else _layers_that_fit(settings), secrets.token_hex(8)
+    plan = kept, None if kept else shortened.layers_that_fit(settings), secrets.token_hex(8)
     if settings.tensor is not None:
         plan = settings.tensor.share(plan)  # the leader's files and memory decide
     kept, layers, name = plan
@@ -137,7 +127,7 @@ def _load(engine: Engine, say: Callable[[str], None]) -> None:
     started = time.perf_counter()
     part = f"the first {layers} layers of " if layers else ""
     say(f"comparing {engine.kernels} kernels with {part}Hugging Face's model (once for these weights and settings)")
-    with _first_layers(settings, layers, name) as source:
+    with shortened.cut_to(settings, layers, name) as source:
         asked = _ask(settings, source) if settings.leads else None
         proving = engine if layers is None else type(engine)(replace(settings, source=source))
         loading = time.perf_counter()
@@ -286,60 +276,6 @@ def _score(engine: Engine, asked: Expected) -> tuple[str | None, dict[str, Any]]
     if not compared:
         engine.notes.append("the engine was not compared with Hugging Face's model: there is no room for a request")
     return None, {"requests": compared, "largest_distance": largest, "bound": asked.bound}
-
-
-def _layers_that_fit(settings: EngineSettings) -> int | None:
-    """Returns of how many layers Hugging Face's model fits beside nothing else, in seconds; None for all of them."""
-    source, on_cpu = settings.source, settings.device == "cpu"
-    needed = required_bytes(source.architecture, 4) or _bytes_on_disk(source)
-    free = MEMORY_SHARE * free_memory(settings)
-    limit = min(CPU_BYTES, free) if on_cpu else free
-    if needed <= limit:
-        return None
-    kinds = source.architecture.get("layer_types") or []
-    firsts = [kinds.index(kind) for kind in set(kinds)]
-    return max(FIRST_LAYERS, *(first + 1 for first in firsts), 0)
-
-
-def _bytes_on_disk(source: Source) -> int:
-    """Returns what the weights take in float32, taking them for 16 bits wide in their files."""
-    if source.kind != "directory":
-        return 0
-    return 2 * sum(path.stat().st_size for path in weight_files(Path(str(source.path))))
-
-
-@contextlib.contextmanager
-def _first_layers(settings: EngineSettings, layers: int | None, name: str) -> Iterator[Source]:
-    """Yields the source, or one of its first ``layers`` alone: a checkpoint that is written for the time being."""
-    source = settings.source
-    if layers is None:
-        yield source
-        return
-    architecture = source.architecture | first_layers(source.architecture, layers)
-    if source.kind == "dummy":
-        yield replace(source, architecture=architecture)
-        return
-    place = cache.root() / f"first-layers-{name}"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{place}.lock"):  # the ranks of a host share it
-        if not place.is_dir():
-            _write_first_layers(source, settings.dtype, layers, place)
-    try:
-        yield replace(source, kind="directory", path=str(place), gguf_file=None, architecture=architecture)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-        Path(f"{place}.lock").unlink(missing_ok=True)
-
-
-def _write_first_layers(source: Source, dtype: str, layers: int, place: Path) -> None:
-    try:
-        model = load_model(source, dtype=getattr(torch, dtype), layers=layers)
-    except UserError as error:
-        found = f"its first {layers} layers cannot be loaded alone, to compare the engine with ({error.found})"
-        raise UserError("model", found, "use engine=baseline") from error
-    with quiet():
-        model.save_pretrained(f"{place}.new")
-    os.replace(f"{place}.new", place)
 
 
 def _free() -> None:

@@ -7,7 +7,7 @@ found in its source (0.19.8; paths start at ``deepspeed/inference/v2``):
   queries only those of the keys and of each group's first query (kernels/ragged_ops/linear_blocked_kv_rotary/
   blocked_kv_rotary_cuda.cu): at position 1000, in bfloat16 and heads of 128, a key and a query of the same token
   are turned by up to 1.2 radians against each other. The same kernel also takes frequencies in float32;
-  :class:`_Rotary` gives it Hugging Face's.
+  ``deepspeed_model._Rotary`` gives it Hugging Face's.
 * RMSNorm's epsilon. Only qwen_v2 takes it from the config, and not for the last norm; the others use 1e-5.
 * Type of the activations. qwen_v2 is always float16, the others read an attribute that transformers 5 deprecates.
 * Attention atoms. Their buffers hold ``max_ragged_sequence_count`` of them, and nothing checks it; a sequence takes
@@ -29,22 +29,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.inference.v2.config_v2 import RaggedInferenceEngineConfig
-from deepspeed.inference.v2.engine_v2 import InferenceEngineV2
-from deepspeed.inference.v2.inference_utils import DtypeEnum, elem_size
+from deepspeed.inference.v2.inference_utils import elem_size
 from deepspeed.inference.v2.logging import inference_logger
-from deepspeed.inference.v2.model_implementations import Llama2Policy, MistralPolicy, Phi3Policy, Qwen2Policy
-from deepspeed.inference.v2.model_implementations.llama_v2.model import Llama2InferenceModel
-from deepspeed.inference.v2.model_implementations.mistral.model import MistralInferenceModel
-from deepspeed.inference.v2.model_implementations.phi3.model import Phi3InferenceModel
-from deepspeed.inference.v2.model_implementations.qwen_v2.model import Qwen2InferenceModel
-from deepspeed.inference.v2.modules.configs import RotateHalfConfig
-from deepspeed.ops.op_builder import RaggedOpsBuilder
 from torch import Tensor
 
 from harness.basics.errors import UserError
 from harness.engines.base import EngineSettings
+from harness.engines.fastgen.runners import deepspeed_model
 from harness.engines.fastgen.runners.deepspeed_weights import Weights
 from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
 from harness.engines.known_model import KnownModel
@@ -53,12 +45,6 @@ from harness.engines.shared.ragged_kernels import FP6, TOKENS_MOST, device_unsup
 from harness.machine.memory import available_memory_bytes
 from harness.models.generation import stop_ids
 
-CLASSES = {
-    "llama": (Llama2Policy, Llama2InferenceModel),
-    "mistral": (MistralPolicy, MistralInferenceModel),
-    "qwen2": (Qwen2Policy, Qwen2InferenceModel),
-    "phi3": (Phi3Policy, Phi3InferenceModel),
-}
 SMALLEST_ATOM = 64  # tokens; kernels/ragged_ops/blocked_flash/blocked_flash.py, get_q_block_size
 INDEXABLE = 2**31  # elements of one layer's cache that the rotary kernel's int32 offsets reach
 
@@ -132,7 +118,7 @@ class DeepSpeedRunner:
         config.max_seq_length = settings.max_context or config.max_position_embeddings  # DeepSpeed's name for it
         self.stop = stop_ids(weights.model, settings.generation)
         rotary = type(weights.model.model.rotary_emb)(config)  # a second one: the model's is on the meta device
-        self.policy = _policy(weights, rotary.inv_freq.to(self.device, torch.float32))
+        self.policy = deepspeed_model.policy_of(weights, rotary.inv_freq.to(self.device, torch.float32))
         model = self.policy.build_model(self.engine_config, self._group)
         self.block_size = model.attn.kv_block_size
 
@@ -162,7 +148,7 @@ class DeepSpeedRunner:
         if blocks < 1:
             raise too_little(setting, asked, cache.block_size, block_bytes)
         self.engine_config.state_manager.memory_config.size = blocks
-        self.engine = _Engine(self.policy, self.engine_config, self._group)
+        self.engine = deepspeed_model.Engine(self.policy, self.engine_config, self._group)
         return int(blocks)
 
     @torch.no_grad()
@@ -221,123 +207,6 @@ class DeepSpeedRunner:
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.device)[0]
-
-
-class _Engine(InferenceEngineV2):
-    """DeepSpeed's engine in a process group that is there already."""
-
-    def __init__(self, policy: Any, config: RaggedInferenceEngineConfig, group: Any) -> None:
-        self._group = group
-        super().__init__(policy, config)
-
-    def _initialize_tp_group(self) -> Any:
-        return self._group
-
-
-class _Policy:
-    """Mixed into DeepSpeed's policies: builds the model once, leaves the weights where they are."""
-
-    model: Any = None
-    model_class: Any
-    build_container_map: Any
-    _model_config: Any
-    _checkpoint_engine: Weights
-
-    def build_model(self, engine_config: RaggedInferenceEngineConfig, mp_group: Any) -> Any:
-        """Returns the model with its weights; the engine asks again for the one that ``load`` has built."""
-        if self.model is None:
-            self.model = self.model_class(self._model_config, engine_config, mp_group)
-            self.populate_model_parameters()
-        return self.model
-
-    def populate_model_parameters(self) -> None:
-        """Hands each weight to its container, which shards it; nothing is copied into one buffer."""
-        parameters = self.build_container_map()
-        for name, parameter in self._checkpoint_engine.parameters():
-            parameters.map_param(name, parameter)
-        device = get_accelerator().current_device()
-        layers, others = parameters.transformer_params, parameters.non_transformer_params
-        for container in (*layers, others):
-            for name in container.annotation_attrs:
-                setattr(container, name, getattr(container, name).to(device))  # packed weights come from the host
-        parameters.validate()
-        self.model.set_parameters(layers, others, flattened_param_buffer=None, flattened_param_metadata=None)
-
-
-class _Model:
-    """Mixed into DeepSpeed's models; see the module's docstring for the reasons."""
-
-    norm: Any
-    unembed: Any
-    attn: Any
-    frequencies: Tensor
-    _config: Any
-    _engine_config: RaggedInferenceEngineConfig
-    _base_mp_group: Any
-
-    def __init__(self, config: Any, engine_config: RaggedInferenceEngineConfig, base_mp_group: Any) -> None:
-        super().__init__(config, engine_config, base_mp_group)  # type: ignore[call-arg]
-        for kernel in (self.norm._fp_rms, self.norm._fp_rms_pre, self.unembed._norm):
-            kernel.epsilon = config.rms_norm_eps
-        self.attn._kv_copy = _Rotary(self.attn._kv_copy, self.frequencies)
-
-    @property
-    def tp_size(self) -> int:
-        """Ranks that share the model; known without a process group."""
-        return int(self._engine_config.tensor_parallel.tp_size)
-
-    @property
-    def tp_rank(self) -> int:
-        """This process among them."""
-        return 0 if self.tp_size == 1 else torch.distributed.get_rank(self._base_mp_group)
-
-    @property
-    def activation_dtype(self) -> DtypeEnum:
-        """The run's own."""
-        return DtypeEnum(self._config.dtype)
-
-    @property
-    def positional_embedding_config(self) -> RotateHalfConfig:
-        """Its base is not used."""
-        return RotateHalfConfig()
-
-
-class _Rotary:
-    """DeepSpeed's rotary embedding and copy into the KV cache, with exact frequencies.
-
-    Args:
-        rotary: the module's own, which has checked sizes and type.
-        frequencies: float32 ``[head_dim / 2]``, on the device.
-    """
-
-    def __init__(self, rotary: Any, frequencies: Tensor) -> None:
-        self.widths = [rotary.head_size * heads for heads in (rotary.n_q_heads, rotary.n_kv_heads, rotary.n_kv_heads)]
-        self.frequencies = frequencies
-        self.kernel = RaggedOpsBuilder().load().kv_trained_rotary_embeddings
-
-    def __call__(self, kv_cache: Tensor, qkv: Tensor, batch: Any) -> None:
-        """Rotates queries in place, writes keys, rotated, and values into ``kv_cache``; ``qkv`` is a row a token."""
-        query, key, value = qkv.split(self.widths, dim=1)
-        self.kernel(
-            kv_cache,
-            query,
-            key,
-            value,
-            self.frequencies,
-            batch.batch_metadata_buffer(),
-            batch.inflight_seq_descriptors(),
-            batch.tokens_to_seq(),
-            batch.kv_ptrs(),
-        )
-
-
-def _policy(weights: Weights, frequencies: Tensor) -> Any:
-    """Returns DeepSpeed's policy for the weights' family, it and its model with the changes above."""
-    config = weights.model.config
-    policy, model = CLASSES[config.model_type]
-    model_class = type(f"Harness{model.__name__}", (_Model, model), {"frequencies": frequencies})
-    policy_class = type(f"Harness{policy.__name__}", (_Policy, policy), {"model_class": model_class})
-    return policy_class(config, checkpoint_engine=weights)
 
 
 def _last(batch: RaggedBatch) -> list[int]:
