@@ -11,7 +11,7 @@ from support.documents import ROOT, tables
 
 from harness.compare import groups, page, reading, text
 from harness.config.identity import flat
-from harness.engines.base import EngineStatistics, combined
+from harness.engines.base import EngineStatistics, merged_statistics
 from harness.results import columns, segments
 from harness.results.columns import COLUMNS, FIGURES, TABLE, Column, Combine, Source
 from harness.results.completions import Tally
@@ -103,7 +103,7 @@ def test_segments_are_combined_as_the_table_says() -> None:
 def test_ranks_are_combined_as_the_table_says() -> None:
     names = {field.name for field in dataclasses.fields(EngineStatistics)} & set(COLUMNS)
     assert names >= {column.name for column in TABLE if column.source is Source.ENGINE and column.ranks is Combine.SUM}
-    whole = combined([EngineStatistics(**dict.fromkeys(names, value)) for value in (3, 5)])
+    whole = merged_statistics([EngineStatistics(**dict.fromkeys(names, value)) for value in (3, 5)])
     values = {Combine.SUM: 8, Combine.HIGHEST: 5}
     for name in names:
         assert getattr(whole, name) == values[BY_NAME[name].ranks]
