@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from support.resuming import REQUESTS, begin, check_sums, family, has_lines, kill, run_id_in, undertakers, wait_for
+from support.resuming import REQUESTS, begin, check_sums, family, has_lines, kill, run_id_in, wait_for, watchdogs
 from support.runs import ROOT, Run, command, deepspeed, ended, ranks_of, start, variables
 
 from harness.results import lifeline, segments
@@ -44,11 +44,11 @@ def stopped_and_killed(results: Path, ranks: int, victim: str) -> str:
     family(process)["rank 0"].send_signal(signal.SIGSTOP)
     time.sleep(STOPPED_S)
     if victim == "all":
-        for witness in undertakers(run_id):
+        for witness in watchdogs(run_id):
             witness.kill()
     kill(process, victim)
     process.wait(timeout=120)
-    for witness in undertakers(run_id):
+    for witness in watchdogs(run_id):
         witness.wait(30)
     return run_id
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from support.hosts import NAMESPACES, NETWORK, networked
-from support.resuming import undertakers
+from support.resuming import watchdogs
 from support.runs import BIN, RANDOM, ROOT, TINY, Run, command, deepspeed, ended, ranks_of, start, variables
 
 from harness.basics.errors import UserError
@@ -56,7 +56,7 @@ def allocated() -> Exception:
         (MemoryError("Insufficient memory for KV-cache"), True),  # DeepSpeed's, through MII
     ],
 )
-def test_want_of_memory_is_known_by_its_many_names(error: Exception, device: bool) -> None:
+def test_out_of_memory_is_known_by_its_many_names(error: Exception, device: bool) -> None:
     fault = faults.classify(error, {}, {})
     assert (fault.status, fault.exit_status) == ("oom", 2)
     assert fault.error.startswith(f"out of memory of the {'GPU' if device else 'host'} ({type(error).__name__}")
@@ -82,7 +82,7 @@ def test_a_cause_is_found_behind_another_exception() -> None:
     assert faults.classify(refusal, {}, {}).status == "oom"
 
 
-def test_other_failures_and_our_own_words_are_no_want_of_memory() -> None:
+def test_other_failures_and_our_own_words_are_not_out_of_memory() -> None:
     assert memory.out_of_memory(UserError("dataset.path", "no such file: 'out of memory.json'")) is None
     fault = faults.classify(KeyError("memory"), {}, {})
     assert (fault.status, fault.exit_status) == ("failed", 1)
@@ -179,7 +179,7 @@ def test_where_nothing_is_counted_a_kill_may_be_anything(tmp_path: Path) -> None
     assert text == "rank 0 was ended by signal SIGKILL, as the system does when memory runs out"
 
 
-def test_a_plain_kill_is_told_from_one_for_want_of_memory() -> None:
+def test_a_plain_kill_is_told_from_one_by_the_kernel() -> None:
     fault = faults.killed("rank 0", signal.SIGKILL, OomKills(), {}, {})
     assert (fault.status, fault.exit_status) == ("failed", 1)
     assert "not because memory ran out" in fault.error
@@ -256,7 +256,7 @@ def run_out_of_memory(group: Path, results: Path, victim: int, *overrides: str, 
         (None, ["parallel.dp=2"], "rank 1 on "),
     ],
 )
-def test_the_kernel_s_kill_for_want_of_memory_is_oom(
+def test_the_kernel_s_kill_when_memory_runs_out_is_oom(
     memory_group: Path, tmp_path: Path, launcher: tuple[str, ...] | None, overrides: list[str], who: str
 ) -> None:
     launcher = launcher or deepspeed(2, "--log_level", "critical")
@@ -298,7 +298,7 @@ def test_a_killed_rank_0_under_deepspeed_leaves_a_row(tmp_path: Path) -> None:
     assert f"error: {row['error']} (what was finished is in {tmp_path}/{row['run_id']}; " in stderr
     assert "error: rank 1: another rank died: rank 0 on " in stderr
     assert read_record(tmp_path, row["run_id"])["status"] == "failed"  # type: ignore[index]
-    assert not undertakers(row["run_id"])
+    assert not watchdogs(row["run_id"])
 
 
 RANK_0 = """
@@ -315,6 +315,7 @@ if sys.argv[3] == "finish":
 elif sys.argv[3] == "taken over":
     recorder.note(pid=1)
 elif sys.argv[3] == "grow":
+    time.sleep(2)  # a real rank takes longer to need memory than the watchdog to take note of earlier kills
     kept = [bytearray(b"x" * 2**20) for _ in range(1000)]
 elif sys.argv[3] == "fork":
     if os.fork() == 0:
@@ -335,16 +336,16 @@ os.kill(os.getpid(), int(sys.argv[4]))
         ("taken over", signal.SIGKILL, None),
     ],
 )
-def test_the_undertaker_closes_what_is_its_own(tmp_path: Path, what: str, signum: int, error: str | None) -> None:
+def test_the_watchdog_closes_what_is_its_own(tmp_path: Path, what: str, signum: int, error: str | None) -> None:
     words = [sys.executable, "-c", RANK_0, str(ROOT), str(tmp_path), what, str(int(signum))]
     process = subprocess.Popen(words, stdout=-1, stderr=-1, text=True, start_new_session=True)
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.readline() == "begun\n"
     deadline = time.monotonic() + 30
     # Before the process is waited for: its zombie tells.
-    while undertakers(str(tmp_path)) and time.monotonic() < deadline:
+    while watchdogs(str(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not undertakers(str(tmp_path))
+    assert not watchdogs(str(tmp_path))
     process.wait()
     if what == "fork":
         os.killpg(process.pid, signal.SIGKILL)
@@ -361,7 +362,7 @@ def test_the_undertaker_closes_what_is_its_own(tmp_path: Path, what: str, signum
 
 
 @pytest.mark.full
-def test_the_undertaker_ends_a_rank_that_does_not_heed_its_alarm(tmp_path: Path) -> None:
+def test_the_watchdog_ends_a_rank_that_does_not_heed_its_alarm(tmp_path: Path) -> None:
     words = [sys.executable, "-c", RANK_0, str(ROOT), str(tmp_path), "hang", "9"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=100)
     assert done.returncode == -signal.SIGKILL
@@ -383,11 +384,11 @@ def test_a_signal_is_known_although_the_process_is_buried_at_once() -> None:
         assert ending.signal() == (number or 0)
 
 
-def test_the_undertaker_knows_want_of_memory(memory_group: Path, tmp_path: Path) -> None:
+def test_the_watchdog_knows_that_memory_ran_out(memory_group: Path, tmp_path: Path) -> None:
     limit(memory_group, 200 * 2**20)
     inside = ["bash", "-c", 'echo $$ >"$0" && exec "$@"', str(memory_group / "cgroup.procs")]
     words = [*inside, sys.executable, "-c", RANK_0, str(ROOT), str(tmp_path), "grow", "0"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)  # the undertaker's end is stderr's
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)  # the watchdog's end is stderr's
     assert done.returncode == -signal.SIGKILL
     (row,) = read_rows(tmp_path / "runs.csv")
     assert row["status"] == "oom"
@@ -395,7 +396,7 @@ def test_the_undertaker_knows_want_of_memory(memory_group: Path, tmp_path: Path)
     assert done.stderr.startswith(f"error: {row['error']} (")
 
 
-def test_the_undertaker_says_what_it_can_of_a_process_that_is_gone(tmp_path: Path) -> None:
+def test_the_watchdog_says_what_it_can_of_a_process_that_is_gone(tmp_path: Path) -> None:
     recorder = RunRecorder.create(tmp_path, "a-run", {"engine": {"name": "fastgen"}}, [])
     gone = subprocess.Popen(["true"])
     gone.wait()

@@ -123,7 +123,7 @@ def check_sums(run: Run) -> None:
     assert verify.main([str(run.directory)]) == 0
 
 
-def undertakers(word: str) -> list[psutil.Process]:
+def watchdogs(word: str) -> list[psutil.Process]:
     """Returns the processes that wait for a rank 0 to end, by its run's id or its directory of results."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
