@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from harness.basics.errors import UserError
 from harness.config import engine_schemas
 from harness.config.engine_schemas import keys_of, owners
-from harness.config.explain import explain, foreign_key
+from harness.config.explain import explain, foreign_key, not_one
 from harness.config.identity import GROUPS
 from harness.config.schema import Config, EngineConfig
 
@@ -81,7 +81,7 @@ def check_choices(choices: Mapping[str, object]) -> None:
     """Raises UserError unless one option of each group was chosen: Hydra would merge a list of them into one."""
     for group in GROUPS:
         if not isinstance(choices.get(group), str):
-            raise UserError(group, "no option, or several", f"choose one, or sweep over them with -m {group}=a,b")
+            raise not_one(group)
 
 
 def without_hydra(composed: DictConfig) -> DictConfig:

@@ -49,6 +49,8 @@ def explain(error: BaseException) -> UserError:
         return UserError(match[1], "no such key", _nearest(match[1]))
     if match := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
         return UserError(match[1], "is there already", f"leave out the +: {match[1]}=...")
+    if re.search(r"Merge error: \w+ is not a subclass of \w+", text):  # of two engines' own keys
+        return not_one("engine")
     first = text.strip().split("\n")[0]
     if (word := getattr(error, "override", None)) is not None:
         parts = [
@@ -93,6 +95,11 @@ def _of_another_engine(key: str, text: str) -> UserError | None:
     value = re.search(rf"\+?{re.escape(key)}=(.*)", text)
     where = re.search(r"In '(experiment/[^']+)'", text)
     return foreign_key(leaf, value[1] if value else None, engines[chosen[1]], where[1] if where else "")
+
+
+def not_one(group: str) -> UserError:
+    """Returns the refusal of a command line that chooses no option of a group, or several."""
+    return UserError(group, "no option, or several", f"choose one, or sweep over them with -m {group}=a,b")
 
 
 def keys() -> list[str]:
