@@ -23,9 +23,11 @@ from harness.engines import catalogue
 from harness.engines.base import Engine
 from harness.results import segments
 from harness.results.completions import read_completions
+from harness.running import engine_sweep
 
 Harness = Callable[..., Run]
 HEAVY = ("torch", "transformers", "deepspeed", "numpy", "accelerate")
+NAMES = ("fastgen", "ds_inference", "baseline")
 TOY = ROOT / "tests" / "support" / "toy"
 SMALL = [*TINY, *RANDOM, "dataset.num_samples=3", "dataset.input_len=8", "dataset.output_len=4"]
 
@@ -162,6 +164,42 @@ def test_a_run_of_before_can_be_resumed(tmp_path: Path, harness: Harness) -> Non
         answered(f"resume={directory.name}", "engine.batch_size=4", f"results_dir={results}"),
         "error: engine.batch_size: 4: engine=fastgen has no such key, ds_inference has; leave it out",
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "marked"),
+    [
+        (["-m", "engine=fastgen,ds_inference", "engine.token_budget=1,2"], ["engine.token_budget=1,2"]),
+        (["-m", "engine=ds_inference,baseline", "engine.batch_size=4"], ["engine.batch_size=4"]),  # not the default's
+        (["-m", "engine=glob(*)", "engine.order=dataset"], ["engine.order=dataset"]),
+        (["-m", "engine=baseline,simulate", "engine.order=dataset"], []),  # nobody's: Hydra refuses it
+        (["-m", "engine=mii", "engine.kernels=auto,torch"], []),
+        (["-m", "engine=fastgen,mii", "engine.token_bugdet=1"], []),
+        (["-m", "engine=fastgen,", "engine.token_budget=1"], []),
+    ],
+    ids=str,
+)
+def test_keys_are_let_through_where_engines_are_swept(words: list[str], marked: list[str]) -> None:
+    found = engine_sweep.lenient(words)
+    assert found == [f"++{word}" if word in marked else word for word in words]
+    assert [engine_sweep.plain(word) for word in found] == words
+
+
+def test_jobs_of_a_sweep_over_engines_have_their_own_keys() -> None:
+    products = [[f"engine={name}", f"++engine.token_budget={size}", "repeat=2"] for name in NAMES for size in (64, 128)]
+    found = engine_sweep.jobs(products)
+    assert found.words[:3] == [
+        ["engine=fastgen", "engine.token_budget=64", "repeat=2"],
+        ["engine=fastgen", "engine.token_budget=128", "repeat=2"],
+        ["engine=ds_inference", "repeat=2"],
+    ]
+    assert found.same == [0, 1, 2, 2, 4, 4]
+    assert found.notes == [
+        "engine=ds_inference has no token_budget: left out of its jobs",
+        "engine=baseline has no token_budget: left out of its jobs; 2 that would be the same are not run again",
+    ]
+    alike = engine_sweep.jobs([["engine=fastgen", "engine.token_budget=64"]] * 2)  # the user's own: both run
+    assert (alike.same, alike.notes) == ([0, 1], [])
 
 
 @pytest.fixture

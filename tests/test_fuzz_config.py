@@ -27,11 +27,13 @@ from support.patience import no_hang
 from support.runs import ROOT, SAMPLE, TINY, assert_refused, command, variables
 
 from harness.config.explain import keys
+from harness.engines.catalogue import register
 from harness.results.directory import read_record
 from harness.results.table import read_rows
 from harness.running import launcher
 from harness.running.job import prepare
 
+register()  # of each engine its own keys, among those that are tried
 YEAR_S = 366 * 24 * 3600
 GROUPS = {
     "engine": ["fastgen", "baseline", "ds_inference", "mii", "simulate", "vllm"],
@@ -275,12 +277,15 @@ def assert_sane(config: dict[str, Any]) -> None:
     """Asserts what holds for every run that makes sense, on the plain config that is recorded."""
     engine, model, dataset, parallel = (config[name] for name in ("engine", "model", "dataset", "parallel"))
     assert engine["name"] in ("fastgen", "baseline", "ds_inference")
-    for name in ("token_budget", "max_sequences", "kv_block_size", "batch_size", "batch_tokens"):
+    assert engine.keys() == {"name", *find(engine["name"]).keys}
+    for name in engine.keys() & {"token_budget", "max_sequences", "kv_block_size", "batch_size", "batch_tokens"}:
         assert type(engine[name]) is int and 1 <= engine[name] <= 2**31, name
-    assert engine["max_sequences"] <= engine["token_budget"]
-    assert 0 < bytes_of(engine["kv_memory"]) < 2**60
-    assert engine["kernels"] in ("auto", "native", "torch")
-    assert not engine["kernel_inject"] and not engine["cuda_graph"] and engine["quantization"] is None
+    if engine["name"] == "fastgen":
+        assert engine["max_sequences"] <= engine["token_budget"]
+        assert 0 < bytes_of(engine["kv_memory"]) < 2**60
+        assert engine["kernels"] in ("auto", "native", "torch") and engine["quantization"] is None
+    if engine["name"] == "ds_inference":
+        assert not engine["kernel_inject"] and not engine["cuda_graph"]
     assert model["dtype"] in ("auto", "float32", "bfloat16")
     assert all(math.isfinite(number) for number in every_number(model["architecture"]))
     if model["weights"] == "dummy" and model["path"] is None:
