@@ -1,4 +1,4 @@
-"""The house: nothing is longer than it may be, unless ``harness/README.md`` says why; and its top is what it says there."""
+"""The house: nothing is longer than ``harness/README.md`` says, and its top level is what it says there."""
 
 from __future__ import annotations
 
