@@ -27,7 +27,7 @@ from support.patience import no_hang
 from support.runs import ROOT, SAMPLE, TINY, assert_refused, command, variables
 
 from harness.config.explain import keys
-from harness.engines.catalogue import register
+from harness.engines.catalogue import find, register
 from harness.results.directory import read_record
 from harness.results.table import read_rows
 from harness.running import launcher
