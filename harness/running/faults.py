@@ -11,7 +11,6 @@ from typing import Any
 
 from harness.basics.errors import REFUSED, one_line
 from harness.basics.outcome import Fault
-from harness.engines import catalogue
 from harness.machine.memory import OomKills, out_of_memory
 
 DEVICE_WORDS = ("cuda", "cublas", "cudnn", "cusolver", "nccl", "gpu", "insufficient memory")
@@ -90,6 +89,8 @@ def advice(config: Mapping[str, Any], facts: Mapping[str, Any], device: bool) ->
             anything else: running) and ``dtype`` (resolved).
         device: whether the memory is a GPU's.
     """
+    from harness.engines import catalogue  # not before it is needed: a watchdog has to be there soon
+
     engine, model, parallel = (config.get(name) or {} for name in ("engine", "model", "parallel"))
     room = catalogue.of_record(engine.get("name"))
     phase, dtype = facts.get("phase"), facts.get("dtype") or model.get("dtype")
