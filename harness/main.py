@@ -27,6 +27,7 @@ from omegaconf import DictConfig  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from harness.basics.errors import FULL_ERROR, INTERRUPTED, REFUSED, UserError, complain, full_error, report  # noqa: E402
+from harness.basics.outcome import leave  # noqa: E402
 from harness.config import flags  # noqa: E402
 from harness.config.explain import explain  # noqa: E402
 from harness.engines import catalogue  # noqa: E402
@@ -112,4 +113,4 @@ def _refuse(error: Exception, rank: Rank | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -22,6 +22,7 @@ if __name__ == "__main__":
 
 from harness.basics.command import Parser, not_negative, positive, whole
 from harness.basics.errors import INTERRUPTED, REFUSED, UserError, report
+from harness.basics.outcome import leave
 from harness.config.compose import compose
 from harness.engines import catalogue
 from harness.ranks.rank import Rank, current, decoded, without_local_rank
@@ -112,4 +113,4 @@ def _launch(job: Job, words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
