@@ -1,4 +1,4 @@
-"""Runs that are ended early, by all that can end one, and gone on with: nothing lost or twice, the same tokens."""
+"""Runs that are ended early, by all that can end one, and resumed: nothing lost or twice, the same tokens."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def on_two_ranks(directories: list[Path], place: Path) -> dict[str, dict[str, An
         before = sum(map(len, found.values()))
         for name, title, outcome in families_check.read_parallel(lines):
             found[name].setdefault(title, outcome)
-        if sum(map(len, found.values())) == before:  # it ended without a word
+        if sum(map(len, found.values())) == before:  # it ended without an error message
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             for column in PARALLEL:
                 found[left[0].name].setdefault(column.title, f"TRACEBACK of the launch: {last}")
