@@ -1,6 +1,6 @@
 """What a run costs beyond its job: seconds a job that are not load, warm-up or the run's clock.
 
-    python launch/bench_sweep.py [--jobs 8] [--rounds 5] [--against CHECKOUT] [overrides ...]
+    python launch/bench_sweep.py [--jobs 3] [--rounds 5] [--against CHECKOUT] [overrides ...]
 
 Runs a sweep of that many jobs that differ in dataset.seed alone, and the same job by itself (python harness/main.py),
 in turn; --jobs 0 leaves the sweep out. With another checkout of the harness, its runs alternate with ours, each in the
@@ -45,7 +45,7 @@ def beyond(root: Path, words: list[str], results: Path) -> float:
 def main() -> None:
     """Prints the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=8)
+    parser.add_argument("--jobs", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--against", type=Path, help="another checkout of the harness")
     options, overrides = parser.parse_known_args()

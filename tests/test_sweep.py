@@ -95,7 +95,7 @@ def test_a_sweep_survives_two_crashes_and_a_hang_and_then_runs_only_those(
         "model.dtype=float32",
         "dataset.num_samples=2",
         "generation.max_output_len=4",
-        "timeout_s=15",
+        "timeout_s=30",
         f"dataset.seed={','.join(map(str, seeds))}",
     ]
     own_modules = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
@@ -112,7 +112,7 @@ def test_a_sweep_survives_two_crashes_and_a_hang_and_then_runs_only_those(
     assert list(statuses) == seeds
     assert [seed for seed, status in statuses.items() if status != "ok"] == broken
     errors = {seed_of(row): row["error"] for row in first.rows}
-    ends = {3: ("failed", "SIGABRT"), 6: ("failed", "SIGKILL"), 9: ("timeout", "timeout_s=15")}
+    ends = {3: ("failed", "SIGABRT"), 6: ("failed", "SIGKILL"), 9: ("timeout", "timeout_s=30")}
     for seed in broken:
         status, words = ends[seed]
         assert statuses[seed] == status and words in errors[seed]
