@@ -308,7 +308,9 @@ def test_a_run_that_was_cut_short_is_resumed(command: Command, checkout: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", sorted(SHORT))
+@pytest.mark.parametrize(
+    "script", [pytest.param(one, marks=[pytest.mark.full] if "bench_sweep" in one else []) for one in sorted(SHORT)]
+)
 def test_a_benchmark_on_little(script: str, checkout: Path) -> None:
     """One of the commands shown for it, with what makes it short; of several rounds and variants, one and its own."""
     shown = next(command for command in SHOWN if not command.marks and script in command.words)

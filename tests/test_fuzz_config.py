@@ -360,7 +360,7 @@ def test_every_malformed_config_is_one_line(
     monkeypatch.setattr(launcher.jobs, "prepare", keep)
     count = 0
 
-    @hypothesis_settings(max_examples=scale(80, 2_600), database=None, suppress_health_check=list(HealthCheck))
+    @hypothesis_settings(max_examples=scale(80, 2_600, 20), database=None, suppress_health_check=list(HealthCheck))
     @given(words=command_lines())
     def fuzz(words: list[str]) -> None:
         nonlocal count

@@ -279,4 +279,4 @@ def describe(returncode: int, kills: memory.OomKills, record: dict[str, Any]) ->
     number = -returncode if returncode < 0 else 256 - returncode
     if 0 < number < 65:
         return faults.killed("a rank", number, kills, record.get("config") or {}, record)
-    return Fault("failed", f"a rank ended with status {returncode} before it could write its record", 1)
+    return Fault("failed", f"rank 0 died before it could write its record; a rank ended with status {returncode}", 1)
