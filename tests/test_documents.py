@@ -103,7 +103,9 @@ def variants(command: Command) -> list[list[str]]:
     words = list(command.words)
     found = [words[place + 1].split() for place, word in enumerate(words) if word == "--variant"]
     common = overrides(command) or []
-    return [common + [word for word in one if not word.startswith("cores=")] for one in found] or [common]
+    return [common + [word for word in one if not word.startswith(("cores=", "checkout="))] for one in found] or [
+        common
+    ]
 
 
 def composed(words: list[str], accelerator: str) -> None:
