@@ -240,10 +240,10 @@ def variables(ranks: int, accelerator: str) -> dict[str, str]:
     """
     left_out = {"CUDA_VISIBLE_DEVICES", RUN_ID_VARIABLE, PARENT_VARIABLE, *RANK_VARIABLES}
     kept = {name: value for name, value in os.environ.items() if name not in left_out}
-    return kept | {"DS_ACCELERATOR": accelerator} | (alone(accelerator) if ranks == 1 else {})
+    return kept | {"DS_ACCELERATOR": accelerator} | (_alone(accelerator) if ranks == 1 else {})
 
 
-def alone(accelerator: str) -> dict[str, str]:
+def _alone(accelerator: str) -> dict[str, str]:
     """Returns what DeepSpeed's launcher sets for the only rank of a launch."""
     return {
         **dict.fromkeys(("RANK", "LOCAL_RANK", "CROSS_RANK"), "0"),

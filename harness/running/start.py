@@ -10,7 +10,6 @@ import sys
 from omegaconf import DictConfig
 
 from harness.basics.errors import INTERRUPTED, UserError, complain, report
-from harness.ranks import rank
 from harness.ranks.rank import PARENT_VARIABLE, RUN_ID_VARIABLE, Rank
 from harness.results.recorder import RunRecorder
 from harness.running import launcher, worker
@@ -41,14 +40,14 @@ def run(composed: DictConfig, overrides: list[str]) -> int:
 
 def _become_the_rank(composed: DictConfig, overrides: list[str], recorder: RunRecorder, job: Job) -> int:
     """Runs the only rank of a job in this process; returns the exit status."""
-    variables = launcher.alone(job.accelerator) | {"DS_ACCELERATOR": job.accelerator}
+    variables = launcher.variables(1, job.accelerator)
     if job.accelerator == "cuda":
         # The CUDA driver has been asked for its devices by now, and shows this program those for good.
         line = launcher.command(1, job.accelerator, [*overrides, *launcher.split_words(job)])
         parent = {RUN_ID_VARIABLE: recorder.run_id, PARENT_VARIABLE: str(os.getpid())}
-        os.execve(line[0], line, launcher.variables(1, job.accelerator) | parent)
-    for name in (RUN_ID_VARIABLE, PARENT_VARIABLE, *rank.RANK_VARIABLES):
-        os.environ.pop(name, None)
+        os.execve(line[0], line, variables | parent)
+    for name in os.environ.keys() - variables.keys():
+        del os.environ[name]
     os.environ.update(variables)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's
         signal.signal(signal.SIGHUP, lambda signum, frame: os.kill(os.getpid(), signal.SIGINT))
