@@ -279,4 +279,7 @@ def describe(returncode: int, kills: memory.OomKills, record: dict[str, Any]) ->
     number = -returncode if returncode < 0 else 256 - returncode
     if 0 < number < 65:
         return faults.killed("a rank", number, kills, record.get("config") or {}, record)
-    return Fault("failed", f"rank 0 died before it could write its record; a rank ended with status {returncode}", 1)
+    if record.get("launcher") and record.get("pid") != record["launcher"][1]:  # rank 0 had begun to write it
+        error = f"rank 0 died before it could close its record; a rank ended with status {returncode}"
+        return Fault("failed", error, 1)
+    return Fault("failed", f"a rank ended with status {returncode} before it could write its record", 1)
