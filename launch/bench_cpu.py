@@ -34,7 +34,6 @@ from harness.basics.errors import UserError, report
 from harness.engines.catalogue import register
 from harness.models.tokenizer import load_tokenizer
 from harness.running import job
-from harness.workload import reading
 
 OURS, BASELINE = "fastgen", "baseline"
 TITLES = {"openvino": "OpenVINO GenAI", "vllm": "vLLM"}
@@ -84,15 +83,10 @@ class Bench:
             raise UserError("model", f"{source.kind}: the other engines read a checkpoint directory", "give model.path")
         self.model = source.path
         tokenizer = load_tokenizer(source)
-        requests = reading.resolve(
-            self.job.workload,
-            self.job.config.generation,
-            vocab_size=source.architecture.get("vocab_size"),
-            count_tokens=lambda texts: [len(ids) for ids in tokenizer(texts).input_ids],
-        ).requests
+        requests = job.resolve_requests(self.job, tokenizer).requests
         self.requests: list[tuple[list[int], int]] = []
         for request in requests:
-            assert request.output_len is not None  # workload.resolve() has seen to it
+            assert request.output_len is not None  # resolve_requests() has seen to it
             ids = tokenizer(request.prompt).input_ids if request.prompt_ids is None else list(request.prompt_ids)
             self.requests.append((ids, request.output_len))
         self.file = results / "requests.json"

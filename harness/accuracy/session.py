@@ -30,7 +30,6 @@ from harness.running import job as jobs
 from harness.running import setup
 from harness.running.job import Job
 from harness.running.lifecycle import Lifecycle, RankWork
-from harness.workload import reading
 
 LINES = "scores.jsonl"
 
@@ -157,12 +156,7 @@ class _Evaluation(RankWork):
 
     def _perplexity(self, pool: Pool) -> dict[str, Any]:
         job, tokenizer = self.job, self.engine.tokenizer
-        requests = reading.resolve(
-            job.workload,
-            job.config.generation,
-            vocab_size=job.source.architecture.get("vocab_size"),
-            count_tokens=lambda texts: [len(ids) for ids in tokenizer(texts).input_ids],
-        ).requests
+        requests = jobs.resolve_requests(job, tokenizer).requests
         bos = getattr(tokenizer, "bos_token_id", None)
         items = perplexity.items(self.engine.tokenize(requests), bos)
         self._say(f"scoring {sum(len(item.target_ids) for item in items):,} tokens of {len(items)} prompts")

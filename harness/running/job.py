@@ -242,6 +242,16 @@ def _job_hash(data: dict[str, Any], accelerator: str, requests: Workload) -> str
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
 
+def resolve_requests(job: Job, tokenizer: Any) -> Workload:
+    """Returns the job's requests, settled by its model's tokenizer and vocabulary; raises UserError."""
+    return reading.resolve(
+        job.workload,
+        job.config.generation,
+        vocab_size=job.source.architecture.get("vocab_size"),
+        count_tokens=lambda texts: [len(ids) for ids in tokenizer(texts).input_ids],
+    )
+
+
 def resolve_dtype(dtype: DType, accelerator: str) -> str:
     """Returns the torch type to use: ``auto`` is bfloat16 where the device computes it, else float32."""
     if dtype is not DType.auto:

@@ -15,8 +15,8 @@ from harness.models.loaded import identity
 from harness.ranks.rank import RUN_ID_VARIABLE
 from harness.running import setup
 from harness.running.context import RunContext
+from harness.running.job import resolve_requests
 from harness.running.sampling import of_rank
-from harness.workload import reading
 from harness.workload.records import Workload
 
 
@@ -87,13 +87,7 @@ def _load(run: RunContext, settings: EngineSettings) -> Loaded:
     load_s = time.perf_counter() - started - (engine.proof or {}).get("seconds", 0.0)
     run.facts["phase"] = "run"
     run.note(load_s=load_s, proof=engine.proof, phase="run")
-    workload = reading.resolve(
-        job.workload,
-        job.config.generation,
-        vocab_size=job.source.architecture.get("vocab_size"),
-        count_tokens=lambda texts: [len(ids) for ids in engine.tokenizer(texts).input_ids],
-    )
-    return Loaded(engine, workload)
+    return Loaded(engine, resolve_requests(job, engine.tokenizer))
 
 
 def _warm_up(run: RunContext, loaded: Loaded) -> None:
