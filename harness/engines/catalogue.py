@@ -60,11 +60,6 @@ def of_record(name: object) -> Room:
     return find(name) if isinstance(name, str) and name in _places() else Room()
 
 
-def having(key: str) -> list[str]:
-    """Returns the engines that have a key."""
-    return [name for name in names() if key in find(name).keys]
-
-
 def register() -> None:
     """Makes the schema and each engine's own part of it known to Hydra."""
     compose.register({name: find(name).config for name in names()})

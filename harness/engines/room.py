@@ -6,10 +6,11 @@ Whoever must know something of an engine asks its room; no one else tests engine
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from harness.config.engine_schemas import keys_of
 from harness.config.schema import Config, EngineConfig
 from harness.engines.known_model import KnownModel
 
@@ -74,7 +75,7 @@ class Room:
     @property
     def keys(self) -> tuple[str, ...]:
         """Its own keys, without ``engine.`` and without ``name``."""
-        return tuple(field.name for field in fields(self.config) if field.name != "name")
+        return tuple(keys_of(self.config))
 
     def check(self, config: Config, accelerator: str) -> None:
         """Raises UserError for what the engine cannot do.

@@ -16,6 +16,7 @@ from harness.basics import files
 from harness.basics.errors import UserError, printable
 from harness.config import checks, compose
 from harness.config.compose import without_hydra
+from harness.config.engine_schemas import owners
 from harness.engines import catalogue as engines
 from harness.machine.device import accelerator, cores, cuda_devices, device_name
 from harness.models import locate
@@ -50,7 +51,7 @@ def search_space(composed: DictConfig, trial: Trial) -> None:
     Raises:
         UserError: the engine has nothing to tune here, or the model cannot be found.
     """
-    engine, able = str(composed.engine.name), engines.having("token_budget")
+    engine, able = str(composed.engine.name), owners("token_budget")
     if engine not in able:
         raise UserError(
             "engine",
