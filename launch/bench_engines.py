@@ -2,7 +2,6 @@
 
     python launch/bench_engines.py --cores 0,1 [overrides ...]               # engine=baseline and engine=fastgen
     python launch/bench_engines.py --variant "cores=0 parallel.dp=1" --variant "cores=0,1 parallel.dp=2" [overrides ...]
-
     python launch/bench_engines.py --variant "checkout=../before" --variant "" [overrides ...]   # another commit's code
 
 A variant is a string of overrides; the others come from the end of the command line. Every run is a normal one

@@ -53,9 +53,6 @@ kernels, tiny = ragged.kernels, ragged.tiny
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# --- models and requests --------------------------------------------------------------------------------------------
-
-
 # --- the engine computes what Hugging Face computes -----------------------------------------------------------------
 
 

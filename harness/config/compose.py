@@ -6,10 +6,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from omegaconf import (
-    DictConfig,
-    OmegaConf,
-)
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.basics.errors import UserError

@@ -6,9 +6,7 @@ from array import array
 from pathlib import Path
 from typing import Any
 
-from harness.basics.files import (
-    numbered_lines,
-)
+from harness.basics.files import numbered_lines
 from harness.results.completions import percentile
 from harness.workload.records import PASS_COLUMNS
 

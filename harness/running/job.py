@@ -33,9 +33,8 @@ from harness.running.split import Launch, Memory, Needs, Split
 from harness.workload import reading
 from harness.workload.records import Workload
 
-RANK_BYTES = (
-    300 * 2**20
-)  # that a process holds for itself once torch and DeepSpeed are imported (measured: 313 to 324 MiB)
+# That a process holds for itself once torch and DeepSpeed are imported (measured: 313 to 324 MiB).
+RANK_BYTES = 300 * 2**20
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DEVICE_BYTES = 2 * 2**30  # of a GPU, for CUDA's context, NCCL's buffers and what a pass computes
 

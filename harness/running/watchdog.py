@@ -136,9 +136,8 @@ class Ending:
                 text = Path(f"/proc/{self._pid}/stat").read_text()
             except OSError:
                 return self._afterwards() or 0
-            values = text.rpartition(")")[
-                2
-            ].split()  # the name before may hold anything; then fields 3 to 52 of proc(5)
+            # The name before the last bracket may hold anything; then fields 3 to 52 of proc(5).
+            values = text.rpartition(")")[2].split()
             if values[0] in "ZX":
                 return int(values[49]) & 0x7F if len(values) > 49 else 0
             time.sleep(0.01)

@@ -12,13 +12,7 @@ import psutil
 import pytest
 
 from harness.verify import __main__ as verify
-from support.runs import (
-    ROOT,
-    Run,
-    check_against_ids,
-    command,
-    variables,
-)
+from support.runs import ROOT, Run, check_against_ids, command, variables
 
 # Of the demo model in float32: real tokens, which depend on everything before them.
 WORK = ["model.dtype=float32", "dataset.num_samples=24", "generation.max_output_len=24"]

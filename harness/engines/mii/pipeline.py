@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from harness.basics.errors import UserError
-from harness.engines.mii.settings import (
-    generation_settings,
-)
+from harness.engines.mii.settings import generation_settings
 from harness.engines.shared.kv_blocks import blocks_at_end
 from harness.ranks.tensor_parallel import TensorParallel
 from harness.workload.records import PassRecord, Request
