@@ -332,8 +332,9 @@ def check_asked(words: list[str], config: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleType]:
+def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, demo_model: Path) -> Iterator[ModuleType]:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HARNESS_CACHE", str(demo_model.parent))  # or it would be fetched into that home
     with entry() as module:
         yield module
 
@@ -413,7 +414,7 @@ def test_every_malformed_config_is_one_line(
     with capsys.disabled():
         seconds = time.perf_counter() - started
         print(f"\n{tally.total():,} configs in {seconds:.0f} s, {refused:,} malformed and refused: {dict(tally)}")
-    assert refused >= scale(50, 2_000)
+    assert refused >= scale(50, 2_000, 12)
     assert min(tally.values()) > tally.total() / 50 and len(tally) == 3
 
 

@@ -15,6 +15,7 @@ import signal
 import struct
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,8 +29,13 @@ PIDFD_INFO_SIZE, PIDFD_INFO_EXIT, PIDFD_EXIT_AT = 64, 1 << 3, 60
 PIDFD_GET_INFO = 3 << 30 | PIDFD_INFO_SIZE << 16 | 0xFF << 8 | 11
 
 
-def watch(results_dir: str | Path, run_id: str, timeout_s: float | None = None) -> None:
-    """Starts the program for this process's run; does without where no process can be started."""
+def watch(results_dir: str | Path, run_id: str, timeout_s: float | None = None) -> Callable[[], None]:
+    """Starts the program for this process's run; does without where no process can be started.
+
+    Returns:
+        What to call once this process has told the user itself how the run ended, but could not write it down: the
+        program tries once more, silently.
+    """
     import subprocess
 
     reader, writer = os.pipe()  # the writing end is closed by this process's end, however it comes
@@ -45,6 +51,12 @@ def watch(results_dir: str | Path, run_id: str, timeout_s: float | None = None) 
         subprocess.Popen(words, stdin=reader, stdout=subprocess.DEVNULL).wait()  # it has detached itself by then
     os.close(reader)
 
+    def told() -> None:
+        with contextlib.suppress(OSError):
+            os.write(writer, b"told")
+
+    return told
+
 
 def close(results_dir: str, run_id: str, pid: int, timeout_s: float | None = None) -> None:
     """Waits for the end of the other end of standard input, then closes the record if ``pid`` has left it open."""
@@ -52,7 +64,7 @@ def close(results_dir: str, run_id: str, pid: int, timeout_s: float | None = Non
     from harness.running.faults import killed, timed_out, way_on
 
     kills = OomKills()
-    number, sleepers = _outlive(Path(results_dir, run_id), pid, timeout_s)
+    number, sleepers, told = _outlive(Path(results_dir, run_id), pid, timeout_s)
 
     import socket
 
@@ -77,12 +89,17 @@ def close(results_dir: str, run_id: str, pid: int, timeout_s: float | None = Non
             return
     except UserError as error:
         line = f"{fault.error}; and the record cannot be written: {error}"
-    with contextlib.suppress(OSError):  # the reader may have left
-        complain(line)
+    if not told:
+        with contextlib.suppress(OSError):  # the reader may have left
+            complain(line)
 
 
-def _outlive(directory: Path, pid: int, timeout_s: float | None) -> tuple[int, Sleepers]:
-    """Looks after rank 0 until its end of standard input is closed, which its death does; returns the signal."""
+def _outlive(directory: Path, pid: int, timeout_s: float | None) -> tuple[int, Sleepers, bool]:
+    """Looks after rank 0 until its end of standard input is closed, which its death does.
+
+    Returns:
+        The signal that ended it; what was woken; and whether it has told the user how the run ended.
+    """
     import psutil
 
     from harness.results.lifeline import Witness
@@ -104,7 +121,12 @@ def _outlive(directory: Path, pid: int, timeout_s: float | None) -> tuple[int, S
                 if child != rank and "LOCAL_RANK" in (words := child.environ()) and words.get("MASTER_PORT") == port:
                     sleepers.wake([child])
 
-    while not select.select([0], [], [], LOOK_S)[0] or os.read(0, 4096):
+    told = False
+    while True:
+        if select.select([0], [], [], LOOK_S)[0]:
+            if not os.read(0, 4096):
+                break
+            told = True
         witness.look()
         if due is not None and time.monotonic() > due:
             with contextlib.suppress(psutil.Error):
@@ -117,7 +139,7 @@ def _outlive(directory: Path, pid: int, timeout_s: float | None) -> tuple[int, S
     number = ending.signal()  # before the launcher reaps it
     with contextlib.suppress(psutil.Error):
         wake()  # the others, for which the launcher would wait
-    return number, sleepers
+    return number, sleepers, told
 
 
 class Ending:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
@@ -40,15 +40,16 @@ def run(composed: DictConfig, rank: Rank, begun: tuple[RunRecorder, Job] | None 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings about lost peers would bury our own line
     config = jobs.resolved(composed)
     recorder, checked = begun or (None, None)
+    told: Callable[[], None] | None = None
     if rank.first:
         try:
             recorder = recorder or _recorder(config)
         except UserError as error:
             return report(error)
         if os.environ.get(PARENT_VARIABLE) in (None, str(os.getpid())):
-            watchdog.watch(recorder.results_dir, recorder.run_id, config.get("timeout_s"))
+            told = watchdog.watch(recorder.results_dir, recorder.run_id, config.get("timeout_s"))
         log_to(f"{recorder.directory}/run.log")
-    return Lifecycle(rank, _RankRun(config, rank, recorder, checked), alone=begun is not None).run(composed)
+    return Lifecycle(rank, _RankRun(config, rank, recorder, checked, told), alone=begun is not None).run(composed)
 
 
 def _recorder(config: dict[str, Any]) -> RunRecorder:
@@ -64,11 +65,19 @@ def _recorder(config: dict[str, Any]) -> RunRecorder:
 class _RankRun(RankWork):
     """A rank's part of a run, and on rank 0 the run's record."""
 
-    def __init__(self, config: dict[str, Any], rank: Rank, recorder: RunRecorder | None, checked: Job | None) -> None:
+    def __init__(
+        self,
+        config: dict[str, Any],
+        rank: Rank,
+        recorder: RunRecorder | None,
+        checked: Job | None,
+        told: Callable[[], None] | None,
+    ) -> None:
         self.config = config
         self.rank = rank
         self.recorder = recorder
         self.checked = checked
+        self.told = told
         self.context: RunContext | None = None
         self.delivery: Delivery | None = None
 
@@ -131,6 +140,8 @@ class _RankRun(RankWork):
         try:
             row = recorder.finish(fault.status, fault.error, **self._measured())
         except UserError as error:
+            if self.told is not None:
+                self.told()
             return f"{kept}; its row cannot be written either" if kept else f"; nor can its row be written: {error}"
         return " (the run is complete)" if row["status"] == "ok" else kept
 
