@@ -10,11 +10,12 @@ from conftest import ROOT
 from hydra import compose, initialize_config_dir
 
 from harness.basics.errors import UserError
+from harness.costs.memory import Memory, Needs, shortage, useful_tokens
 from harness.engines.catalogue import register
 from harness.machine import snapshot
 from harness.ranks.rank import Rank
 from harness.running import job, split
-from harness.running.split import Launch, Memory, Needs, choose, shortage, useful_tokens
+from harness.running.split import Launch, choose
 from harness.workload.records import Request
 
 GIB = 2**30

@@ -42,6 +42,13 @@ class SyntheticPrompt(Enum):
     random = "random"
 
 
+class Accelerator(Enum):
+    """What the ranks run on; PyTorch calls AMD's devices ``cuda`` too."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 @dataclass
 class EngineConfig:
     """Which engine runs the job. Each engine's own keys are a subclass in its room (:mod:`harness.engines.room`)."""
@@ -99,13 +106,20 @@ class ParallelConfig:
 
 @dataclass
 class HardwareConfig:
-    """Peak figures of one device, from its data sheet; null is unknown and leaves utilisation empty."""
+    """Figures of one device, from its data sheet or measured; null is unknown and leaves utilisation empty.
+
+    Bandwidths are bytes/s in one direction. ``fit`` is what ``harness.plan --fit`` has found (``harness.costs.fit``).
+    """
 
     name: str = MISSING
+    accelerator: Accelerator = Accelerator.cpu
     peak_flops: dict[str, float | None] = field(default_factory=dict)
     memory_bytes: int | None = None
     memory_bandwidth: float | None = None
     interconnect_bandwidth: float | None = None
+    devices_per_node: int | None = None
+    node_bandwidth: float | None = None
+    fit: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

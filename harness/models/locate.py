@@ -58,6 +58,20 @@ def locate(model: ModelConfig) -> Source:
     )
 
 
+def described(model: ModelConfig) -> Source:
+    """Returns the model as far as a plan needs it: the checkpoint where one is given, else ``model.architecture``.
+
+    Raises:
+        UserError: a checkpoint is given and is not whole, or the architecture lacks sizes.
+    """
+    if model.path is not None or model.weights is Weights.dummy or not model.architecture:
+        return locate(model)
+    architecture = {key: value for key, value in model.architecture.items() if value is not None}
+    check_architecture(architecture, "model.architecture, ")
+    tokenizer = None if model.tokenizer is None else find_tokenizer(model.tokenizer)
+    return Source("described", None, None, tokenizer, architecture, model.trust_remote_code)
+
+
 def model_name(model: ModelConfig, source: Source) -> str:
     """Returns the name under which a run is recorded, so that no record claims a model that did not run.
 
@@ -70,7 +84,7 @@ def model_name(model: ModelConfig, source: Source) -> str:
         (as far as both state them); else the last part of the checkpoint's path: the name of the directory,
         of the GGUF file without ``.gguf``, or of the hub id.
     """
-    if source.path is None or source.kind == "dummy":
+    if source.path is None or source.kind == "dummy":  # as it is described
         return model.name
     if source.architecture:
         conf, found = sizes(model.architecture), sizes(source.architecture)

@@ -12,7 +12,7 @@ GIVE_PATH = "give the directory of a checkpoint (config.json and *.safetensors) 
 class Source:
     """What `locate.locate` found: enough to plan with, and to load from."""
 
-    kind: str  # "directory", "gguf", "hub" or "dummy"
+    kind: str  # "directory", "gguf", "hub", "dummy", or "described" for one that is only planned with
     path: str | None  # the directory, the GGUF file's directory, or the hub id
     gguf_file: str | None  # the file's name in `path`
     tokenizer: str | None  # directory, GGUF file or hub id; None is the byte tokenizer

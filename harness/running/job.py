@@ -20,6 +20,8 @@ from harness.config.compose import to_config
 from harness.config.explain import explain
 from harness.config.identity import config_hash
 from harness.config.schema import Config, DType, ParallelConfig
+from harness.costs import memory as costs
+from harness.costs.memory import Needs
 from harness.engines import catalogue
 from harness.engines.known_model import KnownModel
 from harness.machine import device, snapshot
@@ -27,16 +29,14 @@ from harness.machine.memory import available_memory_bytes
 from harness.models import locate
 from harness.models.architecture import attention_heads, context_length, kv_bytes_per_token, parameters, required_bytes
 from harness.models.source import Source
-from harness.ranks.rank import Rank, current
-from harness.running import split
-from harness.running.split import Launch, Memory, Needs, Split
+from harness.ranks.rank import Rank
+from harness.running import split, target
+from harness.running.split import Split
+from harness.running.target import RANK_BYTES, Target
 from harness.workload import reading
 from harness.workload.records import Workload
 
-# That a process holds for itself once torch and DeepSpeed are imported (measured: 313 to 324 MiB).
-RANK_BYTES = 300 * 2**20
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-DEVICE_BYTES = 2 * 2**30  # of a GPU, for CUDA's context, NCCL's buffers and what a pass computes
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +94,12 @@ def resolved(composed: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in data.items()}
 
 
-def prepare(composed: DictConfig, rank: Rank | None = None) -> Job:
+def prepare(composed: DictConfig, rank: Rank | None = None, planned: Target | None = None) -> Job:
     """Checks config, dataset, model and memory, and settles how the ranks are split.
 
     Args:
         rank: this process in the launch that runs the job; None where it is to start one.
+        planned: the machine that the job is for; None is this one. Elsewhere the model need not be here.
 
     Raises:
         UserError: for the first that is wrong.
@@ -107,10 +108,10 @@ def prepare(composed: DictConfig, rank: Rank | None = None) -> Job:
         config = to_config(composed)
     except OmegaConfBaseException as error:
         raise explain(error) from error
-    accelerator = device.accelerator()
+    accelerator = device.accelerator() if planned is None else planned.accelerator
     check(config, accelerator)
     requests = reading.read(config.dataset)
-    source = locate.locate(config.model)
+    source = locate.locate(config.model) if planned is None else locate.described(config.model)
     dtype = resolve_dtype(config.model.dtype, accelerator)
     max_context = context_length(source.architecture, config.model.max_context)
     catalogue.find(config.engine.name).check_model(KnownModel.of(source, dtype, max_context=max_context))
@@ -125,12 +126,13 @@ def prepare(composed: DictConfig, rank: Rank | None = None) -> Job:
         max_context=max_context,
         job_hash="",
     )
-    chosen = _choose(job, rank)
+    machine = planned or target.this_machine(config, accelerator, rank)
+    chosen = _choose(job, machine)
     config = _with_split(config, chosen.tp, chosen.dp)
     check(config, accelerator)
     _check_sharding(replace(job, config=config, split=chosen))
     local_ranks = chosen.tp * chosen.dp if rank is None else rank.local_world
-    if accelerator == "cpu":  # a device's free memory is not known before torch is there
+    if accelerator == "cpu" and machine.here:  # a device's free memory is not known before torch is there
         _check_ranks(local_ranks, chosen.tp)
         _check_memory(source, dtype, -(-local_ranks // chosen.tp))
     settings = job.settings | {"parallel": asdict(config.parallel)}
@@ -150,46 +152,29 @@ def _with_split(config: Config, tp: int, dp: int) -> Config:
     return replace(config, parallel=ParallelConfig(tp, dp))
 
 
-def _choose(job: Job, rank: Rank | None) -> Split:
+def _choose(job: Job, machine: Target) -> Split:
     """Returns how the ranks are split, by the memory there is and the sums of the engines; raises UserError."""
-    launch, memory, needs = _launch(rank, job.accelerator, job.config.engine.name), _memory(job), _needs(job)
+    launch, memory, needs = machine.launch, machine.memory, memory_needs(job)
     chosen = split.choose(
         job.split.asked,
         launch,
-        lacks=lambda tp, ranks_here: split.shortage(tp, ranks_here, memory, needs),
+        lacks=lambda tp, ranks_here: costs.shortage(tp, ranks_here, memory, needs),
         refusal=lambda tp, dp: _refusal(job, tp, dp),
         fits=split.UNKNOWN if needs is None or memory.size is None else split.FITS,
     )
-    return replace(chosen, why=chosen.why + _idle(launch, chosen, job.accelerator))
+    return replace(chosen, why=chosen.why + (_idle(machine, chosen) if machine.here else ""))
 
 
-def _launch(rank: Rank | None, accelerator: str, engine: str) -> Launch:
-    """Returns the ranks that a job has, or can have."""
-    if rank is not None:
-        return Launch(rank.world, rank.local_world)
-    if (outer := current()) is not None:  # the first rank of a launch drives several, each of its own
-        return Launch(outer.world, outer.local_world, fixed=False)
-    # Shards on a CPU would share the memory that they have to read anyway, and one rank of some engines takes all GPUs.
-    alone = accelerator == "cpu" or catalogue.find(engine).spreads
-    return Launch(None, 1 if alone else device.cuda_devices())
-
-
-def _idle(launch: Launch, chosen: Split, accelerator: str) -> str:
+def _idle(machine: Target, chosen: Split) -> str:
     """Returns how to use the GPUs that a run which started by itself has left."""
-    if accelerator != "cuda" or launch.ranks is not None or not chosen.chosen:
+    if machine.accelerator != "cuda" or machine.launch.ranks is not None or not chosen.chosen:
         return ""
     devices = device.cuda_devices()
     idle = devices - chosen.tp * chosen.dp
     return f"; deepspeed --num_gpus {devices} harness/main.py uses the other {idle} GPUs too" if idle > 0 else ""
 
 
-def _memory(job: Job) -> Memory:
-    if job.accelerator == "cpu":
-        return Memory(available_memory_bytes(), True, RANK_BYTES)
-    return Memory(snapshot.device_memory_bytes() or job.config.hardware.memory_bytes, False, DEVICE_BYTES)
-
-
-def _needs(job: Job) -> Needs | None:
+def memory_needs(job: Job) -> Needs | None:
     """Returns what a replica takes; None where the model's sizes are not known."""
     count = parameters(job.source.architecture)
     if count is None:
@@ -200,7 +185,7 @@ def _needs(job: Job) -> Needs | None:
         whole=(count.total - count.matmul) * element,
         token=kv_bytes_per_token(job.source.architecture, element),
         kv_heads=attention_heads(job.source.architecture)[1],
-        tokens=split.useful_tokens(job.workload.requests, job.max_context, share.tokens),
+        tokens=costs.useful_tokens(job.workload.requests, job.max_context, share.tokens),
         part=share.part,
         given=share.given,
     )

@@ -1,0 +1,107 @@
+"""What a rank needs of memory, what it finds, and what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from harness.workload.records import Request
+
+SEQUENCES = 8  # of the longest request's size that a useful KV cache holds
+CHARACTERS_A_TOKEN = 3  # of a prompt that is not tokenized yet
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What the ranks find on one host.
+
+    Attributes:
+        size: bytes of one device, or of the host's memory that is free; None where nobody knows.
+        shared: whether the ranks of the host have ``size`` together, as on a CPU.
+        own: bytes that each rank takes before it loads a model.
+    """
+
+    size: int | None
+    shared: bool
+    own: int
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What one replica needs, in bytes.
+
+    Attributes:
+        sharded, whole: weights that tensor parallelism divides among the ranks, and those that each rank has.
+        token: keys and values of one token, of all ``kv_heads``.
+        tokens: of the KV cache that makes a replica useful (:func:`useful_tokens`).
+        part: of what the weights leave free, that the engine makes its KV cache of.
+        given: bytes of a rank's KV cache where the config says them: then these are useful, and what it takes.
+    """
+
+    sharded: int
+    whole: int
+    token: int
+    kv_heads: int
+    tokens: int
+    part: float = 1.0
+    given: int | None = None
+
+    def weights(self, tp: int) -> int:
+        """Returns a rank's bytes of weights."""
+        return -(-self.sharded // tp) + self.whole
+
+    def useful(self, tp: int) -> int:
+        """Returns a rank's bytes of a useful KV cache; a rank has whole heads."""
+        if self.given is not None:
+            return self.given
+        return self.tokens * self.token // self.kv_heads * -(-self.kv_heads // tp)
+
+    def cache(self, left: int) -> int:
+        """Returns the bytes of KV cache that the engine makes of what the weights have ``left``."""
+        return int(self.part * left) if self.given is None else left
+
+
+def useful_tokens(requests: Sequence[Request], context: int | None, most: int) -> int:
+    """Returns how many tokens of KV cache make a replica useful.
+
+    Useful is a cache that holds the longest request of the dataset eight times over, or all requests where they are
+    fewer or shorter than that: below some such number every pass reads all the weights for a handful of tokens, and
+    sharing the model among more ranks, which leaves each of them more memory, is the better use of them. Prompts are
+    not tokenized yet, so their length is the dataset's own claim or a guess from their characters.
+
+    Args:
+        context: longest prompt plus output of the model, None where it has no limit.
+        most: tokens that the engine ever holds at a time.
+    """
+    lengths = []
+    for request in requests:
+        prompt = len(request.prompt_ids or ()) or request.claimed_prompt_len
+        length = (prompt or len(request.prompt) // CHARACTERS_A_TOKEN) + 1
+        length += request.output_len or len(request.reply or "") // CHARACTERS_A_TOKEN
+        lengths.append(length if context is None else min(length, context))
+    longest = max(lengths, default=1)
+    return max(longest, min(SEQUENCES * longest, sum(lengths), most))
+
+
+def shortage(tp: int, ranks: int, memory: Memory, needs: Needs | None) -> str | None:
+    """Returns what is missing for ``tp`` ranks to share a model; None when they have what they need, or nobody knows.
+
+    Args:
+        ranks: of one host.
+    """
+    if needs is None or memory.size is None:
+        return None
+    share = memory.size // ranks if memory.shared else memory.size
+    left = share - memory.own - needs.weights(tp)
+    cache, useful = needs.cache(left), needs.useful(tp)
+    if left > 0 and cache >= useful:
+        return None
+    gets = f", of which the cache gets {gib(cache)}" if left > 0 else ""
+    return (
+        f"a rank of tp={tp} needs {gib(needs.weights(tp))} of weights and {gib(useful)} of KV cache; "
+        f"it has {gib(share)}{gets}"
+    )
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
