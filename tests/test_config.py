@@ -67,7 +67,8 @@ def test_the_contract_s_options_are_there() -> None:
         "model": {"smollm2_135m", "llama2_7b", "llama2_13b", "llama2_70b"},
         "dataset": {"sample", "asc24", "sharegpt", "synthetic"},
         "parallel": {"auto", "single", "tp2", "tp4", "tp8", "dp2"},
-        "hardware": {"cpu", "a100_80g", "h100_80g", "h200_141g"},
+        "hardware": {"cpu", "a100_40g", "a100_80g", "h100_80g", "h200_141g", "h20_96g", "l40s_48g", "b200_180g"}
+        | {"rtx_pro_6000_96g", "mi300x_192g"},
         "experiment": {"quickstart", "asc24_70b_8gpu"},
     }
     for group, options in wanted.items():
@@ -143,7 +144,7 @@ def test_what_hydra_refuses_is_one_line(override: str, line: str) -> None:
         (["timeout_s=1e-9"], "timeout_s: 1e-09; "),  # the system's timer would take it for none
         (["repeat=100000"], "repeat: 100000; give a whole number from 1 to 10000"),
         (["dataset.seed=-1"], "dataset.seed: -1; "),
-        (["+hardware.peak_flops.int3=1e12"], "hardware.peak_flops.int3: no such type; choose one of auto, float32"),
+        (["+hardware.peak_flops.int3=1e12"], "hardware.peak_flops.int3: no such type; choose one of float32, bfloat16"),
         (["model.architecture.rms_norm_eps=nan"], "model.architecture.rms_norm_eps: nan; give a number"),
         (["+model.architecture.x={a:[1,{b:nan}]}"], "model.architecture.x.a.1.b: nan; "),
         (['model.name="a\tb"'], "model.name: 'a\\tb'; give a name of 1 to 200 printable characters"),
@@ -173,6 +174,9 @@ def test_what_hydra_refuses_is_one_line(override: str, line: str) -> None:
         (["results_dir=''"], "results_dir: ''"),
         (["hardware.peak_flops.bfloat16=-1"], "hardware.peak_flops.bfloat16: -1.0"),
         (["hardware.memory_bandwidth=nan"], "hardware.memory_bandwidth: nan"),
+        (["hardware.node_bandwidth=-5e10"], "hardware.node_bandwidth: -50000000000.0; give the data sheet's figure"),
+        (["hardware.devices_per_node=0"], "hardware.devices_per_node: 0; give a whole number from 1"),
+        (["+hardware.peak_flops.float8=0"], "hardware.peak_flops.float8: 0.0; give the data sheet's figure"),
         (
             ["engine.token_budget=99999999999999"],
             "engine.token_budget: 99999999999999; give a whole number from 1 to 2",

@@ -7,10 +7,12 @@ import re
 from collections.abc import Mapping
 
 from harness.basics.errors import UserError, quoted
-from harness.config.schema import Config, DType, SweepConfig
+from harness.config.schema import Config, HardwareConfig, SweepConfig
 
 MAX_SEED = 2**63 - 1
 MAX_REPEAT = 10_000
+# What devices multiply matrices in; those that no run computes in are for plans.
+PEAK_DTYPES = ("float32", "bfloat16", "float16", "float8", "int8", "float4", "int4")
 TIMEOUTS_S = (1e-3, 1e9)  # what the system's timers take: below a microsecond they mean none
 BYTE_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -93,18 +95,26 @@ def _check_numbers(config: Config) -> None:
         raise UserError("verify", str(config.verify), f"give a whole number from 0 to {2**31}")
     if not 0 <= config.dataset.seed <= MAX_SEED:  # the generator takes a negative one for its positive
         raise UserError("dataset.seed", str(config.dataset.seed), f"give a whole number from 0 to {MAX_SEED}")
-    hardware = config.hardware
-    peaks = {f"hardware.peak_flops.{dtype}": peak for dtype, peak in hardware.peak_flops.items()}
-    peaks["hardware.memory_bytes"] = hardware.memory_bytes
-    peaks["hardware.memory_bandwidth"] = hardware.memory_bandwidth
-    peaks["hardware.interconnect_bandwidth"] = hardware.interconnect_bandwidth
-    for dtype in hardware.peak_flops.keys() - set(DType.__members__):
-        raise UserError(f"hardware.peak_flops.{dtype}", "no such type", f"choose one of {', '.join(DType.__members__)}")
-    for name, peak in peaks.items():
-        if peak is not None and not 0 < peak < math.inf:
-            raise UserError(name, str(peak), "give the data sheet's figure, or null where it is not known")
+    check_hardware(config.hardware)
     if config.timeout_s is not None and not TIMEOUTS_S[0] <= config.timeout_s <= TIMEOUTS_S[1]:
         raise UserError("timeout_s", str(config.timeout_s), "give seconds from 0.001 to 1e9, or null for none")
+
+
+def check_hardware(hardware: HardwareConfig) -> None:
+    """Raises UserError for a type that no device computes in, and for what is no figure of a device."""
+    for dtype in sorted(hardware.peak_flops.keys() - set(PEAK_DTYPES)):
+        raise UserError(f"hardware.peak_flops.{dtype}", "no such type", f"choose one of {', '.join(PEAK_DTYPES)}")
+    figures: dict[str, float | None] = {
+        **{f"hardware.peak_flops.{dtype}": peak for dtype, peak in hardware.peak_flops.items()},
+        "hardware.memory_bytes": hardware.memory_bytes,
+        "hardware.memory_bandwidth": hardware.memory_bandwidth,
+        "hardware.interconnect_bandwidth": hardware.interconnect_bandwidth,
+        "hardware.node_bandwidth": hardware.node_bandwidth,
+    }
+    for name, figure in figures.items():
+        if figure is not None and not 0 < figure < math.inf:
+            raise UserError(name, str(figure), "give the data sheet's figure, or null where it is not known")
+    check_counts({"hardware.devices_per_node": hardware.devices_per_node})
 
 
 def _check_architecture(value: object, where: str) -> None:

@@ -108,7 +108,8 @@ class ParallelConfig:
 class HardwareConfig:
     """Figures of one device, from its data sheet or measured; null is unknown and leaves utilisation empty.
 
-    Bandwidths are bytes/s in one direction. ``fit`` is what ``harness.plan --fit`` has found (``harness.costs.fit``).
+    Bandwidths are bytes/s in one direction. ``fit`` is what ``harness.plan --fit`` has found (``harness.costs.fit``),
+    ``device_names`` what the driver calls devices that these figures are of.
     """
 
     name: str = MISSING
@@ -119,6 +120,7 @@ class HardwareConfig:
     interconnect_bandwidth: float | None = None
     devices_per_node: int | None = None
     node_bandwidth: float | None = None
+    device_names: list[str] = field(default_factory=list)
     fit: dict[str, Any] = field(default_factory=dict)
 
 
