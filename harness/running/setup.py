@@ -15,15 +15,20 @@ if TYPE_CHECKING:
     from harness.ranks.replicas import Replicas
 
 
-def use_cores(job: Job, rank: Rank) -> None:
-    """Gives each rank of this host cores of its own, and a thread a core unless the user chose a number."""
+def use_cores(job: Job, rank: Rank) -> bool:
+    """Gives each rank of this host cores of its own, and a thread a core unless the user chose a number.
+
+    Returns:
+        Whether there are fewer cores than ranks, so that none has a core of its own.
+    """
+    crowded = device.cores() < rank.local_world
     if job.accelerator == "cpu":
         bind_cores(rank)
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
-        crowded = device.cores() < rank.local_world  # then no rank has a core of its own
         torch.set_num_threads(1 if crowded else device.cores())
+    return crowded
 
 
 def join(job: Job, rank: Rank, rendezvous: Rendezvous) -> Replicas | None:
