@@ -1,7 +1,8 @@
-"""The machine's rate of matrix products on a model's shapes: python matrix_rate.py MODEL DTYPE CORES
+"""The machine's rate of matrix products: python matrix_rate.py MODEL DTYPE CORES, or python matrix_rate.py DTYPE
 
-One process a core, pinned, all at once. Each multiplies 64 to 512 rows with weights of every shape that a layer and the
-output head have, through torch's oneDNN, as given and packed beforehand; its rate is the best of all these.
+On a model's shapes: one process a core, pinned, all at once. Each multiplies 64 to 512 rows with weights of every shape
+that a layer and the output head have, through torch's oneDNN, as given and packed beforehand; its rate is the best of
+all these. With a type alone: measures anew what runs with hardware=cpu take for this process's cores, and keeps it.
 """
 
 from __future__ import annotations
@@ -10,18 +11,18 @@ import json
 import multiprocessing
 import os
 import sys
-import time
-from collections.abc import Callable
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from harness.machine import probe
 from harness.models.architecture import attention_heads
 
 ROWS = (64, 128, 256, 512)
-SECONDS = 0.12  # for each shape
+SECONDS = 0.12  # for each shape and way
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def shapes(architecture: dict[str, Any]) -> list[tuple[int, int]]:
@@ -43,30 +44,15 @@ def best_rate(core: int, architecture: dict[str, Any], dtype: str, together: Any
     import torch
 
     torch.set_num_threads(1)
-    kind = getattr(torch, dtype)
-    best = 0.0
     together.wait()
-    with torch.inference_mode():
-        for columns, depth in shapes(architecture):
-            weights = torch.randn(columns, depth).to(kind)
-            for rows in ROWS:
-                activations = torch.randn(rows, depth).to(kind)
-                ways: list[Callable[[], Any]] = [partial(torch.nn.functional.linear, activations, weights)]
-                if kind is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-                    packed = torch.ops.mkldnn._reorder_linear_weight(weights, rows)
-                    pointwise = torch.ops.mkldnn._linear_pointwise
-                    ways.append(partial(pointwise, activations, packed, None, "none", [], ""))
-                for multiply in ways:
-                    multiply()
-                    until = time.perf_counter() + SECONDS
-                    while (started := time.perf_counter()) < until:
-                        multiply()
-                        best = max(best, 2 * rows * columns * depth / (time.perf_counter() - started) / 1e9)
-    answers.put(best)
+    products = [(rows, columns, depth) for columns, depth in shapes(architecture) for rows in ROWS]
+    answers.put(probe.matrix_rate(dtype, products, SECONDS) / 1e9)
 
 
-def main() -> None:
-    """Prints the sum of the cores' rates."""
+def main() -> int:
+    """Prints the sum of the cores' rates, or what was measured for hardware=cpu; returns the exit status."""
+    if len(sys.argv) == 2:
+        return measure(sys.argv[1])
     model, dtype, cores = sys.argv[1:]
     architecture = json.loads(Path(model, "config.json").read_text())
     context = multiprocessing.get_context("spawn")
@@ -79,7 +65,21 @@ def main() -> None:
     for worker in workers:
         worker.join()
     print(json.dumps({"gflops": sum(rates), "cores": rates}))
+    return 0
+
+
+def measure(dtype: str) -> int:
+    """Measures this process's cores, as a run's only rank has them, keeps the figures and prints them."""
+    if dtype not in DTYPES:
+        print(f"error: DTYPE: {dtype!r}; give one of {', '.join(DTYPES)}", file=sys.stderr)
+        return 2
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    print(json.dumps(asdict(probe.figures(dtype, anew=True))))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

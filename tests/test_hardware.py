@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 import re
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from support.documents import tables
+from support.runs import RANDOM, TINY, Run, variables
 
+from harness.basics.errors import UserError
 from harness.config.checks import PEAK_DTYPES, check_hardware
+from harness.config.devices import option_of
 from harness.config.schema import HardwareConfig
+from harness.costs.hardware import complete
+from harness.machine import device, probe
+from harness.ranks.rank import Rank
+from harness.running import setup
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = ROOT / "conf" / "hardware"
@@ -96,3 +110,154 @@ def test_the_table_of_options_is_that_of_the_files() -> None:
 def test_no_two_options_claim_the_same_device() -> None:
     names = [name for option in GPUS for name in read(option)[1].device_names]
     assert len(names) == len(set(names)) > 7
+
+
+@pytest.mark.parametrize(
+    ("device_name", "option"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100_80g"),
+        ("NVIDIA A100-SXM4-40GB", "a100_40g"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "rtx_pro_6000_96g"),
+        ("NVIDIA H100 PCIe", None),  # another card of the same chip
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),  # a part of one
+        ("", None),
+    ],
+)
+def test_a_device_is_known_by_its_whole_name(device_name: str, option: str | None) -> None:
+    found = option_of(device_name)
+    assert (found and found.name) == option
+
+
+# --- a CPU ---
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Returns where figures are kept in this test: nothing is known yet."""
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path / "hardware"
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_cpu_is_measured_once_and_read_without_torch(cache: Path) -> None:
+    told: list[str] = []
+    assert probe.measured("float32") is None
+    found = probe.figures("float32", say=told.append)
+    assert 1e8 < found.peak_flops < 1e15 and 1e8 < found.memory_bandwidth < 1e13
+    assert found.machine["threads"] == 1 and found.machine["cores"] == device.cores()
+    assert probe.figures("float32", say=told.append) == found
+    how = f"on {device.cores()} cores with 1 threads (once; about a second)"
+    assert told == [f"measuring float32 products and memory {how}"]
+    script = "import sys; from harness.machine import probe; print(probe.measured('float32').peak_flops)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{script}; assert not {{'torch', 'numpy'}} & sys.modules.keys()"],
+        env=variables(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert float(done.stdout) == found.peak_flops
+    assert probe.measured("bfloat16") is None
+
+
+def known(cache: Path, **changes: Any) -> probe.Figures:
+    """Keeps figures as if this machine had been measured, and returns them."""
+    machine = probe._machine(device.cores(), 1)
+    found = probe.Figures("float32", 5e10, 8e9, "2026-01-01T00:00:00Z", 0.0, machine)
+    found = dataclasses.replace(found, **changes)
+    cache.mkdir(exist_ok=True)
+    probe._path("float32", machine).write_text(json.dumps(dataclasses.asdict(found)))
+    return found
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_figures_of_a_busy_machine_are_taken_anew_when_it_is_idle(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = known(cache, load=3.0, peak_flops=1.0, memory_bandwidth=1e15)
+    monkeypatch.setattr(probe, "_load", lambda: 3.0)
+    assert probe.figures("float32") == busy
+    monkeypatch.setattr(probe, "_load", lambda: 0.1)
+    found = probe.figures("float32")
+    assert found.peak_flops > 1e8 and found.memory_bandwidth == 1e15  # the better of both
+    assert probe.figures("float32") == found == probe.measured("float32")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"dtype": "float32", "speed": 1}', "\xff"])
+def test_a_damaged_file_of_figures_is_none(cache: Path, content: str) -> None:
+    found = known(cache)
+    assert probe.measured("float32") == found
+    (file,) = cache.iterdir()
+    file.write_text(content, encoding="latin-1")
+    assert probe.measured("float32") is None
+
+
+def test_figures_of_other_cores_or_threads_are_not_taken(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = known(cache, peak_flops=7e10)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert probe.measured("float32") is None
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(device, "cores", lambda: found.machine["cores"] * 4)
+    assert probe.measured("float32") is None
+    assert probe.measured("float32", ranks=4) == found
+
+
+def test_a_plan_has_the_figures_that_were_measured(cache: Path) -> None:
+    _, cpu = read("cpu")
+    with pytest.raises(UserError) as refused:
+        complete(cpu, "float32")
+    assert str(refused.value) == (
+        "hardware.peak_flops.float32: not known for hardware=cpu; give it, or have it measured with as many cores and "
+        "OMP_NUM_THREADS as a rank has: python launch/matrix_rate.py float32"
+    )
+    known(cache)
+    found = complete(cpu, "float32")
+    assert (found.peak_flops["float32"], found.memory_bandwidth) == (5e10, 8e9)
+    assert cpu.memory_bandwidth is None
+    given = dataclasses.replace(cpu, peak_flops={"float32": 9e11})
+    assert complete(given, "float32").peak_flops["float32"] == 9e11  # what is given wins
+    assert complete(given, "float32").memory_bandwidth == 8e9
+    _, card = read("h100_80g")
+    assert complete(card, "float8") == card
+    with pytest.raises(UserError, match=r"^hardware.peak_flops.float4: not known for hardware=h100_80g; give it, or"):
+        complete(card, "float4")
+
+
+def test_ranks_with_several_cores_each_use_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    cores, before = set(range(8)), torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, chosen: (cores.clear(), cores.update(chosen)))
+    job: Any = SimpleNamespace(accelerator="cpu")
+    try:
+        assert not setup.use_cores(job, Rank(rank=1, world=4, local_rank=1, local_world=4))
+        assert (cores, torch.get_num_threads()) == ({2, 3}, 2)
+        assert setup.use_cores(job, Rank(rank=1, world=4, local_rank=1, local_world=4))  # two cores, four ranks
+        assert (cores, torch.get_num_threads()) == ({2, 3}, 1)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_run_measures_its_processor_the_first_time(harness: Callable[..., Run], tmp_path: Path) -> None:
+    words = [*TINY, *RANDOM, "dataset.num_samples=2", "dataset.input_len=8", "dataset.output_len=2"]
+    first = harness(*words, results=tmp_path / "first", HARNESS_CACHE=str(tmp_path))
+    second = harness(*words, results=tmp_path / "second", HARNESS_CACHE=str(tmp_path))
+    assert first.status == second.status == 0, first.stderr + second.stderr
+    assert first.stdout.count("measuring float32 products") == 1 and "measuring" not in second.stdout
+    assert "measuring float32 products" in (first.directory / "run.log").read_text()
+    one, two = (run.record["hardware_measured"] for run in (first, second))
+    assert not one.pop("earlier") and two.pop("earlier")
+    assert one == two and one["dtype"] == "float32" and one["how"]
+    (kept,) = (tmp_path / "hardware").iterdir()
+    assert json.loads(kept.read_text())["peak_flops"] == one["peak_flops"]
+    used = second.record["model_flops"] / (float(second.row["elapsed_s"]) * two["peak_flops"])
+    assert float(second.row["model_flops_utilisation"]) == pytest.approx(used, rel=1e-4)
+    assert first.record["config"] == second.record["config"] | {"results_dir": str(tmp_path / "first")}
+
+
+def test_a_type_that_is_none_is_one_line() -> None:
+    command = [sys.executable, "launch/matrix_rate.py", "int3"]
+    done = subprocess.run(command, cwd=ROOT, env=variables(), capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: DTYPE: 'int3'; give one of float32, bfloat16, float16\n"

@@ -63,12 +63,15 @@ def test_deepspeed_and_python_do_the_same_job(harness: Harness, tmp_path: Path, 
         "token_budget": "512",
         "max_sequences": "64",
         "preemptions": "0",
-        "model_flops_utilisation": "",
     }
     assert {name: row[name] for name in expected} == expected
     for name in ("dataset_sha256", "load_s", "warmup_s", "ttft_p50_s", "latency_p99_s", "steps", "config_hash"):
         assert row[name], name
     assert 0 < int(row["peak_memory_bytes"]) < 3 * 2**30
+    measured = record["hardware_measured"]
+    assert (measured["dtype"], measured["machine"]["cpu"]) == ("float32", row["device_name"])
+    used = record["model_flops"] / (float(row["elapsed_s"]) * measured["peak_flops"])
+    assert float(row["model_flops_utilisation"]) == pytest.approx(used, rel=1e-4)
     check_against_ids(run)
     assert {path.name for path in run.directory.iterdir()} == {
         "record.json",
@@ -123,6 +126,7 @@ def test_a_dataset_that_claims_wrong_lengths_is_counted_by_what_was_fed(harness:
     assert run.record["model_flops"] == flops
     used = flops / (float(run.row["elapsed_s"]) * 1e12)
     assert float(run.row["model_flops_utilisation"]) == pytest.approx(used, rel=1e-4)
+    assert "hardware_measured" not in run.record  # what is given wins
     check_against_ids(run)
 
 

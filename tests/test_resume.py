@@ -404,6 +404,9 @@ def test_segments_on_several_machines_are_none_of_them() -> None:
     assert (found["device_name"], found["model_flops_utilisation"]) == ("H100 + A100", None)
     assert segments.note({"segments": [one, one | {"device_name": "A100"}]}).endswith("; with device_name H100 + A100")
     assert segments.whole_run({"segments": [one, one | {"dp": 8}]})["model_flops_utilisation"] is None
+    few, many = ({"hardware_measured": {"machine": {"cores": cores}}} for cores in (2, 64))
+    assert segments.whole_run({"segments": [one | few, one | many]})["model_flops_utilisation"] is None
+    assert "model_flops_utilisation" not in segments.whole_run({"segments": [one | few, one]})
 
 
 def test_what_the_config_calls_the_model_is_no_fact(tmp_path: Path) -> None:

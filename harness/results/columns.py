@@ -194,7 +194,7 @@ TABLE: tuple[Column, ...] = (
            int, Source.MACHINE, Combine.HIGHEST, Combine.HIGHEST,
            figure=Figure(7, "peak\nGiB", 2, page="peak memory\n(GiB)", scale=1 / GIB)),
     Column("model_flops_utilisation", "0 to 1", "arithmetic the completed requests need / (`elapsed_s` x peak of all "
-           "devices); empty where `hardware` gives no peak",
+           "devices); empty where it is not known",
            float, Source.MODEL, Combine.WHOLE, Combine.WHOLE,
            figure=Figure(8, "FLOP\nutil.", 6, ".1%", "FLOP\nutilisation (%)", 1, page_scale=100.0)),
     Column("energy_j", "J", "within the clock: of all GPUs the run used, on a CPU of the processor packages; empty "

@@ -38,7 +38,7 @@ KEPT = (
     *combined_over_segments(Combine.EACH),
     *(*SUMS, *PEAKS, *HASHES, *(name for name in JOINED if name != COMMIT)),
     *("time", "config", "environment", "hostname", "loaded", "proof"),
-    *("notes", "engine_statistics", "telemetry", "split"),
+    *("notes", "engine_statistics", "telemetry", "split", "hardware_measured", "hardware_known"),
 )
 
 
@@ -146,7 +146,9 @@ def whole_run(record: dict[str, Any]) -> dict[str, Any]:
         if len(values := _distinct(segments, name)) > 1:
             figures[name] = " + ".join(values)
     figures["elapsed_is_estimated"] = any(segment.get("elapsed_is_estimated") for segment in segments)
-    if len({json.dumps(_devices(segment), sort_keys=True) for segment in segments if segment.get("device_name")}) > 1:
+    devices = {json.dumps(_devices(segment), sort_keys=True) for segment in segments if segment.get("device_name")}
+    cores = {json.dumps(found["machine"]) for each in segments if (found := each.get("hardware_measured"))}
+    if len(devices) > 1 or len(cores) > 1:
         figures["model_flops_utilisation"] = None  # of which peak?
     return figures
 

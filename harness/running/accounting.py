@@ -52,16 +52,19 @@ class PromptLengths:
 
 
 class ModelFlops:
-    """Floating-point operations that the completed requests need at least: matrix products and attention."""
+    """Floating-point operations that the completed requests need at least: matrix products and attention.
 
-    def __init__(self, job: Job) -> None:
+    Args:
+        peak: of one rank, FLOP/s in the run's type; None where it is not known (:mod:`harness.running.peaks`).
+    """
+
+    def __init__(self, job: Job, peak: float | None) -> None:
         architecture = job.source.architecture
         self.count = parameters(architecture)
         heads = architecture.get("num_attention_heads") or 0
         head_dim = architecture.get("head_dim") or (architecture.get("hidden_size", 0) // heads if heads else 0)
         self.per_pair = 4 * (architecture.get("num_hidden_layers") or 0) * heads * head_dim
         self.total = 0
-        peak = job.config.hardware.peak_flops.get(job.dtype)
         self.peak = peak * job.ranks if peak else None
 
     def add(self, completion: Completion) -> None:
@@ -74,5 +77,5 @@ class ModelFlops:
         self.total += self.per_pair * fed * (fed + 1) // 2
 
     def utilisation(self, elapsed_s: float) -> float | None:
-        """Returns the share of the devices' peak (``hardware.peak_flops``), None when that is not known."""
+        """Returns the share of the devices' peak, None when that is not known."""
         return self.total / (elapsed_s * self.peak) if self.peak and self.total else None

@@ -26,6 +26,8 @@ class RunContext:
         replicas: the ranks of the launch, once they have joined; None for a lone one.
         telemetry: the sampler of this rank's host; None on all of its ranks but one.
         device: torch's name of this rank's device, None until it is known.
+        crowded: whether this host has fewer cores than ranks.
+        peak_flops: of one rank, FLOP/s in the run's type; rank 0's, None where it is not known.
     """
 
     def __init__(self, job: Job, rank: Rank, recorder: RunRecorder | None, rendezvous: Rendezvous) -> None:
@@ -41,6 +43,8 @@ class RunContext:
         self.replicas: Replicas | None = None
         self.telemetry: Sampler | None = None
         self.device: str | None = None
+        self.crowded = False
+        self.peak_flops: float | None = None
 
     def note(self, **figures: Any) -> None:
         """Notes figures in the record; rank 0's."""

@@ -39,7 +39,7 @@ class Delivery:
         self.elapsed_s: float | None = None
         self.others: list[dict[str, Any]] = []
         self.claims = PromptLengths({request.index: request.claimed_prompt_len for request in loaded.workload.requests})
-        self.flops = ModelFlops(run.job)
+        self.flops = ModelFlops(run.job, run.peak_flops)
         self._run = run
         self._booking = threading.Lock()
         self._clock: Clock | None = None

@@ -13,7 +13,7 @@ from harness.engines.proof import proof
 from harness.machine import device, snapshot
 from harness.models.loaded import identity
 from harness.ranks.rank import RUN_ID_VARIABLE
-from harness.running import setup
+from harness.running import peaks, setup
 from harness.running.context import RunContext
 from harness.running.job import resolve_requests
 from harness.running.sampling import of_rank
@@ -36,6 +36,7 @@ def load(run: RunContext) -> Loaded:
     """
     settings = _settings(run)
     _begin_record(run)
+    run.peak_flops = peaks.find(run)
     loaded = _load(run, settings)
     _warm_up(run, loaded)
     return loaded
@@ -44,7 +45,7 @@ def load(run: RunContext) -> Loaded:
 def _settings(run: RunContext) -> EngineSettings:
     """Returns the engine's settings, once this rank has its cores and has joined the others."""
     job = run.job
-    setup.use_cores(job, run.rank)
+    run.crowded = setup.use_cores(job, run.rank)
     directory = run.recorder.directory if run.recorder is not None else None
     run.telemetry = of_rank(run.rank, job.accelerator, catalogue.find(job.config.engine.name).spreads, directory)
     run.replicas = setup.join(job, run.rank, run.rendezvous)
