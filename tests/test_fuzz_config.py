@@ -26,6 +26,7 @@ from support.in_process import Launched, begin_anew, entry
 from support.patience import no_hang
 from support.runs import ROOT, SAMPLE, TINY, assert_refused, command, variables
 
+from harness.config.checks import PEAK_DTYPES
 from harness.config.explain import keys
 from harness.engines.catalogue import find, register
 from harness.results.directory import read_record
@@ -310,7 +311,7 @@ def assert_sane(config: dict[str, Any]) -> None:
     timeout = config["timeout_s"]
     assert timeout is None or 1e-3 <= timeout <= 100 * YEAR_S
     peaks = config["hardware"]
-    assert set(peaks["peak_flops"]) <= {"float32", "bfloat16", "float16"}
+    assert set(peaks["peak_flops"]) <= set(PEAK_DTYPES)
     assert all(0 < number < math.inf for number in every_number({k: v for k, v in peaks.items() if k != "name"}))
     for text in (config["results_dir"], *(group["name"] for group in (engine, model, dataset, peaks))):
         assert isinstance(text, str) and text.strip() and "\x00" not in text

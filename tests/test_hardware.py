@@ -147,8 +147,8 @@ def test_a_cpu_is_measured_once_and_read_without_torch(cache: Path) -> None:
     assert 1e8 < found.peak_flops < 1e15 and 1e8 < found.memory_bandwidth < 1e13
     assert found.machine["threads"] == 1 and found.machine["cores"] == device.cores()
     assert probe.figures("float32", say=told.append) == found
-    how = f"on {device.cores()} cores with 1 threads (once; about a second)"
-    assert told == [f"measuring float32 products and memory {how}"]
+    how = f"cores: {device.cores()}, threads: 1; once, about a second"
+    assert told == [f"measuring float32 products and memory ({how})"]
     script = "import sys; from harness.machine import probe; print(probe.measured('float32').peak_flops)"
     done = subprocess.run(
         [sys.executable, "-c", f"{script}; assert not {{'torch', 'numpy'}} & sys.modules.keys()"],

@@ -94,7 +94,7 @@ def figures(dtype: str, anew: bool = False, say: Callable[[str], Any] = lambda l
     if known is not None and not (known.load > BUSY and load < BUSY / 2):
         return known
     cores, threads = machine["cores"], machine["threads"]
-    say(f"measuring {dtype} products and memory on {cores} cores with {threads} threads (once; about a second)")
+    say(f"measuring {dtype} products and memory (cores: {cores}, threads: {threads}; once, about a second)")
     flops, read = _rate_of_cores(dtype, min(threads, cores)), _reading_rate()
     if known is not None:
         flops, read = max(flops, known.peak_flops), max(read, known.memory_bandwidth)
