@@ -39,7 +39,7 @@ SHAPE_S = 0.06  # for each shape and way
 MATRICES_S = 0.4  # no further shape is begun after that
 LONGEST_S = 0.02  # of one product: many short ones find a moment in which nothing else runs
 BANDWIDTH_S = 0.1
-READ_BYTES = 2**27  # at least, and four times the last cache, so that it comes from memory
+READ_BYTES = (2**27, 2**30)  # at least and at most; four times the last cache, so that it comes from memory
 BUSY = 0.5  # load average per core above which a figure is taken anew, once it is below half of that
 
 
@@ -172,7 +172,7 @@ def _reading_rate() -> float:
     """Returns the best rate (bytes/s) at which a matrix too large for the caches is read, times a vector."""
     import torch
 
-    size = max(READ_BYTES, 4 * _last_cache_bytes())
+    size = min(max(READ_BYTES[0], 4 * _last_cache_bytes()), READ_BYTES[1])
     with torch.inference_mode():
         matrix, vector = torch.ones(size // 4 // 4096, 4096), torch.ones(4096)
         return matrix.numel() * 4 / _shortest(partial(torch.mv, matrix, vector), BANDWIDTH_S)
