@@ -62,6 +62,11 @@ def test_budgets_and_cache_sizes_do_not_change_a_token(budget: int, sequences: i
     fed = sum(record.tokens for record in passes)
     assert statistics.recomputed_tokens is not None
     assert fed == sum(c.prompt_tokens + c.output_tokens - 1 for c in found.values()) + statistics.recomputed_tokens
+    assert sum(record.logit_rows or 0 for record in passes) == sum(c.output_tokens for c in found.values())
+    if not statistics.preemptions:  # each token sees itself and those before it
+        fed_each = [c.prompt_tokens + c.output_tokens - 1 for c in found.values()]
+        assert sum(record.attention_pairs or 0 for record in passes) == sum(n * (n + 1) // 2 for n in fed_each)
+    assert all((record.kv_read_tokens or 0) >= record.tokens for record in passes)
     for job in jobs:
         assert found[job.index].prompt_tokens == len(job.prompt_ids or ())
         assert found[job.index].output_tokens == job.output_len

@@ -25,12 +25,13 @@ from harness.machine import device
 from harness.machine.energy import Packages
 from harness.machine.meters import HOST_COLUMNS
 from harness.machine.telemetry import Sampler, across_hosts
+from harness.results.appending import PassesFile
 from harness.results.columns import COLUMNS
 from harness.results.completions import percentile
-from harness.results.passes import pass_figures
+from harness.results.passes import pass_figures, pass_rows
 from harness.results.summary import summary as show
 from harness.running.sampling import ranks_here
-from harness.workload.records import PASS_COLUMNS
+from harness.workload.records import PASS_COLUMNS, PassRecord
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -425,7 +426,7 @@ def test_a_run_records_what_the_machine_did(harness: Callable[..., Run]) -> None
 
 def test_passes_of_a_torn_table_are_those_that_are_whole(tmp_path: Path) -> None:
     header = ",".join(PASS_COLUMNS)
-    (tmp_path / "p.csv").write_text(f"{header}\n1,0,0.5,10,8,2,1,,\n2,0,1.5,30,8,2,1,,\n3,0,9.0,3")
+    (tmp_path / "p.csv").write_text(f"{header}\n1,0,0.5,10,8,2,1,,,,,\n2,0,1.5,30,8,2,1,,,,,\n3,0,9.0,3")
     assert pass_figures(tmp_path / "p.csv") == {
         "count": 2,
         "seconds_p50": 1.0,
@@ -436,6 +437,19 @@ def test_passes_of_a_torn_table_are_those_that_are_whole(tmp_path: Path) -> None
     (tmp_path / "p.csv").write_text(f"{header}\n")
     assert pass_figures(tmp_path / "p.csv") is None
     assert pass_figures(tmp_path / "nothing.csv") is None
+
+
+def test_passes_of_an_older_version_are_read_and_keep_their_columns(tmp_path: Path) -> None:
+    path = tmp_path / "passes.csv"
+    path.write_text("step,started_s,seconds,tokens\n1,0,0.5,10\n2,1,1.5,30\n")
+    file = PassesFile(tmp_path)
+    file.add(PassRecord(1, 3.0, 2.5, 50, 50, 0, 1, 0.5, 0, 1, 50, 1275))
+    file.close()
+    assert path.read_text().splitlines()[-1] == "3,3,2.5,50"
+    assert list(pass_rows(path, "tokens", "seconds")) == [(10, 0.5), (30, 1.5), (50, 2.5)]
+    assert list(pass_rows(path, "tokens", "logit_rows")) == []
+    figures = pass_figures(path)
+    assert figures is not None and (figures["count"], figures["tokens_p50"]) == (3, 30)
 
 
 @pytest.mark.parametrize(("energy", "line"), [(2000.0, "2,000 J, 2.50 total tokens/J (rapl)"), (None, "")])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from harness.basics.cells import cell_text
 from harness.basics.errors import UserError
-from harness.basics.files import cannot_write, json_bytes, leads, mend_last_line, open_append, write_all
+from harness.basics.files import cannot_write, json_bytes, leads, mend_last_line, numbered_lines, open_append, write_all
 from harness.results import segments
 from harness.results.completions import parsed, read_completions
 from harness.workload.records import PASS_COLUMNS, Completion, PassRecord
@@ -126,12 +126,16 @@ class CompletionsFile(LineFile):
 class PassesFile(LineFile):
     """The ``passes.csv`` of a run, written about once a second; steps are counted on over the segments of the run.
 
+    A run that an older version began keeps the columns that its file has.
+
     Args:
         directory: the run's.
     """
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory / PASSES, header=(",".join(PASS_COLUMNS) + "\n").encode())
+        there = next((line.decode(errors="replace").strip() for _, line in numbered_lines(self.path)), "").split(",")
+        self._columns = tuple(there) if set(there) <= set(PASS_COLUMNS) else PASS_COLUMNS
         self._steps_before = int(max(segments.last_rows(self.path, ("step",)), default=0))
         self._pending: list[str] = []
         self._flushed = time.monotonic()
@@ -139,7 +143,7 @@ class PassesFile(LineFile):
     def add(self, record: PassRecord) -> None:
         """Adds one forward pass; raises UserError if those of the last second cannot be written."""
         record.step += self._steps_before
-        self._pending.append(",".join(cell_text(name, getattr(record, name)) for name in PASS_COLUMNS))
+        self._pending.append(",".join(cell_text(name, getattr(record, name)) for name in self._columns))
         if time.monotonic() - self._flushed >= PASSES_FLUSH_S:
             self.flush()
 

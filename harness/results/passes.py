@@ -3,34 +3,47 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from harness.basics.files import numbered_lines
 from harness.results.completions import percentile
-from harness.workload.records import PASS_COLUMNS
+
+
+def pass_rows(path: Path, *names: str) -> Iterator[tuple[float, ...]]:
+    """Yields the named columns of a ``passes.csv``, line by line.
+
+    The file's first line says which columns it has: older versions have fewer. Lines that are none (a torn last one),
+    or have no number there, are passed over; a file that is not there, or lacks one of the columns, has none.
+    """
+    places: list[int] = []
+    columns = 0
+    try:
+        for number, line in numbered_lines(path):
+            cells = line.decode(errors="replace").strip().split(",")
+            if number == 1:
+                if not set(names) <= set(cells):
+                    return
+                places, columns = [cells.index(name) for name in names], len(cells)
+            elif line.endswith(b"\n") and len(cells) == columns:
+                try:
+                    yield tuple(float(cells[place]) for place in places)
+                except ValueError:
+                    continue
+    except OSError:
+        return
 
 
 def pass_figures(path: Path) -> dict[str, Any] | None:
     """Returns how many forward passes a ``passes.csv`` has, how long they took and how full they were.
 
-    Read at a run's end, since nothing is to be counted within the clock. None where there are no passes; lines
-    that are none (a torn last one) are passed over.
+    Read at a run's end, since nothing is to be counted within the clock. None where there are no passes.
     """
     seconds, tokens = array("d"), array("d")
-    places = PASS_COLUMNS.index("seconds"), PASS_COLUMNS.index("tokens")
-    try:
-        for _, line in numbered_lines(path):
-            cells = line.split(b",")
-            try:
-                if line.endswith(b"\n") and len(cells) == len(PASS_COLUMNS):
-                    took, held = float(cells[places[0]]), float(cells[places[1]])
-                    seconds.append(took)
-                    tokens.append(held)
-            except ValueError:  # the header
-                continue
-    except OSError:
-        return None
+    for took, held in pass_rows(path, "seconds", "tokens"):
+        seconds.append(took)
+        tokens.append(held)
     if not seconds:
         return None
     return {

@@ -14,9 +14,8 @@ from harness.basics.errors import one_line
 from harness.basics.files import numbered_lines
 from harness.engines import catalogue, room
 from harness.machine.telemetry import INTERVAL_S, SERIES, STOP_S
-from harness.results.passes import pass_figures
+from harness.results.passes import pass_figures, pass_rows
 from harness.verify.runs import RecordedRun
-from harness.workload.records import PASS_COLUMNS
 
 PASSES = "passes.csv"
 WALL_S = 2.0  # both ends of a run are whole seconds, and the wall clock may be set meanwhile
@@ -38,23 +37,12 @@ class Passes:
     def of_file(cls, path: Path) -> Passes:
         """Reads a file; lines that are none, as a torn last one, are passed over, and a missing file has none."""
         found = cls()
-        places = [PASS_COLUMNS.index(name) for name in ("step", "started_s", "seconds", "tokens")]
-        try:
-            for _, line in numbered_lines(path):
-                cells = line.split(b",")
-                if not line.endswith(b"\n") or len(cells) != len(PASS_COLUMNS):
-                    continue
-                try:
-                    step, started, seconds, tokens = (float(cells[place]) for place in places)
-                except ValueError:  # the header
-                    continue
-                found.step.append(step)
-                found.started.append(started)
-                found.seconds.append(seconds)
-                found.ends.append(started + seconds)
-                found.tokens.append(tokens)
-        except OSError:
-            pass
+        for step, started, seconds, tokens in pass_rows(path, "step", "started_s", "seconds", "tokens"):
+            found.step.append(step)
+            found.started.append(started)
+            found.seconds.append(seconds)
+            found.ends.append(started + seconds)
+            found.tokens.append(tokens)
         return found
 
     def __len__(self) -> int:

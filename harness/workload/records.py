@@ -9,7 +9,10 @@ MAX_LENGTH = 1_000_000  # tokens of one prompt or one output
 
 @dataclass(slots=True)
 class PassRecord:
-    """One forward pass: times in seconds from the start of the clock, counts of tokens and sequences."""
+    """One forward pass: times in seconds from the start of the clock, counts of tokens and sequences.
+
+    The last three are what attention and the head cost by; an engine that does not know them leaves them None.
+    """
 
     step: int
     started_s: float
@@ -20,6 +23,9 @@ class PassRecord:
     sequences: int
     kv_utilisation: float | None  # 0..1; None for an engine without a paged cache
     waiting: int | None
+    logit_rows: int | None = None  # sequences that get a next token
+    kv_read_tokens: int | None = None  # keys that are read, each sequence's once
+    attention_pairs: int | None = None  # of a token and a key that it sees
 
 
 PASS_COLUMNS = tuple(field.name for field in fields(PassRecord))

@@ -15,6 +15,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from harness.costs.work import PassWork
 from harness.engines.shared.kv_blocks import KvBlocks, refusal
 
 
@@ -64,6 +65,16 @@ class RaggedBatch:
     def tokens(self) -> int:
         """All tokens of the pass."""
         return self.decode_tokens + self.prompt_tokens
+
+    @property
+    def work(self) -> PassWork:
+        """What the pass costs by."""
+        rows = keys = pairs = 0
+        for _, start, length, last in self.chunks:
+            rows += last
+            keys += start + length
+            pairs += length * (2 * start + length + 1) // 2  # token i of the chunk sees start + i + 1 keys
+        return PassWork(self.tokens, self.prompt_tokens, self.decode_tokens, len(self.chunks), rows, keys, pairs)
 
 
 class Scheduler:
