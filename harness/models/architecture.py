@@ -21,6 +21,10 @@ SIZES = (
     "vocab_size",
 )
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+COUNTED = (*LLAMA_LIKE, "gemma", "granite", "phi3")  # whose sizes follow from the config as llama's do
+BIASED = ("llama", "qwen3", "gemma", "granite")  # with attention_bias, of the output projection too
+TIED = ("gemma",)  # embeddings are tied unless the config says no
+HEAD_DIM = {"qwen3": 128, "gemma": 256}  # what transformers takes where the config has no head_dim
 ESSENTIAL = (
     "hidden_size",
     "intermediate_size",
@@ -74,22 +78,26 @@ def context_length(architecture: dict[str, Any], max_context: int | None) -> int
 
 
 def parameters(architecture: dict[str, Any]) -> ParameterCount | None:
-    """Counts the weights of a LLaMA-like model; None for another family or an incomplete architecture."""
+    """Counts the weights of a model of :data:`COUNTED`; None for another family or an incomplete architecture.
+
+    As transformers builds them (``modeling_*.py``): phi3 keeps query, key and value in one matrix, and gate and up in
+    one, which has as many elements.
+    """
     family = architecture.get("model_type")
-    if family not in LLAMA_LIKE or not all(positive_integer(architecture.get(key)) for key in ESSENTIAL):
+    if family not in COUNTED or not all(positive_integer(architecture.get(key)) for key in ESSENTIAL):
         return None
     hidden, inner, layers = (architecture[key] for key in ESSENTIAL[:3])
     heads, kv_heads, head_dim = attention_heads(architecture)
     matmul = layers * (2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim + 3 * hidden * inner)
     vectors = 2 * hidden  # the two norms of a layer
-    if family == "qwen2" or (family != "mistral" and architecture.get("attention_bias")):
+    if family == "qwen2" or (family in BIASED and architecture.get("attention_bias")):
         vectors += (heads + 2 * kv_heads) * head_dim + (hidden if family != "qwen2" else 0)
-    if family == "llama" and architecture.get("mlp_bias"):
+    if family in ("llama", "granite") and architecture.get("mlp_bias"):
         vectors += 2 * inner + hidden
     if family == "qwen3":
         vectors += 2 * head_dim  # q_norm and k_norm
     head = architecture["vocab_size"] * hidden
-    embeddings = head if architecture.get("tie_word_embeddings") else 2 * head
+    embeddings = head if architecture.get("tie_word_embeddings", family in TIED) else 2 * head
     return ParameterCount(matmul + layers * vectors + hidden + embeddings, matmul, head)
 
 
@@ -156,8 +164,8 @@ def attention_heads(architecture: dict[str, Any]) -> tuple[int, int, int]:
     """Returns the query heads, the key-value heads and the size of one head."""
     heads = architecture["num_attention_heads"]
     head_dim = architecture.get("head_dim")
-    if head_dim is None:  # transformers' default, which only qwen3 does not derive
-        head_dim = 128 if architecture.get("model_type") == "qwen3" else architecture["hidden_size"] // heads
+    if head_dim is None:
+        head_dim = HEAD_DIM.get(str(architecture.get("model_type")), architecture["hidden_size"] // heads)
     return heads, architecture.get("num_key_value_heads") or heads, head_dim
 
 
