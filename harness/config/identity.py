@@ -11,7 +11,7 @@ from harness.basics.files import plain
 PLACES = ("model.path", "model.tokenizer", "dataset.path")  # hosts may keep the same files in different places
 GROUPS = ("engine", "model", "dataset", "generation", "parallel", "hardware")
 # Keys that change where and how often a job runs, not what it computes.
-UNHASHED_KEYS = ("results_dir", "resume", "sweep", "repeat", "timeout_s", "verify")
+UNHASHED_KEYS = ("results_dir", "resume", "sweep", "repeat", "timeout_s", "verify", "preflight")
 
 
 def config_hash(config: dict[str, Any]) -> str:

@@ -149,4 +149,5 @@ class Config:
     resume: str | None = None
     repeat: int = 1
     verify: int = 0
+    preflight: bool = True
     timeout_s: float | None = None

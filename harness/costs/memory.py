@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from harness.costs.lengths import CHARACTERS_A_TOKEN
+from harness.costs.shape import ModelShape
 from harness.workload.records import Request
 
 SEQUENCES = 8  # of the longest request's size that a useful KV cache holds
-CHARACTERS_A_TOKEN = 3  # of a prompt that is not tokenized yet
+LOGIT_BYTES = 4  # logits are compared in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class Needs:
         tokens: of the KV cache that makes a replica useful (:func:`useful_tokens`).
         part: of what the weights leave free, that the engine makes its KV cache of.
         given: bytes of a rank's KV cache where the config says them: then these are useful, and what it takes.
+        most: tokens that the engine ever holds at a time.
     """
 
     sharded: int
@@ -45,6 +48,7 @@ class Needs:
     tokens: int
     part: float = 1.0
     given: int | None = None
+    most: int = 2**62
 
     def weights(self, tp: int) -> int:
         """Returns a rank's bytes of weights."""
@@ -52,13 +56,83 @@ class Needs:
 
     def useful(self, tp: int) -> int:
         """Returns a rank's bytes of a useful KV cache; a rank has whole heads."""
-        if self.given is not None:
-            return self.given
-        return self.tokens * self.token // self.kv_heads * -(-self.kv_heads // tp)
+        return self.held(self.tokens, tp) if self.given is None else self.given
+
+    def held(self, tokens: int, tp: int) -> int:
+        """Returns a rank's bytes of the KV cache of so many tokens."""
+        return tokens * self.token // self.kv_heads * -(-self.kv_heads // tp)
 
     def cache(self, left: int) -> int:
         """Returns the bytes of KV cache that the engine makes of what the weights have ``left``."""
         return int(self.part * left) if self.given is None else left
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What the memory of one rank goes to, in bytes.
+
+    Attributes:
+        size: of its device, or its part of the host's free memory.
+        own: what the process takes for itself.
+        weights, activations, cache: of the model, of the largest pass, of the KV cache that the engine makes.
+        most_cache: of the largest KV cache that there is room for.
+        token: of one token's keys and values.
+    """
+
+    size: int
+    own: int
+    weights: int
+    activations: int
+    cache: int
+    most_cache: int
+    token: int
+
+    @property
+    def left(self) -> int:
+        """Bytes that nothing takes; negative where they are missing."""
+        return self.size - self.own - self.weights - self.activations - self.cache
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self.cache // self.token
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that the largest KV cache would hold."""
+        return self.most_cache // self.token
+
+
+def held(needs: Needs, memory: Memory, tp: int, ranks: int, activations: int) -> Held:
+    """Returns what the memory of a rank goes to; ``memory.size`` is known.
+
+    Args:
+        ranks: of one host.
+        activations: bytes of the largest pass of a rank (:func:`activation_bytes`).
+    """
+    assert memory.size is not None
+    size = memory.size // ranks if memory.shared else memory.size
+    weights, token, most = needs.weights(tp), max(1, needs.held(1, tp)), needs.held(needs.most, tp)
+    left = max(0, size - memory.own - weights)
+    cache = needs.given if needs.given is not None else min(most, int(needs.part * left))
+    return Held(size, memory.own, weights, activations, cache, min(most, max(0, left - activations)), token)
+
+
+def activation_bytes(shape: ModelShape, tokens: int, rows: int, tp: int) -> int:
+    """Returns the bytes of activations that a rank has at the widest moment of a pass: an estimate.
+
+    Of each token there are the residual, its normalised copy and a block's result (3 * hidden elements), and inside a
+    block either query, key, value and the attention's output or gate, up and their product, of which a rank has its
+    part; after the layers, ``rows`` of logits, once in the type of the model and once in float32. Attention is taken to
+    keep no scores (FlashAttention, arXiv 2205.14135). A library's own workspace is not in it.
+
+    Args:
+        tokens: of the pass.
+        rows: of logits.
+    """
+    inside = max((2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim, 3 * shape.inner) / tp
+    logits = rows * shape.vocab * (shape.element_bytes + LOGIT_BYTES)
+    return int(tokens * (3 * shape.hidden + inside) * shape.element_bytes + logits)
 
 
 def useful_tokens(requests: Sequence[Request], context: int | None, most: int) -> int:

@@ -37,12 +37,16 @@ class Share:
         part: of what the weights leave free, that becomes its KV cache.
         given: bytes of a rank's KV cache where the config says them.
         weight_bytes: of a weight in a matrix, where it is not that of the type.
+        pass_tokens: of its largest pass; None where that is one prompt.
+        rows: sequences of a pass, at most.
     """
 
     tokens: int = 2**62
     part: float = 1.0
     given: int | None = None
     weight_bytes: float | None = None
+    pass_tokens: int | None = None
+    rows: int = 1
 
 
 class Room:

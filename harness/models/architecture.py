@@ -129,7 +129,7 @@ def check_architecture(architecture: dict[str, Any], where: str) -> None:
     family = architecture.get("model_type")
     if not isinstance(family, str) or not family:
         raise UserError(f"{where}model_type", f"is {quoted(family)}", 'give the family of models, e.g. "llama"')
-    if family not in LLAMA_LIKE:
+    if family not in COUNTED:
         return  # other families have other keys: transformers will tell
     for key in ESSENTIAL:
         if not positive_integer(architecture.get(key)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.models.architecture import parameters
+from harness.models.architecture import attention_heads, parameters
 from harness.running.job import Job
 from harness.workload.records import Completion
 
@@ -61,8 +61,7 @@ class ModelFlops:
     def __init__(self, job: Job, peak: float | None) -> None:
         architecture = job.source.architecture
         self.count = parameters(architecture)
-        heads = architecture.get("num_attention_heads") or 0
-        head_dim = architecture.get("head_dim") or (architecture.get("hidden_size", 0) // heads if heads else 0)
+        heads, _, head_dim = attention_heads(architecture) if self.count else (0, 0, 0)
         self.per_pair = 4 * (architecture.get("num_hidden_layers") or 0) * heads * head_dim
         self.total = 0
         self.peak = peak * job.ranks if peak else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -21,22 +21,19 @@ from harness.config.explain import explain
 from harness.config.identity import config_hash
 from harness.config.schema import Config, DType, ParallelConfig
 from harness.costs import memory as costs
-from harness.costs.memory import Needs
 from harness.engines import catalogue
 from harness.engines.known_model import KnownModel
 from harness.machine import device, snapshot
-from harness.machine.memory import available_memory_bytes
 from harness.models import locate
-from harness.models.architecture import attention_heads, context_length, kv_bytes_per_token, parameters, required_bytes
+from harness.models.architecture import context_length
 from harness.models.source import Source
 from harness.ranks.rank import Rank
-from harness.running import split, target
+from harness.running import preflight, split, target
+from harness.running.preflight import memory_needs
 from harness.running.split import Split
-from harness.running.target import RANK_BYTES, Target
+from harness.running.target import Target
 from harness.workload import reading
 from harness.workload.records import Workload
-
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +47,7 @@ class Job:
         dtype: torch type of weights and activations, ``auto`` resolved.
         max_context: longest prompt plus output in tokens, None where the model states none.
         job_hash: 12 hex digits, equal for runs of the same config on the same dataset, kind of device and code.
+        prediction: what the record says of the run beforehand: ``peak_memory_bytes`` of a rank, where it can be told.
     """
 
     config: Config
@@ -61,6 +59,7 @@ class Job:
     source: Source
     max_context: int | None
     job_hash: str
+    prediction: dict[str, Any] = field(default_factory=dict)
 
     @property
     def tp(self) -> int:
@@ -127,18 +126,23 @@ def prepare(composed: DictConfig, rank: Rank | None = None, planned: Target | No
         job_hash="",
     )
     machine = planned or target.this_machine(config, accelerator, rank)
-    chosen = _choose(job, machine)
+    chosen = choose(job, machine)
     config = _with_split(config, chosen.tp, chosen.dp)
     check(config, accelerator)
-    _check_sharding(replace(job, config=config, split=chosen))
-    local_ranks = chosen.tp * chosen.dp if rank is None else rank.local_world
-    if accelerator == "cpu" and machine.here:  # a device's free memory is not known before torch is there
-        _check_ranks(local_ranks, chosen.tp)
-        _check_memory(source, dtype, -(-local_ranks // chosen.tp))
     settings = job.settings | {"parallel": asdict(config.parallel)}
-    return replace(
-        job, config=config, settings=settings, split=chosen, job_hash=_job_hash(settings, accelerator, requests)
-    )
+    job_hash = _job_hash(settings, accelerator, requests)
+    job = replace(job, config=config, settings=settings, split=chosen, job_hash=job_hash)
+    _check_sharding(job)
+    return job if planned else _preflight(job, machine, job.ranks if rank is None else rank.local_world)
+
+
+def _preflight(job: Job, machine: Target, local_ranks: int) -> Job:
+    """Returns the job with what is predicted of it; raises UserError where its memory certainly does not suffice."""
+    if job.config.preflight and job.accelerator == "cpu":
+        preflight.check_host(job, local_ranks)
+    elif job.config.preflight:
+        preflight.check_devices(job, machine, lambda tp, dp: refusal(job, tp, dp))
+    return replace(job, prediction=preflight.prediction(job, machine, local_ranks))
 
 
 def with_split(composed: DictConfig, tp: int, dp: int) -> DictConfig:
@@ -152,14 +156,14 @@ def _with_split(config: Config, tp: int, dp: int) -> Config:
     return replace(config, parallel=ParallelConfig(tp, dp))
 
 
-def _choose(job: Job, machine: Target) -> Split:
+def choose(job: Job, machine: Target) -> Split:
     """Returns how the ranks are split, by the memory there is and the sums of the engines; raises UserError."""
     launch, memory, needs = machine.launch, machine.memory, memory_needs(job)
     chosen = split.choose(
         job.split.asked,
         launch,
         lacks=lambda tp, ranks_here: costs.shortage(tp, ranks_here, memory, needs),
-        refusal=lambda tp, dp: _refusal(job, tp, dp),
+        refusal=lambda tp, dp: refusal(job, tp, dp),
         fits=split.UNKNOWN if needs is None or memory.size is None else split.FITS,
     )
     return replace(chosen, why=chosen.why + (_idle(machine, chosen) if machine.here else ""))
@@ -174,24 +178,7 @@ def _idle(machine: Target, chosen: Split) -> str:
     return f"; deepspeed --num_gpus {devices} harness/main.py uses the other {idle} GPUs too" if idle > 0 else ""
 
 
-def memory_needs(job: Job) -> Needs | None:
-    """Returns what a replica takes; None where the model's sizes are not known."""
-    count = parameters(job.source.architecture)
-    if count is None:
-        return None
-    share, element = catalogue.find(job.config.engine.name).share(job.config), BYTES[job.dtype]
-    return Needs(
-        sharded=int(count.matmul * (share.weight_bytes or element)),
-        whole=(count.total - count.matmul) * element,
-        token=kv_bytes_per_token(job.source.architecture, element),
-        kv_heads=attention_heads(job.source.architecture)[1],
-        tokens=costs.useful_tokens(job.workload.requests, job.max_context, share.tokens),
-        part=share.part,
-        given=share.given,
-    )
-
-
-def _refusal(job: Job, tp: int, dp: int) -> UserError | None:
+def refusal(job: Job, tp: int, dp: int) -> UserError | None:
     """Returns why the run cannot be split so, whatever the memory; None when it can."""
     architecture = job.source.architecture
     heads = [architecture.get(key) for key in ("num_attention_heads", "num_key_value_heads")]
@@ -243,37 +230,3 @@ def resolve_dtype(dtype: DType, accelerator: str) -> str:
     if accelerator == "cuda" or device.supports_bfloat16_on_cpu():
         return "bfloat16"
     return "float32"
-
-
-def _check_ranks(ranks: int, tp: int) -> None:
-    """Raises UserError for more processes than this host's memory holds."""
-    free = available_memory_bytes()
-    if ranks > 1 and ranks * RANK_BYTES > free:
-        raise UserError(
-            "parallel",
-            f"{ranks} ranks need {ranks * RANK_BYTES / 2**30:.1f} GiB before they load a model, "
-            f"{free / 2**30:.1f} GiB of memory are free",
-            f"ask for at most {max(free // RANK_BYTES, 1)} ranks (tp={tp} x dp)",
-        )
-
-
-def _check_memory(source: Source, dtype: str, replicas: int) -> None:
-    if not source.architecture:
-        return
-    needed = required_bytes(source.architecture, BYTES[dtype])
-    if needed is None:
-        return
-    free = available_memory_bytes()
-    if needed * replicas > free:
-        if needed <= free:
-            raise UserError(
-                "parallel.dp",
-                f"{replicas} replicas need {needed * replicas / 2**30:.1f} GiB for their weights, "
-                f"{free / 2**30:.1f} GiB of memory are free",
-                f"use parallel.dp of at most {free // needed}",
-            )
-        raise UserError(
-            "model",
-            f"{dtype} weights need {needed * replicas / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of memory are free",
-            f"use a smaller model{' or model.dtype=bfloat16' if dtype == 'float32' else ''}, or a larger machine",
-        )

@@ -68,6 +68,7 @@ def _begin_record(run: RunContext) -> None:
     run.note(
         **job.work,
         job_hash=job.job_hash,
+        prediction=job.prediction,
         requests=len(job.workload.requests),
         device=job.accelerator,
         device_name=device.device_name(job.accelerator),

@@ -39,7 +39,8 @@ class DsInferenceRoom(Room):
 
     def share(self, config: Config) -> Share:
         """Its cache is as large as its batch."""
-        return Share(tokens=cast(DsInferenceConfig, config.engine).batch_tokens)
+        engine = cast(DsInferenceConfig, config.engine)
+        return Share(tokens=engine.batch_tokens, pass_tokens=engine.batch_tokens, rows=engine.batch_size)
 
     def less_memory(self, engine: Mapping[str, Any], phase: object) -> list[Change] | None:
         """Smaller batches."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 from harness.basics.errors import UserError, quoted
@@ -64,7 +65,10 @@ def check_quantization(engine: Paged, dtype: DType, accelerator: str, has: bool)
 
 def share(engine: Paged) -> Share:
     """Returns what ``engine.kv_memory`` and the quantization make of the memory."""
-    weight_bytes = None if engine.quantization is None else FP6_BYTES
-    if is_fraction(engine.kv_memory):
-        return Share(part=parse_bytes(engine.kv_memory), weight_bytes=weight_bytes)
-    return Share(given=int(parse_bytes(engine.kv_memory)), weight_bytes=weight_bytes)
+    found = Share(
+        weight_bytes=None if engine.quantization is None else FP6_BYTES,
+        pass_tokens=engine.token_budget,
+        rows=engine.max_sequences,
+    )
+    amount = parse_bytes(engine.kv_memory)
+    return replace(found, part=amount) if is_fraction(engine.kv_memory) else replace(found, given=int(amount))

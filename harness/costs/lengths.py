@@ -1,0 +1,100 @@
+"""How long a dataset's requests are, before anything is tokenized."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from harness.costs.work import PassWork
+from harness.workload.records import Request
+
+CHARACTERS_A_TOKEN = 3  # of a text that is not tokenized yet
+CLAIMED = "as the dataset states them"
+GUESSED = f"guessed: {CHARACTERS_A_TOKEN} characters a token"
+
+
+class Length(NamedTuple):
+    """Tokens of one request: of its prompt, and at most of its output."""
+
+    prompt: int
+    output: int
+
+    @property
+    def held(self) -> int:
+        """Tokens of the KV cache at its end; the last token is never fed back, so never stored."""
+        return self.prompt + self.output - 1
+
+
+class Lengths(NamedTuple):
+    """The requests that are run.
+
+    Attributes:
+        source: where the prompts' lengths are from.
+        rejected: requests that are longer than the model's context.
+    """
+
+    items: list[Length]
+    source: str
+    rejected: int
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Sum of the prompts."""
+        return sum(length.prompt for length in self.items)
+
+    @property
+    def output_tokens(self) -> int:
+        """Sum of the outputs."""
+        return sum(length.output for length in self.items)
+
+    def mean_held(self) -> float:
+        """Returns the mean of :attr:`Length.held`."""
+        return sum(length.held for length in self.items) / len(self.items)
+
+    def percentile_held(self, share: float) -> int:
+        """Returns the length that ``share`` of the requests do not exceed at their end (nearest rank)."""
+        ordered = sorted(length.held for length in self.items)
+        return ordered[max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1)]
+
+    def prefill(self) -> PassWork:
+        """Returns the work of all prompts, each fed at once: its last token gives a row of logits."""
+        tokens = self.prompt_tokens
+        pairs = sum(length.prompt * (length.prompt + 1) // 2 for length in self.items)
+        count = len(self.items)
+        return PassWork(tokens, tokens, 0, count, count, tokens, pairs)
+
+    def decode(self) -> PassWork:
+        """Returns the work of all tokens after the first of each request, one sequence each."""
+        steps = [length.output - 1 for length in self.items]
+        tokens = sum(steps)
+        # Step k of a request sees its prompt, the k tokens before and itself.
+        seen = sum(n * item.prompt + n * (n + 1) // 2 for n, item in zip(steps, self.items, strict=True))
+        return PassWork(tokens, 0, tokens, tokens, tokens, seen, seen)
+
+
+def of(requests: Sequence[Request], context: int | None = None, most_output: int | None = None) -> Lengths:
+    """Returns the lengths of ``requests``.
+
+    Args:
+        context: longest prompt plus output of the model, None where it has no limit.
+        most_output: ``generation.max_output_len``.
+    """
+    items, rejected, guessed = [], 0, 0
+    for request in requests:
+        length, guess = _length(request)
+        if most_output is not None:
+            length = Length(length.prompt, min(length.output, most_output))
+        if context is not None and sum(length) > context:
+            rejected += 1
+            continue
+        guessed += guess
+        items.append(length)
+    return Lengths(items, GUESSED if guessed else CLAIMED, rejected)
+
+
+def _length(request: Request) -> tuple[Length, bool]:
+    """Returns the length of a request, and whether it is a guess."""
+    prompt = len(request.prompt_ids or ()) or request.claimed_prompt_len
+    guess = not prompt or not request.output_len
+    output = request.output_len or max(1, len(request.reply or "") // CHARACTERS_A_TOKEN)
+    return Length(prompt or max(1, len(request.prompt) // CHARACTERS_A_TOKEN), output), guess
