@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from harness.costs.work import PassWork
@@ -25,7 +27,8 @@ class Length(NamedTuple):
         return self.prompt + self.output - 1
 
 
-class Lengths(NamedTuple):
+@dataclass(frozen=True)
+class Lengths:
     """The requests that are run.
 
     Attributes:
@@ -37,34 +40,41 @@ class Lengths(NamedTuple):
     source: str
     rejected: int
 
-    @property
+    @cached_property
     def prompt_tokens(self) -> int:
         """Sum of the prompts."""
         return sum(length.prompt for length in self.items)
 
-    @property
+    @cached_property
     def output_tokens(self) -> int:
         """Sum of the outputs."""
         return sum(length.output for length in self.items)
 
+    @cached_property
+    def held(self) -> list[int]:
+        """:attr:`Length.held` of all, the shortest first."""
+        return sorted(length.held for length in self.items)
+
+    @property
     def mean_held(self) -> float:
-        """Returns the mean of :attr:`Length.held`."""
-        return sum(length.held for length in self.items) / len(self.items)
+        """Mean of :attr:`held`."""
+        return sum(self.held) / len(self.held)
 
-    def percentile_held(self, share: float) -> int:
-        """Returns the length that ``share`` of the requests do not exceed at their end (nearest rank)."""
-        ordered = sorted(length.held for length in self.items)
-        return ordered[max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1)]
+    @property
+    def p99_held(self) -> int:
+        """What 99 of 100 do not exceed (nearest rank)."""
+        return self.held[-(-99 * len(self.held) // 100) - 1]
 
+    @cached_property
     def prefill(self) -> PassWork:
-        """Returns the work of all prompts, each fed at once: its last token gives a row of logits."""
-        tokens = self.prompt_tokens
+        """The work of all prompts, each fed at once: its last token gives a row of logits."""
+        tokens, count = self.prompt_tokens, len(self.items)
         pairs = sum(length.prompt * (length.prompt + 1) // 2 for length in self.items)
-        count = len(self.items)
         return PassWork(tokens, tokens, 0, count, count, tokens, pairs)
 
+    @cached_property
     def decode(self) -> PassWork:
-        """Returns the work of all tokens after the first of each request, one sequence each."""
+        """The work of all tokens after the first of each request, one sequence each."""
         steps = [length.output - 1 for length in self.items]
         tokens = sum(steps)
         # Step k of a request sees its prompt, the k tokens before and itself.

@@ -115,7 +115,7 @@ def held(needs: Needs, memory: Memory, tp: int, ranks: int, activations: int) ->
     weights, token, most = needs.weights(tp), max(1, needs.held(1, tp)), needs.held(needs.most, tp)
     left = max(0, size - memory.own - weights)
     cache = needs.given if needs.given is not None else min(most, int(needs.part * left))
-    return Held(size, memory.own, weights, activations, cache, min(most, max(0, left - activations)), token)
+    return Held(size, memory.own, weights, activations, cache, max(0, left - activations), token)
 
 
 def activation_bytes(shape: ModelShape, tokens: int, rows: int, tp: int) -> int:
