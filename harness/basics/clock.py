@@ -1,4 +1,4 @@
-"""The clock of a run, and the time of day."""
+"""The clock of a run, the time of day, and times as people read them."""
 
 from __future__ import annotations
 
@@ -23,3 +23,13 @@ class Clock:
 def utc_now() -> str:
     """Returns the time as it stands in records."""
     return f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def duration(seconds: float) -> str:
+    """Returns seconds as ``42 s``, ``3 min 20 s`` or ``2 h 05 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

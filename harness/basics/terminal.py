@@ -87,13 +87,3 @@ class Steps:
         elif time.perf_counter() - self.drawn >= PLAIN_S:
             self.drawn = time.perf_counter()
             self.screen.print(f"{done}/{of} {self.what}")
-
-
-def duration(seconds: float) -> str:
-    """Returns seconds as ``42 s``, ``3 min 20 s`` or ``2 h 05 min``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

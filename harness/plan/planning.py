@@ -7,9 +7,12 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from harness.basics.errors import UserError
+from harness.config.explain import explain
+from harness.config.schema import HardwareConfig
 from harness.costs import bounds, lengths
 from harness.costs.bounds import Bound, Limits
 from harness.costs.lengths import Length, Lengths
@@ -99,10 +102,13 @@ def _case(options: argparse.Namespace, composed: DictConfig) -> Case:
     return Case(job, machine, found, (options.weight_bits, options.kv_bits))
 
 
-def _hardware(composed: DictConfig) -> Any:
-    from harness.config.compose import to_config
-
-    return to_config(composed).hardware
+def _hardware(composed: DictConfig) -> HardwareConfig:
+    try:
+        found = OmegaConf.to_object(composed.hardware)
+    except OmegaConfBaseException as error:
+        raise explain(error) from error
+    assert isinstance(found, HardwareConfig)
+    return found
 
 
 def plan(case: Case, composed: DictConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from harness.basics.terminal import duration
+from harness.basics.clock import duration
 
 
 def plan(found: dict[str, Any]) -> str:
@@ -154,16 +154,12 @@ def _bounds(found: dict[str, Any]) -> list[str]:
 
 def _time(found: dict[str, Any]) -> list[str]:
     time = found["dataset_time"]
-    by = (
-        "by a fit to real runs"
-        if time["fitted"]
-        else "by assumed efficiencies, not fitted to any run, so that its error is not known"
-    )
-    lines = [
-        f"The dataset takes at least {_duration(time['bound_s'])}; {_duration(time['expected_s'])} are expected with the "
-        f"engine as it is set ({time['expected_pass_tokens']:,} tokens a pass, "
-        f"{_rate(time['expected_total_tokens_per_s'])} total tok/s; {by})."
-    ]
+    by = "by a fit to real runs"
+    if not time["fitted"]:
+        by = "by assumed efficiencies, not fitted to any run, so that its error is not known"
+    expected = f"{_duration(time['expected_s'])} are expected with the engine as it is set"
+    rate = f"{time['expected_pass_tokens']:,} tokens a pass, {_rate(time['expected_total_tokens_per_s'])} total tok/s"
+    lines = [f"The dataset takes at least {_duration(time['bound_s'])}; {expected} ({rate}; {by})."]
     return lines + [f"Outside of the fit: {one}." for one in time["outside_the_fit"]]
 
 

@@ -8,7 +8,8 @@ from collections import deque
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from harness.basics.terminal import PLAIN_S, REFRESH_S, duration
+from harness.basics.clock import duration
+from harness.basics.terminal import PLAIN_S, REFRESH_S
 from harness.engines.base import Progress as EngineProgress
 from harness.workload.records import Completion
 

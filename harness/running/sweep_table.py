@@ -16,8 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from harness.basics.clock import duration
 from harness.basics.errors import one_line, printable
-from harness.basics.terminal import REFRESH_S, duration
+from harness.basics.terminal import REFRESH_S
 
 FILE_WIDTH = 160
 PLAIN_S = 60.0  # between two lines about a job where there is no terminal
