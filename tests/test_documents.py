@@ -130,6 +130,8 @@ def executable(command: Command) -> bool:
     words = command.words
     if words[:3] in (("python", "-m", "harness.compare"), ("python", "-m", "harness.verify")):
         return True
+    if words[:3] == ("python", "-m", "harness.plan"):
+        return True
     if words[:3] in (("python", "-m", "harness.accuracy"), ("python", "-m", "harness.models.demo")):
         return True
     if words[:2] == ("python", "tests/check_mutations.py"):
@@ -143,7 +145,7 @@ def executed_at_once(command: Command) -> bool:
     words = command.words
     if "--help" in words or "--cfg" in words or "--list" in words:
         return True
-    return words[:3] == ("python", "-m", "harness.compare")
+    return words[:3] in (("python", "-m", "harness.compare"), ("python", "-m", "harness.plan"))
 
 
 RUNNABLE = [command for command in SHOWN if not command.marks and executable(command)]

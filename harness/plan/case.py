@@ -80,7 +80,9 @@ def of(options: argparse.Namespace, composed: DictConfig) -> Case:
     found = lengths.of(job.workload.requests, job.max_context, job.config.generation.max_output_len)
     if not found.items:
         raise UserError("dataset", f"all {found.rejected} requests are longer than the model's context", "take others")
-    return Case(job, machine, found, (options.weight_bits, options.kv_bits))
+    case = Case(job, machine, found, (options.weight_bits, options.kv_bits))
+    case.shape()  # now, since everything rests on it
+    return case
 
 
 def _hardware(composed: DictConfig) -> HardwareConfig:

@@ -143,11 +143,11 @@ def _bounds(found: dict[str, Any]) -> list[str]:
         )
         for name, one in found["bounds"].items()
     ]
-    heads = ("Bound, tok/s", "a device", "output", "in all", "output", "which binds", "at the sheet's peak")
+    heads = ("Bound, tok/s", "a device", "output", "in all", "output", "which binds", "at the sheet's")
     shares = found["shares"]
     note = (
-        f"No engine exceeds it: every resource busy all the time, at {shares['matrix']:.0%} of the data sheet's FLOP/s "
-        f"and {shares['memory']:.0%} of its memory bandwidth."
+        f"Every resource busy all the time, at the {shares['matrix']:.0%} of the data sheet's FLOP/s and the "
+        f"{shares['memory']:.0%} of its memory bandwidth that large products and copies reach; at the sheet's, in all."
     )
     return [*_table(heads, rows), note]
 

@@ -36,7 +36,7 @@ def _lines(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, str]]
         lines += [("Passes", text) for text in _passes(row, record)]
         lines += [("Energy", text) for text in _energy(row, record)]
     if row["load_s"] is not None:
-        lines += _outside(row, record.get("proof") or {})
+        lines += _outside(row, record)
     if parity := record.get("parity"):
         checked = f"{parity['checked']} of {row['completed']:,} outputs checked against Hugging Face"
         names = {"exact": "exact", "near_tie": "near-ties", "wrong": "wrong"}
@@ -85,8 +85,10 @@ def _energy(row: dict[str, Any], record: dict[str, Any]) -> Iterator[str]:
         yield f"{row['energy_j']:,.0f} J, {per_joule}" + (f" ({source})" if source else "")
 
 
-def _outside(row: dict[str, Any], proof: dict[str, Any]) -> list[tuple[str, str]]:
+def _outside(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, str]]:
+    proof, predicted = record.get("proof") or {}, (record.get("prediction") or {}).get("peak_memory_bytes")
     memory = f", peak memory {row['peak_memory_bytes'] / 2**30:.2f} GiB" if row["peak_memory_bytes"] else ""
+    memory += f" ({predicted / 2**30:.2f} predicted)" if memory and predicted else ""
     warm = f", warm-up {row['warmup_s']:.1f} s" if row["warmup_s"] is not None else ""
     proving = f", proof {proof['seconds']:.1f} s" if proof.get("seconds") else ""
     lines = [("Outside", f"load {row['load_s']:.1f} s{proving}{warm} (not in the clock){memory}")]
