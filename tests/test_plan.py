@@ -99,6 +99,16 @@ def test_a_split_is_chosen_as_a_run_would(plan: Callable[..., Any]) -> None:
     assert (status, found["parallel"]["tp"], found["fits"]) == (1, 8, "no")
 
 
+def test_a_cache_of_too_many_bytes_has_no_room(plan: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    words = (*SEVENTY, *FIXED, "parallel.tp=8", "engine.kv_memory=200GiB")
+    status, found = plan(*words)
+    assert (status, found["fits"]) == (1, "no")
+    assert found["remedies"][0] == {"setting": "engine.kv_memory=0.9 of what is left", "fits": "yes"}
+    assert command.main(list(words)) == 1
+    assert "no room for the KV cache of engine.kv_memory beside the weights." in capsys.readouterr().out
+    assert plan(*SEVENTY, *FIXED, "parallel.tp=8", "engine.kv_memory=40GiB")[1]["fits"] == "yes"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

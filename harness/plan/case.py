@@ -55,10 +55,20 @@ class Case:
         local = min(tp * dp, self.machine.launch.host_ranks) if self.machine.memory.shared else 1
         return preflight.held(self.job, needs, self.shape(), self.machine.memory, tp, local)
 
+    def lacks(self, found: Held) -> str | None:
+        """Returns what there is no room for; None where one request at least can run."""
+        if found.own + found.weights > found.size:
+            return "weights"
+        if preflight.share(self.job).given is not None and found.cache > found.most_cache:
+            return "the KV cache of engine.kv_memory beside the weights"
+        if found.most_tokens < self.lengths.held[-1]:
+            return "a KV cache of the longest request beside the weights"
+        return None
+
     def verdict(self, found: Held) -> str:
         """Returns whether the model and the requests have room: all that the engine runs at once, one, or none."""
         longest = self.lengths.held[-1]
-        if found.most_tokens < longest:
+        if self.lacks(found) is not None:
             return NO
         return YES if found.most_tokens >= self.rows * longest else SHORT
 

@@ -18,8 +18,10 @@ from harness.costs.shape import ModelShape
 from harness.plan import published, splits, text
 from harness.plan.case import NO, SHORT, YES, Case, dataset, expected, model, of, times
 from harness.running import job as jobs
+from harness.running import preflight
 
 FEWER_BITS = (8, 4)
+PART = 0.9  # of what the weights leave: a KV cache that has room where one of given bytes has not
 BUDGETS = (128, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -50,6 +52,7 @@ def plan(case: Case, composed: DictConfig) -> dict[str, Any]:
         "dataset": dataset(case),
         "memory": _memory(found),
         "fits": fits,
+        "lacks": case.lacks(found),
         "remedies": [] if fits == YES else remedies(case, tp, dp, fits),
         "sequences": _sequences(case, found),
     }
@@ -106,6 +109,8 @@ def remedies(case: Case, tp: int, dp: int, now: str) -> list[dict[str, str]]:
     choices = [(f"parallel.tp={size}", case, size) for size in larger if jobs.refusal(case.job, size, dp) is None]
     weights, cache = case.bits
     shape = case.shape()
+    if preflight.share(case.job).given is not None:
+        choices.insert(0, (f"engine.kv_memory={PART} of what is left", _with_part(case, PART), tp))
     for bits in FEWER_BITS:
         if bits < 8 * shape.kv_element_bytes:
             other = replace(case, bits=(weights, bits))
@@ -122,6 +127,13 @@ def remedies(case: Case, tp: int, dp: int, now: str) -> list[dict[str, str]]:
             found.append({"setting": words, "fits": fits})
             done |= {kind} if fits == YES else set()
     return found
+
+
+def _with_part(case: Case, part: float) -> Case:
+    """Returns the same with a part of the memory that is left as KV cache, in place of bytes."""
+    config = case.job.config
+    engine = replace(config.engine, kv_memory=part)  # type: ignore[call-arg]
+    return replace(case, job=replace(case.job, config=replace(config, engine=engine)))
 
 
 def _performance(case: Case, shape: ModelShape, found: Held, tp: int, dp: int) -> dict[str, Any]:

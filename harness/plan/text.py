@@ -96,8 +96,7 @@ def _memory(found: dict[str, Any]) -> list[str]:
     lines = _table(("Memory of a device", "GB", ""), rows)
     lines += ["", f"It fits: {found['fits']}."]
     if found["fits"] == "no":
-        longest = "and a KV cache of the longest request" if memory["left_bytes"] > 0 else ""
-        lines[-1] = f"It does not fit: no room for weights {longest}".rstrip() + "."
+        lines[-1] = f"It does not fit: no room for {found['lacks']}."
     elif found["fits"] != "yes":
         each = f"{sequences['length_for_engine']:,} tokens each"
         lines.append(f"The {sequences['engine']} sequences that run at once have room for {each}.")
