@@ -103,29 +103,30 @@ def _sequences(case: Case, found: Held) -> dict[str, Any]:
 
 
 def remedies(case: Case, tp: int, dp: int, now: str) -> list[dict[str, str]]:
-    """Returns the nearest settings that fit better than ``now``, each with how well: the smallest change of a kind."""
-    found: list[dict[str, str]] = []
+    """Returns the nearest settings that fit better than ``now``, each with how well.
+
+    Of each kind the smallest change comes first, and the last is the first that fits wholly.
+    """
     larger = range(tp + 1, case.machine.launch.host_ranks // dp + 1)
-    choices = [(f"parallel.tp={size}", case, size) for size in larger if jobs.refusal(case.job, size, dp) is None]
-    weights, cache = case.bits
-    shape = case.shape()
+    sizes = [size for size in larger if jobs.refusal(case.job, size, dp) is None]
+    (weights, cache), shape = case.bits, case.shape()
+    fewer_kv = [bits for bits in FEWER_BITS if bits < 8 * shape.kv_element_bytes]
+    fewer = [bits for bits in FEWER_BITS if bits < 8 * shape.weight_bytes]
+    kinds = [
+        [(f"parallel.tp={size}", case, size) for size in sizes],
+        [(f"KV cache of {bits} bits (--kv-bits {bits})", replace(case, bits=(weights, bits)), tp) for bits in fewer_kv],
+        [(f"weights of {bits} bits (--weight-bits {bits})", replace(case, bits=(bits, cache)), tp) for bits in fewer],
+    ]
     if preflight.share(case.job).given is not None:
-        choices.insert(0, (f"engine.kv_memory={PART} of what is left", _with_part(case, PART), tp))
-    for bits in FEWER_BITS:
-        if bits < 8 * shape.kv_element_bytes:
-            other = replace(case, bits=(weights, bits))
-            choices.append((f"a KV cache of {bits} bits (--kv-bits {bits})", other, tp))
-    for bits in FEWER_BITS:
-        if bits < 8 * shape.weight_bytes:
-            other = replace(case, bits=(bits, cache))
-            choices.append((f"weights of {bits} bits (--weight-bits {bits})", other, tp))
-    done: set[str] = set()  # kinds of change that have one which fits wholly
-    for words, other, size in choices:
-        kind, fits = words.rstrip(")0123456789"), other.verdict(other.held(size, dp))
-        kind = kind.partition(" of ")[0]
-        if kind not in done and (fits == YES or (fits == SHORT and now == NO)):
-            found.append({"setting": words, "fits": fits})
-            done |= {kind} if fits == YES else set()
+        kinds.insert(0, [(f"engine.kv_memory={PART} of what is left", _with_part(case, PART), tp)])
+    found: list[dict[str, str]] = []
+    for kind in kinds:
+        for words, other, size in kind:
+            fits = other.verdict(other.held(size, dp))
+            if fits == YES or (fits == SHORT and now == NO):
+                found.append({"setting": words, "fits": fits})
+            if fits == YES:
+                break
     return found
 
 
