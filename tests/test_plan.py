@@ -112,7 +112,7 @@ def test_a_cache_of_too_many_bytes_has_no_room(plan: Callable[..., Any], capsys:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("hardware=cpu", "hardware.peak_flops.bfloat16=null", "model.dtype=bfloat16"), "hardware.peak_flops.bfloat16"),
+        (("hardware.accelerator=cuda", "hardware.memory_bytes=8000000000"), "hardware.peak_flops.bfloat16: not known"),
         (("hardware=a100_80g", "hardware.memory_bytes=null"), "hardware.memory_bytes: not known of a100_80g; give "),
         (("hardware=a100_80g", "hardware.memory_bytes=much"), "hardware.memory_bytes"),
         (("hardware=a100_80g", "parallel.tp=2"), "parallel.tp: 2 does not divide its 9 attention and 3 key/value"),

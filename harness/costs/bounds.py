@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from harness.config.schema import HardwareConfig
+from harness.config.schema import Accelerator, HardwareConfig
 from harness.costs.lengths import Lengths
 from harness.costs.roofline import Roofline
 from harness.costs.shape import ModelShape
@@ -33,15 +33,15 @@ class Limits:
         roofline: seconds of each kind of work at the data sheet's figures.
         tp: devices that share the model.
         peak, bandwidth: FLOP/s and bytes/s of the sheet.
-        matrix_share, memory_share: what is reached of them.
+        matrix_share, memory_share: what is reached of them; all of a CPU's, whose figures are measured.
     """
 
     roofline: Roofline
     tp: int
     peak: float
     bandwidth: float
-    matrix_share: float = MATRIX_SHARE
-    memory_share: float = MEMORY_SHARE
+    matrix_share: float
+    memory_share: float
 
     @classmethod
     def of(cls, shape: ModelShape, hardware: HardwareConfig, dtype: str, tp: int) -> Limits:
@@ -51,7 +51,9 @@ class Limits:
             UserError: a figure of the hardware is not known.
         """
         roofline = Roofline.of(shape, hardware, dtype, tp)
-        return cls(roofline, tp, float(hardware.peak_flops[dtype] or 0), float(hardware.memory_bandwidth or 0))
+        shares = (1.0, 1.0) if hardware.accelerator is Accelerator.cpu else (MATRIX_SHARE, MEMORY_SHARE)
+        peak, bandwidth = float(hardware.peak_flops[dtype] or 0), float(hardware.memory_bandwidth or 0)
+        return cls(roofline, tp, peak, bandwidth, *shares)
 
     def seconds(self, work: PassWork, passes: float = 1.0) -> dict[str, float]:
         """Returns what each resource of a device takes for ``work`` in so many passes, at least.

@@ -17,6 +17,7 @@ from harness.costs.lengths import Lengths
 from harness.costs.memory import Held, Needs
 from harness.costs.pass_time import PassTime
 from harness.costs.shape import ModelShape
+from harness.machine import probe
 from harness.running import job as jobs
 from harness.running import preflight, target
 from harness.running.job import Job
@@ -76,7 +77,7 @@ class Case:
 def of(options: argparse.Namespace, composed: DictConfig) -> Case:
     """Returns what the command line asks; raises UserError for what is wrong with it, or not known of the machine."""
     job = jobs.prepare(jobs.with_split(composed, 1, 1), planned=target.described(_hardware(composed)))
-    hardware, devices = job.config.hardware, options.devices
+    hardware, devices = _with_measured(job), options.devices
     if devices is not None and devices % (nodes := options.nodes or 1):
         raise UserError("--nodes", f"{nodes} does not divide the {devices} devices", "give a number that does")
     if options.nodes is not None:
@@ -93,6 +94,17 @@ def of(options: argparse.Namespace, composed: DictConfig) -> Case:
     case = Case(job, machine, found, (options.weight_bits, options.kv_bits))
     case.shape()  # now, since everything rests on it
     return case
+
+
+def _with_measured(job: Job) -> HardwareConfig:
+    """Returns the hardware; what is null of a CPU is what was measured of this one, where a run has done that."""
+    hardware = job.config.hardware
+    found = probe.measured(job.dtype) if job.accelerator == "cpu" else None
+    if found is None:
+        return hardware
+    peaks = hardware.peak_flops | {job.dtype: hardware.peak_flops.get(job.dtype) or found.peak_flops}
+    bandwidth = hardware.memory_bandwidth or found.memory_bandwidth
+    return replace(hardware, peak_flops=peaks, memory_bandwidth=bandwidth)
 
 
 def _hardware(composed: DictConfig) -> HardwareConfig:
@@ -149,10 +161,12 @@ def expected(case: Case, found: Held, tp: int, dp: int) -> dict[str, Any]:
     longest = max(length.prompt for length in case.lengths.items)
     rows = max(1, min(case.rows, len(case.lengths.items) // dp))
     sequences = bounds.sequences_at_once(case.lengths, min(found.tokens, found.most_tokens), rows)
-    work = bounds.typical_pass(case.lengths, engine.pass_tokens or longest, sequences)
-    model = times(case, tp, dp)
     fed = sum(case.lengths.held)
-    passes = max(fed / work.tokens / dp, max(length.output for length in case.lengths.items))
+    at_end = fed / dp / max(length.output for length in case.lengths.items)  # a request takes a pass an output token
+    budget = max(1, min(engine.pass_tokens or longest, int(at_end)))
+    work = bounds.typical_pass(case.lengths, budget, sequences)
+    model = times(case, tp, dp)
+    passes = fed / work.tokens / dp
     between = model.host_seconds(work, 0, 0)
     requests = model.host_seconds(work, len(case.lengths.items), case.lengths.prompt_tokens) - between
     seconds = passes * (model.seconds(work) + between) + requests / dp

@@ -144,11 +144,13 @@ def _bounds(found: dict[str, Any]) -> list[str]:
     ]
     heads = ("Bound, tok/s", "a device", "output", "in all", "output", "which binds", "at the sheet's")
     shares = found["shares"]
-    note = (
-        f"Every resource busy all the time, at the {shares['matrix']:.0%} of the data sheet's FLOP/s and the "
-        f"{shares['memory']:.0%} of its memory bandwidth that large products and copies reach; at the sheet's, in all."
-    )
-    return [*_table(heads, rows), note]
+    note = "Every resource busy all the time"
+    if shares["matrix"] < 1:
+        note += (
+            f", at the {shares['matrix']:.0%} of the data sheet's FLOP/s and the {shares['memory']:.0%} of its memory "
+        )
+        note += "bandwidth that large products and copies reach; at the sheet's, in all"
+    return [*_table(heads, rows), f"{note}."]
 
 
 def _time(found: dict[str, Any]) -> list[str]:
