@@ -20,6 +20,20 @@ class Clock:
         return time.perf_counter() - self.started
 
 
+class VirtualClock(Clock):
+    """A clock that stands still until it is set: that of a simulation.
+
+    Args:
+        already: as of :class:`Clock`.
+    """
+
+    def __init__(self, already: float = 0.0) -> None:
+        self.now_s = already
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
 def utc_now() -> str:
     """Returns the time as it stands in records."""
     return f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"

@@ -10,16 +10,41 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from harness.basics.clock import Clock
 from harness.basics.errors import UserError
-from harness.config.schema import EngineConfig, GenerationConfig
+from harness.config.schema import EngineConfig, GenerationConfig, HardwareConfig
+from harness.costs.memory import Memory, Needs
 from harness.engines.scoring import Forced, Score, Scored
+from harness.machine import memory
 from harness.workload.records import Completion, PassRecord, Request
 
 if TYPE_CHECKING:
     from harness.models.source import Source
+    from harness.models.token_counts import Counter
     from harness.ranks.tensor_parallel import TensorParallel
 
 SCORING = "use engine=fastgen, ds_inference or baseline"
 C = TypeVar("C", bound=EngineConfig)  # an engine's own keys
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """The machine and the ranks of a run that is only simulated, all of them by one process.
+
+    Attributes:
+        tp, dp: ranks that share a model, and replicas.
+        memory: what its ranks find.
+        needs: of memory, of a replica; None where the model's sizes are not known.
+        count_tokens: as the model's tokenizer does; None where that is not at hand.
+        seed: of what is drawn.
+    """
+
+    hardware: HardwareConfig
+    tp: int
+    dp: int
+    host_ranks: int
+    memory: Memory
+    needs: Needs | None
+    count_tokens: Counter | None
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +58,7 @@ class EngineSettings(Generic[C]):
         lookahead: most requests taken from the queue before they can start.
         tensor: the ranks that share this engine's model; None when it has the model to itself.
         host_ranks: ranks on this host, which share its memory where the device is the CPU.
+        described: of a run that is simulated; None where this process computes.
     """
 
     engine: C
@@ -44,6 +70,7 @@ class EngineSettings(Generic[C]):
     lookahead: int = 256
     tensor: TensorParallel | None = None
     host_ranks: int = 1
+    described: Described | None = None
 
     @property
     def tp(self) -> int:
@@ -150,6 +177,19 @@ class Engine(ABC, Generic[C]):
     def limits(self) -> dict[str, int]:
         """The settings that bound a pass, for the record; empty for an engine that has none."""
         return {}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What else the record should say of what was loaded."""
+        return {}
+
+    def clock(self, already_s: float) -> Clock:
+        """Returns the clock that times a run, started; ``already_s``: seconds that earlier segments of it took."""
+        return Clock(already_s)
+
+    def peak_memory_bytes(self) -> int:
+        """Returns the most memory (bytes) that this rank has held."""
+        return memory.peak_memory_bytes(self.settings.device)
 
     @abstractmethod
     def load(self) -> None:

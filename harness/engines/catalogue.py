@@ -77,8 +77,6 @@ def check(config: Config, accelerator: str) -> None:
     room = find(config.engine.name)
     if not isinstance(config.engine, room.config):
         raise UserError("engine.name", f"{room.name}, with the keys of another engine", f"use engine={room.name}")
-    if not room.engine:
-        raise UserError("engine", f"{room.name} is not built yet", "use engine=fastgen")
     room.check(config, accelerator)
     if accelerator == "cpu" and config.model.dtype is DType.float16:
         raise UserError(

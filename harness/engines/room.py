@@ -55,11 +55,12 @@ class Room:
     Attributes:
         name: what ``engine=NAME`` chooses.
         config: its keys, a dataclass that needs no torch.
-        engine: its class as ``module:Class``, imported by the rank alone; empty for one that is not built.
+        engine: its class as ``module:Class``, imported by the rank alone.
         scores: whether it can score given tokens.
         replicas: whether a launch may have several of it.
         shards: whether several ranks may share its model.
         spreads: whether one rank takes all the GPUs there are.
+        simulates: whether one process plays all ranks, on the machine that ``conf/hardware`` describes.
         passes: what a line of its ``passes.csv`` is; None leaves them unchecked.
         resume_keys: its keys that a resumed run must have as before, since the tokens depend on them.
         proof_keys: its keys that choose the code of a pass, so that a proof holds for them alone; None for all.
@@ -72,6 +73,7 @@ class Room:
     replicas = True
     shards = True
     spreads = False
+    simulates = False
     passes: Passes | None = None
     resume_keys: tuple[str, ...] = ()
     proof_keys: tuple[str, ...] | None = None

@@ -27,7 +27,7 @@ def fingerprint(source: Source) -> str | None:
     if source.kind == "hub":
         return None
     digest = hashlib.sha256(json.dumps([source.kind, source.architecture], sort_keys=True, default=str).encode())
-    for path in [] if source.kind == "dummy" else _files(source):
+    for path in [] if source.path is None or source.kind == "dummy" else _files(source):
         try:
             _add(digest, path)
         except OSError as error:

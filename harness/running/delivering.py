@@ -9,7 +9,6 @@ from typing import Any
 
 from harness.basics.clock import Clock
 from harness.basics.errors import UserError
-from harness.machine import memory
 from harness.running.accounting import ModelFlops, PromptLengths
 from harness.running.context import RunContext
 from harness.running.loading import Loaded
@@ -94,8 +93,8 @@ class Delivery:
                 run.replicas.receive(self._deliver)
                 mine = run.replicas.take(requests)
                 run.replicas.barrier()
-            self._clock = clock = Clock(already_s)
-            if run.recorder is not None:
+            self._clock = clock = engine.clock(already_s)
+            if run.recorder is not None and not run.job.simulated:  # else time tells nothing of the clock
                 run.recorder.clock_started(clock())
             if run.telemetry is not None:
                 run.telemetry.clock_started(clock)
@@ -133,7 +132,7 @@ class Delivery:
         assert run.replicas is not None
         leads = engine.settings.leads
         run.replicas.barrier()
-        clock = Clock(already_s)
+        clock = engine.clock(already_s)
         if run.telemetry is not None:
             run.telemetry.clock_started(clock)
         if leads:
@@ -145,7 +144,7 @@ class Delivery:
         figures: dict[str, Any] = {
             "elapsed_s": elapsed_s,
             "statistics": dataclasses.asdict(engine.statistics) if leads else None,
-            "peak_memory_bytes": memory.peak_memory_bytes(engine.settings.device),
+            "peak_memory_bytes": engine.peak_memory_bytes(),
         }
         if run.telemetry is not None:
             run.telemetry.stop()

@@ -65,7 +65,7 @@ def _figures(run: RunContext, delivery: Delivery) -> dict[str, Any]:
     assert delivery.elapsed_s is not None and run.recorder is not None
     # From the first rank's start, which the barrier made everyone's, to the last one's end.
     elapsed_s = max([delivery.elapsed_s, *(other["elapsed_s"] for other in others)])
-    peak_memory = [memory.peak_memory_bytes(engine.settings.device), *(other["peak_memory_bytes"] for other in others)]
+    peak_memory = [engine.peak_memory_bytes(), *(other["peak_memory_bytes"] for other in others)]
     elsewhere = [EngineStatistics(**other["statistics"]) for other in others if other["statistics"]]
     statistics = dataclasses.asdict(merged_statistics([engine.statistics, *elsewhere]))
     times = {key: statistics.pop(key) for key in ("prefill_s", "decode_s", "tokenize_s", "detokenize_s")}

@@ -48,6 +48,7 @@ class Job:
         max_context: longest prompt plus output in tokens, None where the model states none.
         job_hash: 12 hex digits, equal for runs of the same config on the same dataset, kind of device and code.
         prediction: what the record says of the run beforehand: ``peak_memory_bytes`` of a rank, where it can be told.
+        simulated: whether one process here plays all ranks, on the machine that ``config.hardware`` describes.
     """
 
     config: Config
@@ -60,6 +61,7 @@ class Job:
     max_context: int | None
     job_hash: str
     prediction: dict[str, Any] = field(default_factory=dict)
+    simulated: bool = False
 
     @property
     def tp(self) -> int:
@@ -75,6 +77,16 @@ class Job:
     def ranks(self) -> int:
         """All ranks of the run."""
         return self.tp * self.dp
+
+    @property
+    def processes(self) -> int:
+        """Processes that run them."""
+        return 1 if self.simulated else self.ranks
+
+    @property
+    def runs_on(self) -> str:
+        """What these processes need, ``cpu`` or ``cuda``: not what they simulate."""
+        return "cpu" if self.simulated else self.accelerator
 
     @property
     def work(self) -> dict[str, Any]:
@@ -98,7 +110,8 @@ def prepare(composed: DictConfig, rank: Rank | None = None, planned: Target | No
 
     Args:
         rank: this process in the launch that runs the job; None where it is to start one.
-        planned: the machine that the job is for; None is this one. Elsewhere the model need not be here.
+        planned: the machine that the job is for; None is this one, or the described one if the engine simulates.
+            Elsewhere the model need not be here.
 
     Raises:
         UserError: for the first that is wrong.
@@ -107,6 +120,9 @@ def prepare(composed: DictConfig, rank: Rank | None = None, planned: Target | No
         config = to_config(composed)
     except OmegaConfBaseException as error:
         raise explain(error) from error
+    simulated = planned is None and catalogue.find(config.engine.name).simulates
+    if simulated:
+        planned = target.described(config.hardware, rank.world if rank is not None and rank.world > 1 else None)
     accelerator = device.accelerator() if planned is None else planned.accelerator
     check(config, accelerator)
     requests = reading.read(config.dataset)
@@ -124,6 +140,7 @@ def prepare(composed: DictConfig, rank: Rank | None = None, planned: Target | No
         source=source,
         max_context=max_context,
         job_hash="",
+        simulated=simulated,
     )
     machine = planned or target.this_machine(config, accelerator, rank)
     chosen = choose(job, machine)

@@ -109,12 +109,12 @@ def _launched(
     recorder: RunRecorder, job: jobs.Job, overrides: list[str], watcher: Callable[[Path], None] | None
 ) -> LaunchOutcome:
     config, run_id = job.config, recorder.run_id
-    ranks = job.ranks
+    ranks, accelerator = job.processes, job.runs_on
     log = recorder.directory / LAUNCH_LOG
     with nullcontext() if watcher is None else open(log, "wb") as output:
         ending = watch(
-            command(ranks, job.accelerator, [*overrides, *split_words(job)]),
-            variables(ranks, job.accelerator) | {RUN_ID_VARIABLE: run_id, PARENT_VARIABLE: str(os.getpid())},
+            command(ranks, accelerator, [*overrides, *split_words(job)]),
+            variables(ranks, accelerator) | {RUN_ID_VARIABLE: run_id, PARENT_VARIABLE: str(os.getpid())},
             config.timeout_s,
             output,
             None if watcher is None else lambda: watcher(log),
@@ -147,7 +147,7 @@ def _launched(
 
 def _checked(composed: DictConfig) -> jobs.Job:
     job = jobs.prepare(composed)
-    check_devices(job.tp, job.dp, job.accelerator)
+    check_devices(job.tp, job.dp, job.runs_on)
     return job
 
 

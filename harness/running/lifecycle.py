@@ -107,7 +107,8 @@ class Lifecycle:
         What fits is a question of free memory, which another rank may have found otherwise a moment later.
         """
         job = self.work.check(composed)
-        check_world(self.rank, job.tp, job.dp)
+        if not job.simulated:  # else this process is all of them
+            check_world(self.rank, job.tp, job.dp)
         tp, dp = self.rendezvous.meet(same_everywhere(job), (job.tp, job.dp))
         return job if (tp, dp) == (job.tp, job.dp) else self.work.check(jobs.with_split(composed, tp, dp))
 

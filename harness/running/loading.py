@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 from harness.engines import catalogue
 from harness.engines.base import Engine, EngineSettings
-from harness.engines.proof import proof
-from harness.machine import device, snapshot
+from harness.machine import snapshot
 from harness.models.loaded import identity
 from harness.ranks.rank import RUN_ID_VARIABLE
 from harness.running import peaks, setup
 from harness.running.context import RunContext
-from harness.running.job import resolve_requests
+from harness.running.job import Job, resolve_requests
 from harness.running.sampling import of_rank
 from harness.workload.records import Workload
 
@@ -46,11 +45,12 @@ def _settings(run: RunContext) -> EngineSettings:
     """Returns the engine's settings, once this rank has its cores and has joined the others."""
     job = run.job
     run.crowded = setup.use_cores(job, run.rank)
-    directory = run.recorder.directory if run.recorder is not None else None
-    run.telemetry = of_rank(run.rank, job.accelerator, catalogue.find(job.config.engine.name).spreads, directory)
+    if not job.simulated:  # else what this machine does meanwhile is not the run's
+        directory = run.recorder.directory if run.recorder is not None else None
+        run.telemetry = of_rank(run.rank, job.accelerator, catalogue.find(job.config.engine.name).spreads, directory)
     run.replicas = setup.join(job, run.rank, run.rendezvous)
     settings = setup.engine_settings(job, run.rank, run.replicas)
-    run.device = settings.device
+    run.device = None if job.simulated else settings.device
     return settings
 
 
@@ -65,14 +65,18 @@ def _begin_record(run: RunContext) -> None:
         run.recorder.check_work(**job.work)
         if RUN_ID_VARIABLE not in os.environ:  # else the launching parent has done it
             run.recorder.settle(job.settings, split=job.split.record)
+    environment = snapshot.snapshot(job.runs_on)
+    if job.simulated:
+        name = f"{job.config.hardware.name} (simulated)"
+        environment |= {"device": job.accelerator, "device_name": name}
     run.note(
         **job.work,
         job_hash=job.job_hash,
         prediction=job.prediction,
         requests=len(job.workload.requests),
-        device=job.accelerator,
-        device_name=device.device_name(job.accelerator),
-        environment=snapshot.snapshot(job.accelerator),
+        device=environment["device"],
+        device_name=environment["device_name"],
+        environment=environment,
         phase="load",
     )
 
@@ -80,16 +84,31 @@ def _begin_record(run: RunContext) -> None:
 def _load(run: RunContext, settings: EngineSettings) -> Loaded:
     job = run.job
     engine = catalogue.create(settings)
-    run.say(f"loading {job.work['model']} ({job.dtype}) for {job.config.engine.name} on {run.device}")
+    run.say(f"loading {job.work['model']} ({job.dtype}) for {job.config.engine.name} on {_where(job, settings.device)}")
     started = time.perf_counter()
     try:
-        engine = proof.load(engine, run.say)
+        engine = _loaded(run, engine)
     finally:
         run.facts["phase"] = engine.phase
     load_s = time.perf_counter() - started - (engine.proof or {}).get("seconds", 0.0)
     run.facts["phase"] = "run"
-    run.note(load_s=load_s, proof=engine.proof, phase="run")
+    run.note(load_s=load_s, proof=engine.proof, phase="run", **engine.facts)
     return Loaded(engine, resolve_requests(job, engine.tokenizer))
+
+
+def _where(job: Job, device: str) -> str:
+    """Returns what the model runs on, for the user."""
+    return f"{job.ranks} simulated {job.config.hardware.name}" if job.simulated else device
+
+
+def _loaded(run: RunContext, engine: Engine) -> Engine:
+    """Returns the engine once it is loaded, or the one that took its place since its passes were not the model's."""
+    if run.job.simulated:
+        engine.load()
+        return engine
+    from harness.engines.proof import proof  # imports torch
+
+    return proof.load(engine, run.say)
 
 
 def _warm_up(run: RunContext, loaded: Loaded) -> None:

@@ -6,12 +6,14 @@ import os
 from typing import TYPE_CHECKING
 
 from harness.machine import device
+from harness.models import token_counts
 from harness.ranks.rank import Rank, bind_cores
 from harness.ranks.rendezvous import Rendezvous
-from harness.running.job import Job
+from harness.running import target
+from harness.running.job import Job, memory_needs
 
 if TYPE_CHECKING:
-    from harness.engines.base import EngineSettings
+    from harness.engines.base import Described, EngineSettings
     from harness.ranks.replicas import Replicas
 
 
@@ -21,6 +23,8 @@ def use_cores(job: Job, rank: Rank) -> bool:
     Returns:
         Whether there are fewer cores than ranks, so that none has a core of its own.
     """
+    if job.simulated:
+        return False  # it computes nothing, and has no need of torch
     crowded = device.cores() < rank.local_world
     if job.accelerator == "cpu":
         bind_cores(rank)
@@ -51,15 +55,38 @@ def engine_settings(job: Job, rank: Rank, replicas: Replicas | None) -> EngineSe
     from harness.engines.base import EngineSettings
 
     config = job.config
+    if job.simulated:
+        torch_device = job.accelerator
+    else:
+        torch_device = "cpu" if job.accelerator == "cpu" else f"cuda:{rank.local_rank}"
     return EngineSettings(
         engine=config.engine,
         generation=config.generation,
         source=job.source,
         dtype=job.dtype,
-        device="cpu" if job.accelerator == "cpu" else f"cuda:{rank.local_rank}",
+        device=torch_device,
         max_context=job.max_context,
         # What one replica has taken, no other can: only a lone rank may take many at a time.
         lookahead=256 if job.dp == 1 else 4,
         tensor=replicas.tensor if replicas is not None else None,
         host_ranks=rank.local_world,
+        described=_described(job) if job.simulated else None,
+    )
+
+
+def _described(job: Job) -> Described:
+    """Returns the machine that a simulated job is for, and its ranks."""
+    from harness.engines.base import Described
+
+    config = job.config
+    machine = target.described(config.hardware, job.ranks)
+    return Described(
+        hardware=config.hardware,
+        tp=job.tp,
+        dp=job.dp,
+        host_ranks=machine.launch.host_ranks,
+        memory=machine.memory,
+        needs=memory_needs(job),
+        count_tokens=token_counts.counter(config.model, job.source),
+        seed=config.dataset.seed,
     )

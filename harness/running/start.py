@@ -24,7 +24,7 @@ def run(composed: DictConfig, overrides: list[str]) -> int:
         if isinstance(begun, LaunchOutcome):
             return launcher.report_outcome(begun)
         recorder, job = begun
-        if job.ranks > 1:
+        if job.processes > 1:
             return launcher.report_outcome(launcher.launched(recorder, job, overrides))
     except UserError as error:
         return report(error)
@@ -40,8 +40,8 @@ def run(composed: DictConfig, overrides: list[str]) -> int:
 
 def _become_the_rank(composed: DictConfig, overrides: list[str], recorder: RunRecorder, job: Job) -> int:
     """Runs the only rank of a job in this process; returns the exit status."""
-    variables = launcher.variables(1, job.accelerator)
-    if job.accelerator == "cuda":
+    variables = launcher.variables(1, job.runs_on)
+    if job.runs_on == "cuda":
         # The CUDA driver has been asked for its devices by now, and shows this program those for good.
         line = launcher.command(1, job.accelerator, [*overrides, *launcher.split_words(job)])
         parent = {RUN_ID_VARIABLE: recorder.run_id, PARENT_VARIABLE: str(os.getpid())}

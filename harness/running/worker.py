@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 
 from harness.basics.errors import REFUSED, UserError, complain, report
 from harness.basics.outcome import Fault
-from harness.ranks.rank import PARENT_VARIABLE, RUN_ID_VARIABLE, Rank
+from harness.engines import catalogue
+from harness.ranks.rank import PARENT_VARIABLE, RUN_ID_VARIABLE, Rank, check_world
 from harness.ranks.rendezvous import Rendezvous
 from harness.results.directory import new_run_id
 from harness.results.recorder import RunRecorder
@@ -40,6 +41,11 @@ def run(composed: DictConfig, rank: Rank, begun: tuple[RunRecorder, Job] | None 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings about lost peers would bury our own line
     config = jobs.resolved(composed)
     recorder, checked = begun or (None, None)
+    launched = rank
+    if catalogue.of_record(config["engine"].get("name")).simulates:
+        if not rank.first:
+            return 0  # rank 0 plays all of them
+        rank = Rank()
     told: Callable[[], None] | None = None
     if rank.first:
         try:
@@ -49,7 +55,8 @@ def run(composed: DictConfig, rank: Rank, begun: tuple[RunRecorder, Job] | None 
         if os.environ.get(PARENT_VARIABLE) in (None, str(os.getpid())):
             told = watchdog.watch(recorder.results_dir, recorder.run_id, config.get("timeout_s"))
         log_to(f"{recorder.directory}/run.log")
-    return Lifecycle(rank, _RankRun(config, rank, recorder, checked, told), alone=begun is not None).run(composed)
+    work = _RankRun(config, rank, recorder, checked, told, launched)
+    return Lifecycle(rank, work, alone=begun is not None).run(composed)
 
 
 def _recorder(config: dict[str, Any]) -> RunRecorder:
@@ -63,7 +70,11 @@ def _recorder(config: dict[str, Any]) -> RunRecorder:
 
 
 class _RankRun(RankWork):
-    """A rank's part of a run, and on rank 0 the run's record."""
+    """A rank's part of a run, and on rank 0 the run's record.
+
+    Args:
+        launched: what the launcher has made of this process, which plays all ranks of the launch if the run simulates.
+    """
 
     def __init__(
         self,
@@ -72,12 +83,14 @@ class _RankRun(RankWork):
         recorder: RunRecorder | None,
         checked: Job | None,
         told: Callable[[], None] | None,
+        launched: Rank,
     ) -> None:
         self.config = config
         self.rank = rank
         self.recorder = recorder
         self.checked = checked
         self.told = told
+        self.launched = launched
         self.context: RunContext | None = None
         self.delivery: Delivery | None = None
 
@@ -93,7 +106,12 @@ class _RankRun(RankWork):
 
     def check(self, composed: DictConfig) -> Job:
         """Returns the job, checked before or now."""
-        return self.checked or jobs.prepare(composed, self.rank)
+        if self.checked is not None:
+            return self.checked
+        job = jobs.prepare(composed, self.launched)
+        if job.simulated and self.launched.world > 1:
+            check_world(self.launched, job.tp, job.dp)
+        return job
 
     def run(self, job: Job, rendezvous: Rendezvous) -> int:
         """Loads, delivers and sums up."""

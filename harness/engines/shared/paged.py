@@ -15,17 +15,22 @@ QUANTIZATIONS = ("wf6af16",)  # what DeepSpeed's ragged engine has: FP6 weights,
 FP6_BYTES = 0.75
 
 
-class Paged(Protocol):
-    """The keys that they share."""
+class Sized(Protocol):
+    """The sizes that they share."""
 
-    name: str
     token_budget: int
     max_sequences: int
     kv_memory: int | float | str
+
+
+class Paged(Sized, Protocol):
+    """The keys that those which compute share."""
+
+    name: str
     quantization: str | None
 
 
-def check(engine: Paged) -> None:
+def check(engine: Sized) -> None:
     """Raises UserError for sizes that cannot be."""
     check_counts({"engine.token_budget": engine.token_budget, "engine.max_sequences": engine.max_sequences})
     check_size("engine.kv_memory", engine.kv_memory)
@@ -63,10 +68,10 @@ def check_quantization(engine: Paged, dtype: DType, accelerator: str, has: bool)
         )
 
 
-def share(engine: Paged) -> Share:
-    """Returns what ``engine.kv_memory`` and the quantization make of the memory."""
+def share(engine: Sized) -> Share:
+    """Returns what ``engine.kv_memory`` and the quantization, where there is one, make of the memory."""
     found = Share(
-        weight_bytes=None if engine.quantization is None else FP6_BYTES,
+        weight_bytes=None if getattr(engine, "quantization", None) is None else FP6_BYTES,
         pass_tokens=engine.token_budget,
         rows=engine.max_sequences,
     )

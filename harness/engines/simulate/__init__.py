@@ -1,1 +1,1 @@
-"""FastGen's scheduler over a cost model: not built yet."""
+"""FastGen's scheduler over a model of how long a pass takes."""

@@ -25,6 +25,5 @@ class SimulateConfig(EngineConfig):
     order: Order = Order.longest_first
     kv_block_size: int = 64
     kv_memory: Union[int, float, str] = 0.3  # noqa: UP007 (OmegaConf reads typing.Union)
-    quantization: str | None = None
-    eos_rate: Union[float, str, None] = AUTO  # noqa: UP007
+    eos_rate: Union[int, float, str, None] = AUTO  # noqa: UP007
     pace: float = 0.0

@@ -146,9 +146,7 @@ class Replica:
         self._finished_before = len(finished)
         blocks = scheduler.blocks
         used = blocks.used / blocks.total
-        events.append(
-            Pass(self.number, started, seconds, work, used, len(scheduler.waiting), len(scheduler.running))
-        )
+        events.append(Pass(self.number, started, seconds, work, used, len(scheduler.waiting), len(scheduler.running)))
         for sequence in finished:
             del ends[sequence.uid]
             first, tokens = self._first_token_s.pop(sequence.uid), len(sequence.tokens) - sequence.prompt_len

@@ -1,16 +1,34 @@
-"""``engine=simulate``: FastGen's scheduler over a cost model, no weights, no device."""
+"""``engine=simulate``: FastGen's scheduler over a model of how long a pass takes, no weights, no device."""
 
 from __future__ import annotations
 
-from harness.engines.room import Room
+from harness.config.schema import Config
+from harness.engines.fastgen.config import FastGenConfig
+from harness.engines.fastgen.room import FastGenRoom
+from harness.engines.fastgen.runners import choice
+from harness.engines.known_model import KnownModel
+from harness.engines.simulate import checks
 from harness.engines.simulate.config import SimulateConfig
 
 
-class SimulateRoom(Room):
-    """See :class:`Room`. It has no engine class: not built yet."""
+class SimulateRoom(FastGenRoom):
+    """See :class:`Room`. It refuses what FastGen would refuse on the described machine."""
 
     name = "simulate"
     config = SimulateConfig
+    engine = "harness.engines.simulate.engine:SimulateEngine"
+    scores = False
+    simulates = True
+    resume_keys = ("eos_rate",)
+    proof_keys = None
+
+    def check(self, config: Config, accelerator: str) -> None:
+        """See :func:`checks.check`."""
+        checks.check(config)
+
+    def check_shards(self, config: Config, known: KnownModel, accelerator: str) -> None:
+        """As FastGen with the kernels that it would choose."""
+        choice.check(FastGenConfig(), known, accelerator)
 
 
 ROOM = SimulateRoom()

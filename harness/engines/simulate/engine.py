@@ -1,0 +1,289 @@
+"""FastGen's scheduler over a model of how long a pass takes: the run of a machine that need not be there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from harness.basics.clock import Clock, VirtualClock
+from harness.basics.errors import UserError
+from harness.config.schema import Stop
+from harness.costs.memory import CHARACTERS_A_TOKEN, gib
+from harness.costs.pass_time import PassTime
+from harness.costs.shape import ModelShape
+from harness.engines.base import (
+    Described,
+    Engine,
+    EngineSettings,
+    EngineStatistics,
+    Progress,
+    merged_statistics,
+    rejection,
+)
+from harness.engines.shared.kv_memory import affordable_blocks
+from harness.engines.shared.order import arranged
+from harness.engines.simulate.config import AUTO, SimulateConfig
+from harness.engines.simulate.replay import Finished, Item, Pass, Replay, Replica, Setup
+from harness.engines.simulate.tokens import drawn_length, stop_ids, token_ids
+from harness.models.tokenizer import Encoding
+from harness.workload.records import Completion, PassRecord, Request
+
+NAP_S = 0.05  # the shortest sleep that keeps a run to its pace
+
+
+class SimulateEngine(Engine[SimulateConfig]):
+    """All replicas of a run, on a clock that is set and not measured."""
+
+    def __init__(self, settings: EngineSettings[SimulateConfig]) -> None:
+        super().__init__(settings)
+        assert settings.described is not None
+        self.machine: Described = settings.described
+        self.tokenizer = self._encoded
+        self.blocks = 0
+        self.eos_rate: float | None = None
+        self._times: PassTime | None = None
+        self._rank_bytes = 0
+
+    @property
+    def kernels(self) -> str:
+        return "simulated"
+
+    @property
+    def provable(self) -> bool:
+        return False
+
+    @property
+    def limits(self) -> dict[str, int]:
+        engine = self.settings.engine
+        return {"token_budget": engine.token_budget, "max_sequences": engine.max_sequences}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the simulation rests on, and which of its settings no measurement covers."""
+        assert self._times is not None
+        hardware = self.machine.hardware
+        return {
+            "simulated": figures_of(hardware.fit),
+            "simulation": {
+                "hardware": hardware.name,
+                "outside": list(self._times.outside),
+                "kv_blocks": self.blocks,
+                "eos_rate": self.eos_rate,
+            },
+        }
+
+    def clock(self, already_s: float) -> Clock:
+        """Returns a clock that the passes set."""
+        return VirtualClock(already_s)
+
+    def peak_memory_bytes(self) -> int:
+        """Returns what a rank of the described machine would hold."""
+        return self._rank_bytes
+
+    def load(self) -> None:
+        """Makes the sums of memory and time.
+
+        Raises:
+            UserError: the model does not fit, or its sizes or the machine's figures are not known.
+        """
+        settings, machine = self.settings, self.machine
+        hardware = machine.hardware
+        shape = ModelShape.of(settings.source.architecture, settings.dtype)
+        self._times = PassTime(shape, hardware, settings.dtype, machine.tp, machine.host_ranks)
+        self.blocks = self._affordable_blocks()
+        self.eos_rate = self._eos_rate()
+        if machine.count_tokens is None:
+            self.notes.append(
+                "no tokenizer.json at hand: prompts are as long as the dataset says, "
+                f"or a token for {CHARACTERS_A_TOKEN} characters"
+            )
+        if self.eos_rate is None and settings.generation.stop is Stop.eos:
+            self.notes.append("no engine.eos_rate is given or fitted: every output runs to its output_len")
+
+    def warm_up(self) -> None:
+        """Nothing has to be warm."""
+
+    def arrange(self, requests: Sequence[Request]) -> list[Request]:
+        """Returns the requests as ``engine.order`` says."""
+        return arranged(requests, self.settings.engine.order)
+
+    def generate(self, requests: Iterable[Request], clock: Clock) -> Iterator[Completion]:
+        """Yields completions as their sequences finish; see :meth:`Engine.generate`."""
+        assert isinstance(clock, VirtualClock) and self._times is not None
+        everything = list(requests)
+        items: dict[int, Item] = {}
+        for item, request in zip(self._items(everything), everything, strict=True):
+            if reason := self.too_long(item.prompt_tokens, item.max_new_tokens):
+                yield rejection(request, reason, clock)
+            else:
+                items[request.index] = item
+        by_index = {request.index: request for request in everything if request.index in items}
+        replay = Replay(items.values(), self._setup(clock()), self._times)
+        first = replay.replicas[0]
+        fed = made = 0
+        prefill_s, decode_s = [0.0] * self.machine.dp, [0.0] * self.machine.dp
+        pace = _Pace(self.settings.engine.pace, clock())
+        for event in replay:
+            if isinstance(event, Pass):
+                number, work = event.replica, event.work
+                made += work.logit_rows
+                fed += work.prompt_tokens
+                prefill_s[number] += event.seconds * work.prompt_tokens / work.tokens
+                decode_s[number] += event.seconds * work.decode_tokens / work.tokens
+                if number == 0:  # as in a real run, whose rank 0 writes its own passes
+                    self.on_pass(_record(event, first.steps))
+                self.on_progress(Progress(event.running, event.waiting, event.kv_utilisation, fed, made))
+                pace.wait(event.started_s + event.seconds)
+                continue
+            clock.now_s = max(clock.now_s, event.finished_s)
+            if isinstance(event, Finished):
+                yield self._completed(event, items[event.uid])
+            else:
+                yield rejection(by_index[event.uid], event.reason, clock)
+        clock.now_s = max([clock.now_s, *(replica.ended_s for replica in replay.replicas)])
+        self.statistics = merged_statistics(
+            [_statistics(one, *times) for one, *times in zip(replay.replicas, prefill_s, decode_s, strict=True)]
+        )
+
+    def _completed(self, event: Finished, item: Item) -> Completion:
+        architecture = self.settings.source.architecture
+        eos = event.finish_reason == "eos"
+        ids = token_ids(event.uid, event.output_tokens, eos, architecture["vocab_size"], stop_ids(architecture))
+        return Completion(
+            index=event.uid,
+            prompt_tokens=item.prompt_tokens,
+            output_tokens=event.output_tokens,
+            finish_reason=event.finish_reason,
+            token_ids=ids,
+            text="",
+            first_token_s=event.first_token_s,
+            finished_s=event.finished_s,
+        )
+
+    def _setup(self, started_s: float) -> Setup:
+        engine = self.settings.engine
+        return Setup(
+            token_budget=engine.token_budget,
+            max_sequences=engine.max_sequences,
+            block_size=engine.kv_block_size,
+            blocks=self.blocks,
+            replicas=self.machine.dp,
+            lookahead=self.settings.lookahead,
+            started_s=started_s,
+        )
+
+    def _items(self, requests: list[Request]) -> Iterator[Item]:
+        """Yields what the scheduler has to know of each request."""
+        texts = [request.prompt for request in requests if request.prompt_ids is None]
+        count_tokens = self.machine.count_tokens
+        counts = iter(count_tokens(texts) if count_tokens is not None and texts else [])
+        for request in requests:
+            assert request.output_len is not None  # workload.resolve() has seen to it
+            if request.prompt_ids is not None:
+                prompt_tokens = len(request.prompt_ids)
+            elif count_tokens is not None:
+                prompt_tokens = next(counts)
+            else:
+                prompt_tokens = request.claimed_prompt_len or guessed_tokens(request.prompt)
+            ends = request.output_len
+            if self.eos_rate is not None:
+                ends = min(ends, drawn_length(self.machine.seed, request.index, self.eos_rate))
+            yield Item(request.index, prompt_tokens, request.output_len, ends)
+
+    def _encoded(self, texts: list[str]) -> Encoding:
+        """Returns, in place of ids, as many numbers as each text has tokens: what is asked of them is their count."""
+        count_tokens = self.machine.count_tokens
+        counts = [guessed_tokens(text) for text in texts] if count_tokens is None else count_tokens(texts)
+        return Encoding([range(count) for count in counts])
+
+    def _affordable_blocks(self) -> int:
+        """Returns the blocks of a replica's KV cache, as a real engine makes them once its weights are loaded.
+
+        Raises:
+            UserError: the weights do not fit, or the cache does not hold one block.
+        """
+        engine, machine = self.settings.engine, self.machine
+        size, needs = machine.memory.size, machine.needs
+        if size is None:
+            remedy = "give the bytes of a device"
+            raise UserError("hardware.memory_bytes", f"{machine.hardware.name} does not say them", remedy)
+        assert needs is not None  # or its shape would not be known
+        share = size // machine.host_ranks if machine.memory.shared else size
+        weights = needs.weights(machine.tp)
+        free = share - machine.memory.own - weights
+        if free <= 0:
+            found = f"{machine.tp}: a rank has {gib(share)} on {machine.hardware.name}, its weights take {gib(weights)}"
+            raise UserError(
+                "parallel.tp", found, "use more ranks a model (parallel=auto finds how many), or a smaller one"
+            )
+        block_bytes = engine.kv_block_size * needs.token // needs.kv_heads * -(-needs.kv_heads // machine.tp)
+        context = self.settings.max_context
+        a_sequence = -(-context // engine.kv_block_size) if context else 1 << 20
+        most = engine.max_sequences * a_sequence
+        blocks = affordable_blocks(engine.kv_memory, free, most, engine.kv_block_size, block_bytes)
+        self._rank_bytes = machine.memory.own + weights + blocks * block_bytes
+        return blocks
+
+    def _eos_rate(self) -> float | None:
+        """Returns the chance that a token ends its sequence; None where outputs run to their ends."""
+        if self.settings.generation.stop is not Stop.eos:
+            return None
+        given = self.settings.engine.eos_rate
+        found = self.machine.hardware.fit.get("eos_rate") if given == AUTO else given
+        return float(found) if isinstance(found, int | float) and found > 0 else None
+
+
+class _Pace:
+    """Keeps a run to so many real seconds for a simulated one."""
+
+    def __init__(self, pace: float, started_s: float) -> None:
+        self._pace, self._from_s = pace, started_s
+        self._started = time.monotonic()
+
+    def wait(self, clock_s: float) -> None:
+        """Sleeps until the clock may be at ``clock_s``."""
+        if self._pace:
+            ahead = (clock_s - self._from_s) * self._pace - (time.monotonic() - self._started)
+            if ahead > NAP_S:
+                time.sleep(ahead)
+
+
+def figures_of(fit: dict[str, Any]) -> str:
+    """Returns what a simulation's times rest on, for the column ``simulated``."""
+    return "fit" if fit else "data sheet"
+
+
+def guessed_tokens(text: str) -> int:
+    """Returns about how many tokens a text has."""
+    return max(1, len(text) // CHARACTERS_A_TOKEN)
+
+
+def _record(event: Pass, step: int) -> PassRecord:
+    work = event.work
+    return PassRecord(
+        step=step,
+        started_s=event.started_s,
+        seconds=event.seconds,
+        tokens=work.tokens,
+        prompt_tokens=work.prompt_tokens,
+        decode_tokens=work.decode_tokens,
+        sequences=work.sequences,
+        kv_utilisation=event.kv_utilisation,
+        waiting=event.waiting,
+    )
+
+
+def _statistics(replica: Replica, prefill_s: float, decode_s: float) -> EngineStatistics:
+    scheduler = replica.scheduler
+    return EngineStatistics(
+        steps=replica.steps,
+        preemptions=scheduler.preemptions,
+        recomputed_tokens=scheduler.recomputed_tokens,
+        kv_blocks=scheduler.blocks.total,
+        kv_peak_utilisation=scheduler.blocks.peak / scheduler.blocks.total,
+        peak_sequences=scheduler.peak_sequences,
+        mean_tokens_per_pass=replica.tokens / replica.steps if replica.steps else None,
+        prefill_s=prefill_s,
+        decode_s=decode_s,
+    )

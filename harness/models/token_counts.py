@@ -1,0 +1,40 @@
+"""How many tokens a text has, where no model is loaded: by a tokenizer file alone, without transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from harness.basics.cache import cache_root
+from harness.basics.errors import UserError, one_line
+from harness.config.schema import ModelConfig
+from harness.models import demo
+from harness.models.source import Source
+
+FILE = "tokenizer.json"
+
+Counter = Callable[[Sequence[str]], list[int]]
+
+
+def counter(model: ModelConfig, source: Source) -> Counter | None:
+    """Returns what counts tokens as the model's tokenizer would, special tokens among them; None without its file.
+
+    Nothing is fetched: the demo model counts where it is in the cache already.
+
+    Raises:
+        UserError: the file is there and cannot be read.
+    """
+    place = source.tokenizer
+    if place is None and model.path is None and model.demo and demo.complete(cache_root() / demo.NAME):
+        place = str(cache_root() / demo.NAME)
+    if place is None or not (file := Path(place) / FILE).is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError("model.tokenizer", f"{file}: {one_line(str(error), 200)}", "copy the file again") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return lambda texts: [len(encoded) for encoded in tokenizer.encode_batch(list(texts))]
