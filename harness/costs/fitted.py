@@ -66,6 +66,10 @@ class Fitted:
             eos_hazard=_hazard(section.get("eos_hazard", [])),
         )
 
+    def is_of(self, shape: ModelShape) -> bool:
+        """Returns whether a model has the sizes of the one that was fitted."""
+        return all(getattr(shape, name) == self.sizes[name] for name in SIZES)
+
     def beyond(self, shape: ModelShape, dtype: str, ranks: int, **settings: float | None) -> list[str]:
         """Returns why a run lies outside of what the factors were found on; empty where it does not.
 
@@ -74,7 +78,7 @@ class Fitted:
             **settings: by :data:`RANGES`; None for what is not known.
         """
         found = []
-        if any(getattr(shape, name) != self.sizes[name] for name in SIZES):
+        if not self.is_of(shape):
             found.append(f"the factors are those of {self.model}, a model of other sizes")
         if dtype != self.dtype:
             found.append(f"{dtype}, fitted on {self.dtype}")

@@ -214,6 +214,8 @@ TABLE: tuple[Column, ...] = (
     Column("parity_explained_share", "0 to 1", "of them, different by near-ties only; what is left of 1 is wrong",
            float, Source.PARITY, Combine.WHOLE, Combine.WHOLE,
            figure=Figure(14, page="outputs\nexplained (%)", digits=1, page_scale=100.0)),
+    Column("simulated", "", "empty: measured; else what the times were computed from, `data sheet` or `fit`",
+           str, Source.ENGINE, Combine.JOINED, setting="simulated", repeats=True),
 )
 # fmt: on
 COLUMNS: tuple[str, ...] = tuple(column.name for column in TABLE)

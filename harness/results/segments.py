@@ -113,6 +113,8 @@ def end(record: dict[str, Any], directory: Path, completed: int) -> None:
 def _end_of_its_own(record: dict[str, Any], directory: Path, since: float) -> tuple[float, bool, float | None]:
     """Returns when a segment ended that did not stop its clock; whether that is a lower bound; and the upper one."""
     least = max(since, last_sign_of_life(directory) or since)
+    if record.get("simulated"):
+        return least, False, None  # a clock that moves with the passes alone stood still from then on
     life = lifeline.read(directory)
     if life is None or life.segment != len(record.get("segments", [])):
         # It notes the clock's start if it can; an earlier version of ours could not.

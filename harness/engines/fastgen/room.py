@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, cast
 
-from harness.config.schema import Config
+from harness.config.schema import Config, EngineConfig
 from harness.engines.fastgen import checks
 from harness.engines.fastgen.config import FastGenConfig
 from harness.engines.fastgen.runners import choice
@@ -23,11 +23,11 @@ class FastGenRoom(Room):
     """See :class:`Room`."""
 
     name = "fastgen"
-    config = FastGenConfig
+    config: type[EngineConfig] = FastGenConfig
     engine = "harness.engines.fastgen.engine:FastGenEngine"
     passes = Passes.steps
-    resume_keys = ("kernels", "quantization")
-    proof_keys = ("quantization", "kv_block_size")
+    resume_keys: tuple[str, ...] = ("kernels", "quantization")
+    proof_keys: tuple[str, ...] | None = ("quantization", "kv_block_size")
 
     def check(self, config: Config, accelerator: str) -> None:
         """See :func:`checks.check`."""

@@ -23,7 +23,7 @@ from harness.engines.base import (
 )
 from harness.engines.shared.kv_memory import affordable_blocks
 from harness.engines.shared.order import arranged
-from harness.engines.simulate.config import AUTO, SimulateConfig
+from harness.engines.simulate.config import SimulateConfig
 from harness.engines.simulate.replay import Finished, Item, Pass, Replay, Replica, Setup
 from harness.engines.simulate.tokens import drawn_length, stop_ids, token_ids
 from harness.models.tokenizer import Encoding
@@ -41,7 +41,7 @@ class SimulateEngine(Engine[SimulateConfig]):
         self.machine: Described = settings.described
         self.tokenizer = self._encoded
         self.blocks = 0
-        self.eos_rate: float | None = None
+        self.hazard: tuple[tuple[int, float], ...] = ()
         self._times: PassTime | None = None
         self._rank_bytes = 0
 
@@ -62,14 +62,15 @@ class SimulateEngine(Engine[SimulateConfig]):
     def facts(self) -> dict[str, Any]:
         """What the simulation rests on, and which of its settings no measurement covers."""
         assert self._times is not None
-        hardware = self.machine.hardware
+        figures = "data sheet" if self._times.fitted is None else "fit"
         return {
-            "simulated": figures_of(hardware.fit),
+            "simulated": figures,
             "simulation": {
-                "hardware": hardware.name,
+                "hardware": self.machine.hardware.name,
+                "figures": figures,
                 "outside": list(self._times.outside),
-                "kv_blocks": self.blocks,
-                "eos_rate": self.eos_rate,
+                "eos_hazard": [list(pair) for pair in self.hazard],
+                "prompts": "claimed" if self.machine.count_tokens is None else "counted",
             },
         }
 
@@ -90,16 +91,18 @@ class SimulateEngine(Engine[SimulateConfig]):
         settings, machine = self.settings, self.machine
         hardware = machine.hardware
         shape = ModelShape.of(settings.source.architecture, settings.dtype)
-        self._times = PassTime(shape, hardware, settings.dtype, machine.tp, machine.host_ranks)
+        engine, ranks = settings.engine, machine.host_ranks
+        budget, sequences = engine.token_budget, engine.max_sequences
+        self._times = PassTime(shape, hardware, settings.dtype, machine.tp, ranks, budget, sequences)
         self.blocks = self._affordable_blocks()
-        self.eos_rate = self._eos_rate()
+        self.hazard = self._hazard(self._times, shape)
         if machine.count_tokens is None:
             self.notes.append(
                 "no tokenizer.json at hand: prompts are as long as the dataset says, "
                 f"or a token for {CHARACTERS_A_TOKEN} characters"
             )
-        if self.eos_rate is None and settings.generation.stop is Stop.eos:
-            self.notes.append("no engine.eos_rate is given or fitted: every output runs to its output_len")
+        if not self.hazard and settings.generation.stop is Stop.eos:
+            self.notes.append("no engine.eos_rate is given, or fitted for this model: every output runs to output_len")
 
     def warm_up(self) -> None:
         """Nothing has to be warm."""
@@ -186,10 +189,8 @@ class SimulateEngine(Engine[SimulateConfig]):
                 prompt_tokens = next(counts)
             else:
                 prompt_tokens = request.claimed_prompt_len or guessed_tokens(request.prompt)
-            ends = request.output_len
-            if self.eos_rate is not None:
-                ends = min(ends, drawn_length(self.machine.seed, request.index, self.eos_rate))
-            yield Item(request.index, prompt_tokens, request.output_len, ends)
+            ends = drawn_length(self.machine.seed, request.index, self.hazard) or request.output_len
+            yield Item(request.index, prompt_tokens, request.output_len, min(ends, request.output_len))
 
     def _encoded(self, texts: list[str]) -> Encoding:
         """Returns, in place of ids, as many numbers as each text has tokens: what is asked of them is their count."""
@@ -225,13 +226,16 @@ class SimulateEngine(Engine[SimulateConfig]):
         self._rank_bytes = machine.memory.own + weights + blocks * block_bytes
         return blocks
 
-    def _eos_rate(self) -> float | None:
-        """Returns the chance that a token ends its sequence; None where outputs run to their ends."""
+    def _hazard(self, times: PassTime, shape: ModelShape) -> tuple[tuple[int, float], ...]:
+        """Returns the chance that a token ends its sequence, by position; empty where outputs run to their ends."""
+        given, fitted = self.settings.engine.eos_rate, times.fitted
         if self.settings.generation.stop is not Stop.eos:
-            return None
-        given = self.settings.engine.eos_rate
-        found = self.machine.hardware.fit.get("eos_rate") if given == AUTO else given
-        return float(found) if isinstance(found, int | float) and found > 0 else None
+            return ()
+        if isinstance(given, int | float):
+            return ((1, float(given)),)
+        if given is None or fitted is None or not fitted.is_of(shape):
+            return ()
+        return fitted.eos_hazard
 
 
 class _Pace:
@@ -247,11 +251,6 @@ class _Pace:
             ahead = (clock_s - self._from_s) * self._pace - (time.monotonic() - self._started)
             if ahead > NAP_S:
                 time.sleep(ahead)
-
-
-def figures_of(fit: dict[str, Any]) -> str:
-    """Returns what a simulation's times rest on, for the column ``simulated``."""
-    return "fit" if fit else "data sheet"
 
 
 def guessed_tokens(text: str) -> int:
@@ -271,6 +270,9 @@ def _record(event: Pass, step: int) -> PassRecord:
         sequences=work.sequences,
         kv_utilisation=event.kv_utilisation,
         waiting=event.waiting,
+        logit_rows=work.logit_rows,
+        kv_read_tokens=work.kv_read_tokens,
+        attention_pairs=work.attention_pairs,
     )
 
 

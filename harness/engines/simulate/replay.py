@@ -13,7 +13,7 @@ from itertools import islice
 from typing import NamedTuple, Protocol
 
 from harness.costs.work import PassWork
-from harness.engines.fastgen.scheduler import RaggedBatch, Scheduler, Sequence
+from harness.engines.fastgen.scheduler import Scheduler, Sequence
 from harness.engines.shared.kv_blocks import KvBlocks
 
 STOP, OTHER = 1, 0  # the only ids that the scheduler is shown
@@ -130,7 +130,7 @@ class Replica:
             self.ended_s = self.clock_s
             return events
         batch = scheduler.schedule()
-        work = work_of(batch)
+        work = batch.work
         started = self.clock_s + self.factor * self.times.host_seconds(work, self._finished_before, admitted)
         seconds = self.factor * self.times.seconds(work)
         self.clock_s = ended = started + seconds
@@ -208,15 +208,3 @@ class Replay:
 def replay(items: Iterable[Item], setup: Setup, times: Times) -> Iterator[Event]:
     """Yields what happens to ``items``: see :class:`Replay`."""
     return iter(Replay(items, setup, times))
-
-
-def work_of(batch: RaggedBatch) -> PassWork:
-    """Returns what a pass has to compute."""
-    decodes = batch.decode_tokens
-    read = pairs = decodes + sum([chunk[1] for chunk in batch.chunks[:decodes]])
-    rows = decodes
-    for _, start, length, last in batch.chunks[decodes:]:
-        rows += last
-        read += start + length
-        pairs += length * start + length * (length + 1) // 2
-    return PassWork(batch.tokens, batch.prompt_tokens, decodes, len(batch.chunks), rows, read, pairs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -32,13 +32,23 @@ def token_ids(index: int, count: int, eos: bool, vocab: int, stops: list[int]) -
     return ids
 
 
-def drawn_length(seed: int, index: int, rate: float) -> int:
-    """Returns how many tokens a request gets, its end-of-sequence token included, if each is one with chance ``rate``.
+def drawn_length(seed: int, index: int, hazard: Sequence[tuple[int, float]]) -> int | None:
+    """Returns how many tokens a request gets, its end-of-sequence token included; None where it would never end.
 
-    Geometric, drawn with a hash of seed and index.
+    Drawn with a hash of seed and index, by inverting the distribution: token ``n`` is reached with the product of
+    ``1 - chance`` over the positions before it.
+
+    Args:
+        hazard: (first position, from 1; chance that a token from there on ends its sequence), ascending.
     """
-    if rate >= 1:
-        return 1
     digest = hashlib.sha256(f"{seed} {index}".encode()).digest()
-    uniform = (int.from_bytes(digest[:8], "big") + 1) / (2**64 + 1)
-    return max(1, math.ceil(math.log(uniform) / math.log1p(-rate)))
+    left = -math.log((int.from_bytes(digest[:8], "big") + 1) / (2**64 + 1))
+    for place, (first, rate) in enumerate(hazard):
+        if rate >= 1:
+            return first
+        step = -math.log1p(-rate)
+        end = hazard[place + 1][0] if place + 1 < len(hazard) else math.inf
+        if step and left <= step * (end - first):
+            return first - 1 + max(1, math.ceil(left / step))
+        left -= step * (end - first) if step else 0.0
+    return None
