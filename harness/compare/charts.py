@@ -28,15 +28,8 @@ def charts(comparison: Comparison, rows: list[dict[str, Any]]) -> list[dict[str,
     if not drawn:
         return []
     engines = list(dict.fromkeys(row["engine"] for row in drawn))
-    best = f"The best {BARS} of {len(drawn)} groups" if len(drawn) > BARS else "All groups that ran to their end"
-    repeated = any(row["spread"] is not None for row in drawn)
-    about = f"{best}, best first, named by what sets them apart."
-    about += " The black line spans the repeated runs." if repeated else ""
-    about += " Pale: not comparable with the baseline." if any(row["differs"] for row in drawn) else ""
-    highest = max(row["high"] for row in drawn)
-    found: list[dict[str, Any]] = [
-        {"id": "bars", "title": "Throughput", "about": about, "spec": _bars(engines, highest, repeated)}
-    ]
+    measured, simulated = ([row for row in drawn if bool(row["simulated"]) is kind] for kind in (False, True))
+    found = [_bar_chart(part, engines) for part in (measured, simulated) if part]
     for number, key in enumerate(comparison.keys):
         values = {row["k"][number] for row in drawn if row["k"][number] is not None}
         if len(values) < 2 or (len(values) > MOST_CATEGORIES and not _numeric(values)) or len(found) > KEY_CHARTS:
@@ -54,6 +47,19 @@ def charts(comparison: Comparison, rows: list[dict[str, Any]]) -> list[dict[str,
         title = "Throughput and latency"
         found.append({"id": "latency", "title": title, "about": about, "spec": _scatter(engines), "data": points})
     return found
+
+
+def _bar_chart(drawn: list[dict[str, Any]], engines: list[str]) -> dict[str, Any]:
+    """Returns the bars of the measured groups, or of the simulated ones."""
+    best = f"The best {BARS} of {len(drawn)} groups" if len(drawn) > BARS else "All groups that ran to their end"
+    repeated = any(row["spread"] is not None for row in drawn)
+    about = f"{best}, best first, named by what sets them apart."
+    about += " The black line spans the repeated runs." if repeated else ""
+    about += " Pale: not comparable with the baseline." if any(row["differs"] for row in drawn) else ""
+    simulated = bool(drawn[0]["simulated"])
+    title = "Simulated throughput" if simulated else "Throughput"
+    spec = _bars(engines, max(row["high"] for row in drawn), repeated)
+    return {"id": "bars", "simulated": simulated, "title": title, "about": about, "spec": spec}
 
 
 def _point(row: dict[str, Any]) -> dict[str, Any]:
@@ -139,7 +145,13 @@ def _key_chart(values: set[Any], engines: list[str]) -> dict[str, Any]:
         scale: dict[str, Any] = {"type": "log", "base": 2} if powers else {"zero": False}
         x: dict[str, Any] = {"type": "quantitative", "axis": {**axis, "grid": False}, "scale": {**scale, "padding": 16}}
         line: list[dict[str, Any]] = [
-            {"mark": {"type": "line", "opacity": 0.4, "strokeWidth": 1.5}, "encoding": {"detail": {"field": "s"}}}
+            {
+                "mark": {"type": "line", "opacity": 0.4, "strokeWidth": 1.5},
+                "encoding": {
+                    "detail": {"field": "s"},
+                    "strokeDash": {"condition": {"test": "datum.simulated", "value": [5, 4]}, "value": [1, 0]},
+                },
+            }
         ]
     else:
         x = {

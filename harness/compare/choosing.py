@@ -38,7 +38,7 @@ def named_baseline(groups: list[Group], name: str) -> Group:
 
 def usual_baseline(groups: list[Group]) -> tuple[Group | None, str]:
     """Returns the group that ratios are to where none was named, and why it is; None when no run is ok."""
-    finished = sorted((one for one in groups if one.throughput), key=lambda one: one.started_at)
+    finished = sorted((one for one in groups if one.throughput), key=lambda one: (one.simulated != "", one.started_at))
     plain = [one for one in finished if one.shown.cells.get("engine") == "baseline"]
     if len(plain) == 1:
         return plain[0], "the only one with engine=baseline"

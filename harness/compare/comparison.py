@@ -14,8 +14,11 @@ from harness.results.columns import FIGURES
 # A difference in one of these makes two throughputs figures of different work, or of different machines.
 COMPARABLE = (
     *("dataset", "generation.stop", "dataset.num_samples", "rejected requests", "generation.max_output_len"),
-    *("dataset.input_len", "dataset.output_len", "model", "model.weights", "model.dtype", "device_name"),
+    *("dataset.input_len", "dataset.output_len", "model", "model.weights", "model.dtype", "simulated", "device_name"),
 )
+# What a prediction need not have in common with what it predicts.
+UNPREDICTED = ("engine", "engine.kernels", "engine.eos_rate", "engine.pace", "simulated", "device_name", "git_commit")
+UNPREDICTED_GROUPS = ("hardware", "model.path", "model.tokenizer", "model.demo", "dataset.path")
 # Keys that follow from another one, and say something only where that one is the same.
 IMPLIED = {
     "engine.kernels": "engine",
@@ -94,7 +97,7 @@ def compare(
         chosen, reason = usual_baseline(groups)
     elif chosen not in groups:
         groups.append(chosen)
-    groups.sort(key=lambda one: (one.ok == 0, -(one.throughput or 0.0), one.started_at))
+    groups.sort(key=lambda one: (one.ok == 0, one.simulated != "", -(one.throughput or 0.0), one.started_at))
     return _presented(groups, chosen, reason, limit)
 
 
@@ -111,9 +114,30 @@ def _presented(groups: list[Group], baseline: Group | None, reason: str, limit: 
         one.settings = one.settings or settings_of(one.runs)
         if baseline is not None and baseline.throughput and one.throughput is not None:
             one.ratio = one.throughput / baseline.throughput
+    _set_beside(seen)
     figures = [name for name in FIGURES if any(one.figures[name] is not None for one in seen)]
     warnings = _warnings(seen, baseline) if baseline is not None else []
     return Comparison(seen, len(groups) - len(seen), baseline, reason, differing_keys(seen), figures, warnings)
+
+
+def _set_beside(groups: list[Group]) -> None:
+    """Gives each measured group the simulated one of the same settings: a fitted one before others, then the last."""
+    simulated = [(_predicting(one.settings), one) for one in groups if one.simulated and one.throughput]
+    simulated.sort(key=lambda pair: (pair[1].simulated == "fit", pair[1].started_at))
+    for one in groups:
+        one.predicted = None
+        if simulated and not one.simulated and one.throughput:
+            mine = _predicting(one.settings).items()
+            one.predicted = next((other for its, other in reversed(simulated) if its.items() <= mine), None)
+
+
+def _predicting(settings: dict[str, Any]) -> dict[str, str]:
+    """Returns the settings that a prediction has in common with what it predicts."""
+    return {
+        key: shown("", value)
+        for key, value in settings.items()
+        if key not in UNPREDICTED and not key.startswith(UNPREDICTED_GROUPS)
+    }
 
 
 def differing_keys(groups: list[Group]) -> list[str]:
@@ -138,6 +162,8 @@ def _compared(one: Group, name: str) -> Any:
     if name == "rejected requests":
         known = [run.numbers.get("rejected") for run in one.runs if run.ok]
         return UNKNOWN if not known or known[0] is None else int(known[0])
+    if name == "simulated":
+        return one.simulated or "measured"
     return one.settings.get(name, UNKNOWN)
 
 

@@ -31,6 +31,7 @@ class Group:
         settings: what is known of the config, by the command line's names.
         ratio: total_tokens_per_s over the baseline's.
         differs_in: what makes that ratio one of different work or machines.
+        predicted: of a measured group, the simulated one of the same settings; None where there is none.
     """
 
     runs: list[ComparedRun]
@@ -41,6 +42,18 @@ class Group:
     settings: dict[str, Any] = field(default_factory=dict)
     ratio: float | None = None
     differs_in: list[str] = field(default_factory=list)
+    predicted: Group | None = None
+
+    @property
+    def simulated(self) -> str:
+        """What its times were computed from; empty for measured ones."""
+        return next((run.cells["simulated"] for run in self.runs if run.cells.get("simulated")), "")
+
+    @property
+    def prediction_error(self) -> float | None:
+        """The predicted total_tokens_per_s over the measured one, less 1; None where not both are known."""
+        predicted = None if self.predicted is None else self.predicted.throughput
+        return predicted / self.throughput - 1 if predicted is not None and self.throughput else None
 
     @property
     def run_id(self) -> str:

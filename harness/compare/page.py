@@ -116,6 +116,9 @@ def _row(number: int, one: Group, comparison: Comparison) -> dict[str, Any]:
         "high": one.high,
         "spread": one.spread,
         "ratio": one.ratio,
+        "simulated": one.simulated,
+        "predicted": None if one.predicted is None else one.predicted.throughput,
+        "error_of_prediction": one.prediction_error,
         "baseline": one is comparison.baseline,
         "differs": one.differs_in,
         "figures": [

@@ -45,6 +45,13 @@ def ratio_text(one: Group) -> str:
     return f"{one.ratio:{form}}x" + (" !" if one.differs_in else "")
 
 
+def predicted_text(one: Group) -> str:
+    """Returns what a simulation of the same settings gave, and by how much that is off; empty without one."""
+    if one.predicted is None or one.prediction_error is None:
+        return ""
+    return f"{one.predicted.throughput:,.1f} {one.prediction_error:+.1%}"
+
+
 def settings_text(one: Group, keys: list[str]) -> str:
     """Returns those of a group's settings that set it apart, as they would be typed."""
     known = ((key, one.settings.get(key, UNKNOWN)) for key in keys)
@@ -64,14 +71,13 @@ def statuses_text(counts: Counter[str]) -> str:
 def print_table(screen: Console, comparison: Comparison) -> None:
     """Prints the table, what it is relative to, why some of it is not comparable, and why runs failed."""
     columns = _columns(comparison, screen.width)
-    table = Table(box=None, padding=(0, PADDING, 0, 0), header_style="bold", expand=False)
-    for heading, _, right in columns:
-        table.add_column(Text(heading), justify="right" if right else "left", no_wrap=True, overflow="fold")
-    for number, one in enumerate(comparison.groups):
-        style = "bold" if one is comparison.baseline else "dim" if one.ok == 0 else ""
-        table.add_row(*(Text(cells[number]) for _, cells, _ in columns), style=style)
-    screen.print(table)
-    screen.print()
+    parts = [[one for one in comparison.groups if bool(one.simulated) is simulated] for simulated in (False, True)]
+    for part, heading in zip(parts, ("Measured", "Simulated"), strict=True):
+        if part:
+            if all(parts) or part is parts[1]:
+                screen.print(Text(heading, style="bold"))
+            screen.print(_table(comparison, columns, part))
+            screen.print()
     if any(heading == OTHER_SETTINGS for heading, _, _ in columns):
         keys = [key for key in comparison.keys if key.replace(".", ".\n") not in (heading for heading, _, _ in columns)]
         usual = usual_settings(comparison)
@@ -80,6 +86,21 @@ def print_table(screen: Console, comparison: Comparison) -> None:
         screen.print(Text(line))
     for line in _errors(comparison, screen.width):
         screen.print(Text(line), soft_wrap=True)
+
+
+def _table(comparison: Comparison, columns: list[Column], part: list[Group]) -> Table:
+    """Returns the lines of some of the groups."""
+    table = Table(box=None, padding=(0, PADDING, 0, 0), header_style="bold", expand=False)
+    for heading, cells, right in columns:
+        # As wide in each part, so that figures stand below each other.
+        width = _width((heading, cells, right)) - PADDING
+        justify: Any = "right" if right else "left"
+        table.add_column(Text(heading), justify=justify, no_wrap=True, overflow="fold", min_width=width)
+    for number, one in enumerate(comparison.groups):
+        if one in part:
+            style = "bold" if one is comparison.baseline else "dim" if one.ok == 0 else ""
+            table.add_row(*(Text(cells[number]) for _, cells, _ in columns), style=style)
+    return table
 
 
 def _columns(comparison: Comparison, width: int) -> list[Column]:
@@ -92,6 +113,11 @@ def _columns(comparison: Comparison, width: int) -> list[Column]:
         ("total\ntok/s", [_throughput(one) for one in groups], True),
         *([("spread", spread, True)] if any(spread) else []),
         ("ratio", [ratio_text(one) for one in groups], True),
+        *(
+            [("pre-\ndicted", [predicted_text(one) for one in groups], True)]
+            if any(o.predicted for o in groups)
+            else []
+        ),
     ]
     left = width - sum(_width(column) for column in (runs, *figures))
     settings = _settings(comparison, left)
@@ -194,6 +220,8 @@ def _notes(comparison: Comparison) -> list[str]:
     notes = [caption(comparison)]
     if any(one.spread is not None for one in comparison.groups):
         notes.append("Repeated runs are one line: medians; spread is (highest - lowest) / median of total tok/s.")
+    if any(one.predicted is not None for one in comparison.groups):
+        notes.append("predicted: total tok/s of the simulated run of the same settings, and its error.")
     if comparison.hidden:
         notes.append(f"{comparison.hidden:,} more not shown: --limit N, --where KEY=VALUE, --csv.")
     return notes + [f"! {warning}" for warning in comparison.warnings]
@@ -230,6 +258,7 @@ def as_csv(comparison: Comparison) -> str:
     """Returns one line a group: run id, counts, settings that differ, figures; unknown is empty."""
     head = ["run_id", "runs", "ok", "statuses", *comparison.keys, *comparison.figures]
     tail = ["total_tokens_per_s_min", "total_tokens_per_s_max", "spread", "ratio", "differs_in", "run_ids", "error"]
+    tail += ["predicted_total_tokens_per_s", "prediction_error", "predicted_by"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(cell_text(name, name) for name in (*head, *tail))
@@ -245,8 +274,19 @@ def as_csv(comparison: Comparison) -> str:
             + [cell_text("ratio", value) for value in rest]
             + [" ".join(name.replace(" ", "_") for name in one.differs_in)]
             + [cell_text("run_ids", " ".join(run.run_id for run in one.runs)), cell_text("error", one.error)]
+            + [cell_text(name, value) for name, value in prediction(one).items()]
         )
     return text.getvalue()
+
+
+def prediction(one: Group) -> dict[str, Any]:
+    """Returns what a simulation of a group's settings gave; None where there is none."""
+    predicted = one.predicted
+    return {
+        "predicted_total_tokens_per_s": None if predicted is None else predicted.throughput,
+        "prediction_error": one.prediction_error,
+        "predicted_by": None if predicted is None else predicted.run_id,
+    }
 
 
 def as_data(comparison: Comparison) -> dict[str, Any]:
@@ -270,6 +310,8 @@ def as_data(comparison: Comparison) -> dict[str, Any]:
                 "spread": one.spread,
                 "ratio": one.ratio,
                 "differs_in": one.differs_in,
+                "simulated": one.simulated or None,
+                **prediction(one),
             }
             for one in comparison.groups
         ],
