@@ -29,7 +29,7 @@ def summary(screen: Console, row: dict[str, Any], record: dict[str, Any]) -> Non
 
 
 def _lines(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, str]]:
-    lines = _what_ran(row, record)
+    lines = _what_ran(row, record) + _simulated(row, record.get("simulation") or {})
     if row["total_tokens_per_s"]:
         lines += _throughput(row, record)
         lines += [("Time", text) for text in _where_time_went(row, record)]
@@ -52,13 +52,27 @@ def _what_ran(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, st
     weights = " with dummy weights" if row["weights"] == "dummy" else ""
     rejected = f", {row['rejected']} rejected" if row["rejected"] else ""
     requests = f"{_count(row['completed'])} of {_count(row['requests'])} requests{rejected}, stop={row['stop']}"
-    ran = f"{row['engine']} ({row['kernels']} kernels), {row['model']} {row['dtype']}{weights}, {row['dataset']}"
+    kernels = "" if row["simulated"] else f" ({row['kernels']} kernels)"
+    ran = f"{row['engine']}{kernels}, {row['model']} {row['dtype']}{weights}, {row['dataset']}"
     split = f"{ranks} rank{'s' if ranks > 1 else ''} (tp={row['tp']}, dp={row['dp']})" + _chosen(record.get("split"))
     return [
         ("Run", f"{row['run_id']}  {row['status']}" + (f": {escape(str(row['error']))}" if row["error"] else "")),
         ("What ran", escape(f"{ran}: {requests}")),
         ("On", escape(f"{row['device_name']}, {split}")),
     ]
+
+
+def _simulated(row: dict[str, Any], simulation: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns what a simulated run's times rest on."""
+    if not row["simulated"]:
+        return []
+    name = simulation.get("hardware", "the hardware")
+    if row["simulated"] == "fit":
+        text = f"no time here was measured: they follow from the fit of real runs in hardware={name}"
+    else:
+        text = f"no time here was measured: they follow from data-sheet figures of {name} and assumed efficiencies"
+    outside = [("SIMULATED", f"outside the fit: {why}") for why in simulation.get("outside", [])]
+    return [("SIMULATED", text), *((label, escape(text)) for label, text in outside)]
 
 
 def _throughput(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, str]]:

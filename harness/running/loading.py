@@ -69,6 +69,7 @@ def _begin_record(run: RunContext) -> None:
     if job.simulated:
         name = f"{job.config.hardware.name} (simulated)"
         environment |= {"device": job.accelerator, "device_name": name}
+        run.note(simulated="fit" if job.config.hardware.fit else "data sheet")
     run.note(
         **job.work,
         job_hash=job.job_hash,

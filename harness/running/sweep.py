@@ -119,6 +119,7 @@ class Sweep:
             record.get("total_tokens_per_s"),
             record.get("elapsed_s"),
             outcome.exit_status,
+            simulated=bool(record.get("simulated")),
         )
 
     def _ran_before(self, composed: DictConfig) -> list[SweepRun]:
@@ -171,6 +172,7 @@ def finished_runs(results_dir: str) -> dict[str, list[SweepRun]]:
             record = None
         if record is not None and record["status"] == "ok" and isinstance(record.get("job_hash"), str):
             rate, elapsed_s = record.get("total_tokens_per_s"), record.get("elapsed_s")
-            run = SweepRun(row["run_id"], "ok", None, rate, elapsed_s, 0, earlier=True)
+            simulated = bool(record.get("simulated"))
+            run = SweepRun(row["run_id"], "ok", None, rate, elapsed_s, 0, earlier=True, simulated=simulated)
             found.setdefault(record["job_hash"], []).append(run)
     return found

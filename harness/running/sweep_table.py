@@ -32,6 +32,7 @@ class SweepRun:
 
     Attributes:
         earlier: it was done before, and its row taken for the result.
+        simulated: no time of it was measured.
     """
 
     run_id: str
@@ -41,6 +42,7 @@ class SweepRun:
     elapsed_s: float | None
     exit_status: int
     earlier: bool = False
+    simulated: bool = False
 
 
 @dataclass(slots=True)
@@ -64,6 +66,11 @@ class SweepJob:
         return all(run.status == "ok" for run in self.runs)
 
     @property
+    def simulated(self) -> bool:
+        """Whether a run of it is: no rate of its compares with a measured one."""
+        return any(run.simulated for run in self.runs)
+
+    @property
     def rates(self) -> list[float]:
         """Total tokens per second of the runs that are ok."""
         return [run.tokens_per_s for run in self.runs if run.status == "ok" and run.tokens_per_s is not None]
@@ -82,7 +89,9 @@ def choices(overrides: Sequence[str]) -> dict[str, str]:
 def run_line(run: SweepRun) -> str:
     words = [run.status]
     if run.tokens_per_s and run.elapsed_s is not None:
-        words.append(f"{run.tokens_per_s:,.1f} total tokens/s in {_seconds(run.elapsed_s)}")
+        words.append(
+            f"{run.tokens_per_s:,.1f} total tokens/s in {_seconds(run.elapsed_s)}" + " (simulated)" * run.simulated
+        )
     words.append(run.run_id)
     if run.earlier:
         words.append("(ran before)")
@@ -102,7 +111,8 @@ def table_of(sweep_jobs: list[SweepJob]) -> Table:
     """
     runs_of = {tuple(run.run_id for run in job.runs) or job.number: job for job in reversed(sweep_jobs)}
     sweep_jobs = [job for job in sweep_jobs if job in runs_of.values()]
-    best = max((job.rate for job in sweep_jobs), default=0.0)
+    best = {kind: max((j.rate for j in sweep_jobs if j.simulated is kind), default=0.0) for kind in (False, True)}
+    mixed = len({job.simulated for job in sweep_jobs if job.rate}) > 1
     keys = list(dict.fromkeys(key for job in sweep_jobs for key in choices(job.varied)))
     repeated = any(len(job.runs) > 1 for job in sweep_jobs)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
@@ -116,19 +126,19 @@ def table_of(sweep_jobs: list[SweepJob]) -> Table:
         table.add_column("spread", justify="right")
     table.add_column("of best", justify="right")
     table.add_column("run", no_wrap=True)
-    for job in sorted(sweep_jobs, key=lambda job: (-job.rate, job.number)):
+    for job in sorted(sweep_jobs, key=lambda job: (job.simulated, -job.rate, job.number)):
         values = choices(job.varied)
         statuses = dict.fromkeys(run.status for run in job.runs)
         rates = job.rates
         cells = [
             str(job.number),
             *(printable(escape(values.get(key, ""))) for key in keys),
-            ", ".join(statuses) or "not run",
+            (", ".join(statuses) or "not run") + " (simulated)" * (mixed and job.simulated),
         ]
         cells.append(f"{statistics.median(rates):,.1f}" if rates else "")
         if repeated:
             cells.append(spread(rates))
-        cells.append(f"{job.rate / best:.0%}" if best and job.rate else "")
+        cells.append(f"{job.rate / best[job.simulated]:.0%}" if job.rate else "")
         cells.append("\n".join(run.run_id for run in job.runs))
         table.add_row(*cells, style=None if job.ok else "dim")
     return table

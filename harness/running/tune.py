@@ -20,6 +20,7 @@ from harness.config.engine_schemas import owners
 from harness.engines import catalogue as engines
 from harness.machine.device import accelerator, cores, cuda_devices, device_name
 from harness.models import locate
+from harness.running import target
 from harness.running.sweep import Sweep
 from harness.running.sweep_table import SweepJob, choices
 from harness.workload import catalogue, reading
@@ -44,7 +45,7 @@ def check(composed: DictConfig) -> None:
 
 
 def search_space(composed: DictConfig, trial: Trial) -> None:
-    """Adds the parallel splits of this machine to a trial, unless the command line fixes them.
+    """Adds the parallel splits of this machine, or the simulated one, to a trial, unless the command line fixes them.
 
     Optuna's sweeper calls it (``hydra.sweeper.custom_search_space``) with the config of the sweep.
 
@@ -61,9 +62,13 @@ def search_space(composed: DictConfig, trial: Trial) -> None:
     if {"parallel", "parallel.tp", "parallel.dp"} & {str(name).lstrip("+") for name in trial.user_attrs}:
         return
     settings = compose.to_config(without_hydra(composed))
-    heads = locate.locate(settings.model).architecture.get("num_key_value_heads")
-    cuda = accelerator() == "cuda"
-    devices = cuda_devices() if cuda else cores()
+    if engines.find(engine).simulates:
+        source, machine = locate.described(settings.model), target.described(settings.hardware)
+        cuda, devices = machine.accelerator == "cuda", machine.launch.host_ranks
+    else:
+        source, cuda = locate.locate(settings.model), accelerator() == "cuda"
+        devices = cuda_devices() if cuda else cores()
+    heads = source.architecture.get("num_key_value_heads")
     splits = parallel_splits(devices, cuda, heads if isinstance(heads, int) else None)
     if not engines.find(engine).replicas:
         splits = [(tp, 1) for tp in dict.fromkeys(tp for tp, _ in splits)]
@@ -158,7 +163,8 @@ def _announce(sweep: Sweep, composed: DictConfig, winner: SweepJob, found: dict[
     if composed.sweep.save_as is None:
         return
     path = EXPERIMENTS / f"{composed.sweep.save_as}.yaml"
-    device = device_name(accelerator())
+    simulates = engines.find(str(composed.engine.name)).simulates
+    device = f"{composed.hardware.name} (simulated)" if simulates else device_name(accelerator())
     overlay = OmegaConf.create()
     for key, value in found.items():
         OmegaConf.update(overlay, key, value)

@@ -26,7 +26,7 @@ from harness.models.architecture import positive_integer
 from harness.models.judging import COARSE_REFERENCE, bound_for, judge
 from harness.models.source import Source
 from harness.models.tokenizer import load_tokenizer
-from harness.verify import models, runs
+from harness.verify import models, runs, simulated
 from harness.verify.pairs import Pair, compare, refuse_other_work
 from harness.verify.prompts import at_hand, lengths, tokenized
 from harness.verify.recount import Finding, Known, Recount, recount
@@ -121,6 +121,8 @@ def _run(options: argparse.Namespace) -> Verification:
 
 def _recount(run: RecordedRun, options: argparse.Namespace) -> Recount:
     """Recounts a run with what is at hand without its model: its requests and, by its tokenizer, its prompts."""
+    if run.record.get("simulated"):
+        return simulated.recounted(run, options.dataset)
     try:
         source, tokenizer = at_hand(run)
     except UserError as error:
@@ -145,6 +147,8 @@ def _recount(run: RecordedRun, options: argparse.Namespace) -> Recount:
 def _with_model(both: list[RecordedRun], options: argparse.Namespace) -> Verification:
     """Returns what the model says of one run, or of the differences between two."""
     one = both[0]
+    for run in both:
+        simulated.refuse_model(run)
     source = models.find(one, options.model, [name for name in models.TRUSTED if getattr(options, name)])
     models.refuse_other_checkpoint(both, source, options.model)
     generation = one.group("generation", GenerationConfig)

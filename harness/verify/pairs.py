@@ -64,6 +64,8 @@ def refuse_other_work(one: RecordedRun, other: RecordedRun) -> None:
 
 def _work(one: RecordedRun, other: RecordedRun) -> Iterator[tuple[str, Any, Any]]:
     dataset = one.setting("dataset", "name")
+    kinds = ["simulated" if run.record.get("simulated") else "computed" for run in (one, other)]
+    yield "kind of tokens", kinds[0], kinds[1]
     for name in ("model", "weights"):
         yield name, one.record.get(name), other.record.get(name)
     if one.record.get("weights") == "dummy":

@@ -25,7 +25,7 @@ from harness.engines.shared.kv_memory import affordable_blocks
 from harness.engines.shared.order import arranged
 from harness.engines.simulate.config import SimulateConfig
 from harness.engines.simulate.replay import Finished, Item, Pass, Replay, Replica, Setup
-from harness.engines.simulate.tokens import drawn_length, stop_ids, token_ids
+from harness.engines.simulate.tokens import drawn_length, guessed_tokens, stop_ids, token_ids, uncounted_tokens
 from harness.models.tokenizer import Encoding
 from harness.workload.records import Completion, PassRecord, Request
 
@@ -62,15 +62,13 @@ class SimulateEngine(Engine[SimulateConfig]):
     def facts(self) -> dict[str, Any]:
         """What the simulation rests on, and which of its settings no measurement covers."""
         assert self._times is not None
-        figures = "data sheet" if self._times.fitted is None else "fit"
         return {
-            "simulated": figures,
             "simulation": {
                 "hardware": self.machine.hardware.name,
-                "figures": figures,
+                "figures": "data sheet" if self._times.fitted is None else "fit",
                 "outside": list(self._times.outside),
                 "eos_hazard": [list(pair) for pair in self.hazard],
-                "prompts": "claimed" if self.machine.count_tokens is None else "counted",
+                "counted": self.machine.count_tokens is not None,
             },
         }
 
@@ -183,12 +181,8 @@ class SimulateEngine(Engine[SimulateConfig]):
         counts = iter(count_tokens(texts) if count_tokens is not None and texts else [])
         for request in requests:
             assert request.output_len is not None  # workload.resolve() has seen to it
-            if request.prompt_ids is not None:
-                prompt_tokens = len(request.prompt_ids)
-            elif count_tokens is not None:
-                prompt_tokens = next(counts)
-            else:
-                prompt_tokens = request.claimed_prompt_len or guessed_tokens(request.prompt)
+            counted = count_tokens is not None and request.prompt_ids is None
+            prompt_tokens = next(counts) if counted else uncounted_tokens(request)
             ends = drawn_length(self.machine.seed, request.index, self.hazard) or request.output_len
             yield Item(request.index, prompt_tokens, request.output_len, min(ends, request.output_len))
 
@@ -251,11 +245,6 @@ class _Pace:
             ahead = (clock_s - self._from_s) * self._pace - (time.monotonic() - self._started)
             if ahead > NAP_S:
                 time.sleep(ahead)
-
-
-def guessed_tokens(text: str) -> int:
-    """Returns about how many tokens a text has."""
-    return max(1, len(text) // CHARACTERS_A_TOKEN)
 
 
 def _record(event: Pass, step: int) -> PassRecord:

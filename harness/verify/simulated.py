@@ -1,0 +1,76 @@
+"""A simulated run, recounted: its lengths and its made-up tokens, which anyone can make again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from harness.basics.errors import UserError
+from harness.config.schema import ModelConfig
+from harness.engines.simulate import tokens
+from harness.models import locate, token_counts
+from harness.models.architecture import positive_integer
+from harness.verify import runs
+from harness.verify.recount import Finding, Known, Recount, recount
+from harness.verify.runs import RecordedRun
+from harness.workload.records import Request
+
+NOTE = "simulated: its times were computed and its tokens made up, so neither says anything of a machine or a model"
+
+
+def refuse_model(run: RecordedRun) -> None:
+    """Raises UserError for a simulated run, of whose tokens no model knows anything."""
+    if run.record.get("simulated"):
+        found = f"{run.run_id} is simulated, and its tokens are made up"
+        raise UserError("--model", found, "leave it out: the recount makes them again")
+
+
+def recounted(run: RecordedRun, dataset: str | None) -> Recount:
+    """Recounts a simulated run with its dataset and, if it counted by one that is at hand, its tokenizer file.
+
+    Raises:
+        UserError: ``dataset`` was given and is not the run's.
+    """
+    model = run.group("model", ModelConfig)
+    try:
+        source = locate.described(model)
+        count_tokens = token_counts.counter(model, source)
+    except UserError as error:
+        found = recount(run, Known(unknown=(f"requests and tokens were not checked: {error}",)))
+        return replace(found, notes=[*found.notes, NOTE])
+    vocab = positive_integer(source.architecture.get("vocab_size"))
+    replies = None if count_tokens is None else lambda texts: count_tokens(texts)
+    requests = runs.read_requests(run, dataset, vocab_size=vocab or None, count_tokens=replies)
+    stops = tokens.stop_ids(source.architecture)
+    known = Known(
+        requests.by_index,
+        None if requests.by_index is None else _prompts(run, requests.by_index, count_tokens),
+        frozenset(stops) if run.setting("generation", "stop") == "eos" else None,
+        vocab,
+        decode=lambda ids: "",
+        architecture=source.architecture,
+        unknown=() if requests.unknown is None else (f"the requests were not checked: {requests.unknown}",),
+    )
+    found = recount(run, known)
+    if known.prompts is None and requests.unknown is None:
+        found.notes.append("prompt_tokens were not checked: the tokenizer.json that counted them is not at hand")
+    for line in run.completions:
+        ids, eos = line["token_ids"], line["finish_reason"] == "eos"
+        if ids and ids != tokens.token_ids(line["index"], len(ids), eos, vocab, stops):
+            found.findings.append(Finding(line["index"], "its token ids are not those that a simulation makes"))
+    found.notes.append(NOTE)
+    return found
+
+
+def _prompts(
+    run: RecordedRun, requests: dict[int, Request], count_tokens: token_counts.Counter | None
+) -> dict[int, list[int]] | None:
+    """Returns as many numbers as each prompt has tokens; None where what counted them is not at hand."""
+    counted = (run.record.get("simulation") or {}).get("counted")
+    if counted and count_tokens is None:
+        return None
+    asked = {i: r.prompt for i, r in requests.items() if r.prompt_ids is None} if counted else {}
+    lengths = dict(zip(asked, count_tokens(list(asked.values())), strict=True)) if asked and count_tokens else {}
+    return {
+        index: [0] * (lengths[index] if index in lengths else tokens.uncounted_tokens(request))
+        for index, request in requests.items()
+    }
