@@ -94,7 +94,9 @@ class Delivery:
                 mine = run.replicas.take(requests)
                 run.replicas.barrier()
             self._clock = clock = engine.clock(already_s)
-            if run.recorder is not None and not run.job.simulated:  # else time tells nothing of the clock
+            if run.job.simulated:
+                self._display.follow(clock)
+            elif run.recorder is not None:
                 run.recorder.clock_started(clock())
             if run.telemetry is not None:
                 run.telemetry.clock_started(clock)

@@ -8,7 +8,7 @@ from collections import deque
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from harness.basics.clock import duration
+from harness.basics.clock import Clock, duration
 from harness.basics.terminal import PLAIN_S, REFRESH_S
 from harness.engines.base import Progress as EngineProgress
 from harness.workload.records import Completion
@@ -36,6 +36,12 @@ class Display:
         self.recent: deque[tuple[float, int]] = deque()
         self.started = self.drawn = time.perf_counter()
         self.bar: Progress | None = None
+        self.clock: Clock | None = None
+        self.clock_from_s = 0.0
+
+    def follow(self, clock: Clock) -> None:
+        """Takes the rate from a simulated clock, not from the time here."""
+        self.clock, self.clock_from_s = clock, clock()
 
     def __enter__(self) -> Display:
         self.started = self.drawn = time.perf_counter()
@@ -80,7 +86,9 @@ class Display:
 
     def _state(self, progress: EngineProgress, elapsed: float) -> str:
         tokens = progress.prompt_tokens + progress.output_tokens + self.elsewhere_tokens
-        parts = [f"{tokens:,} tokens", f"{tokens / elapsed:,.0f} tok/s"]
+        took = elapsed if self.clock is None else self.clock() - self.clock_from_s
+        parts = [f"{tokens:,} tokens", f"{tokens / took if took else 0:,.0f} tok/s"]
+        parts += [f"{took:,.1f} s simulated"] if self.clock is not None else []
         queued = max(self.requests - self.finished - progress.running, 0)  # other ranks' running ones among them
         parts.append(f"{progress.running} running, {queued} queued")
         if progress.kv_utilisation is not None:

@@ -135,7 +135,8 @@ class SimulateEngine(Engine[SimulateConfig]):
                 if number == 0:  # as in a real run, whose rank 0 writes its own passes
                     self.on_pass(_record(event, first.steps))
                 self.on_progress(Progress(event.running, event.waiting, event.kv_utilisation, fed, made))
-                pace.wait(event.started_s + event.seconds)
+                clock.now_s = max(clock.now_s, event.started_s + event.seconds)
+                pace.wait(clock.now_s)
                 continue
             clock.now_s = max(clock.now_s, event.finished_s)
             if isinstance(event, Finished):
