@@ -69,8 +69,9 @@ class RaggedBatch:
     @property
     def work(self) -> PassWork:
         """What the pass costs by."""
-        rows = keys = pairs = 0
-        for _, start, length, last in self.chunks:
+        rows = decodes = self.decode_tokens
+        keys = pairs = decodes + sum([chunk[1] for chunk in self.chunks[:decodes]])
+        for _, start, length, last in self.chunks[decodes:]:
             rows += last
             keys += start + length
             pairs += length * (2 * start + length + 1) // 2  # token i of the chunk sees start + i + 1 keys
@@ -177,14 +178,12 @@ class Scheduler:
         prompts: list[Sequence] = []
         running = self.running
         block_size = self.blocks.block_size
-        position = 0
-        while position < len(running):
-            sequence = running[position]
+        for sequence in running:  # what is preempted is taken from its end, hence not met any more
             computed = sequence.computed
-            if computed < sequence.prompt_len or len(sequence.tokens) - computed > 1:
+            if len(sequence.tokens) - computed > 1 or computed < sequence.prompt_len:
                 prompts.append(sequence)
             else:
-                if computed == len(sequence.blocks) * block_size:
+                if not computed % block_size and computed == len(sequence.blocks) * block_size:
                     while not self.blocks.free and running[-1] is not sequence:
                         self._preempt(running.pop())
                     if not self.blocks.free:
@@ -192,7 +191,6 @@ class Scheduler:
                         break
                     sequence.blocks += self.blocks.take(1)
                 chunks.append(Chunk(sequence, computed, 1, True))
-            position += 1
         return chunks, prompts
 
     def _preempt(self, sequence: Sequence) -> None:

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import NamedTuple, Protocol
 
 from harness.costs.work import PassWork
-from harness.engines.fastgen.scheduler import Scheduler, Sequence
+from harness.engines.fastgen.scheduler import RaggedBatch, Scheduler, Sequence
 from harness.engines.shared.kv_blocks import KvBlocks
 
 STOP, OTHER = 1, 0  # the only ids that the scheduler is shown
@@ -119,7 +119,7 @@ class Replica:
         self._more = True
         self._finished_before = 0
         self._first_token_s: dict[int, float] = {}
-        self._ends: dict[int, int] = {}  # by request, the length at which the next token is its last
+        self._ends: dict[int, int] = {}  # by request that ends early, the length at which the next token is its last
 
     def step(self, queue: Iterator[Item]) -> list[Event]:
         """Takes requests and runs a pass; empty once there is nothing left for this replica."""
@@ -134,10 +134,7 @@ class Replica:
         started = self.clock_s + self.factor * self.times.host_seconds(work, self._finished_before, admitted)
         seconds = self.factor * self.times.seconds(work)
         self.clock_s = ended = started + seconds
-        ends = self._ends
-        finished = scheduler.complete(
-            batch, [STOP if len(chunk[0].tokens) == ends[chunk[0].uid] else OTHER for chunk in batch.chunks if chunk[3]]
-        )
+        finished = scheduler.complete(batch, self._next_tokens(batch, work.logit_rows))
         for sequence, _, _, last in batch.chunks[batch.decode_tokens :]:
             if last:
                 self._first_token_s.setdefault(sequence.uid, ended)
@@ -148,11 +145,16 @@ class Replica:
         used = blocks.used / blocks.total
         events.append(Pass(self.number, started, seconds, work, used, len(scheduler.waiting), len(scheduler.running)))
         for sequence in finished:
-            del ends[sequence.uid]
+            self._ends.pop(sequence.uid, None)
             first, tokens = self._first_token_s.pop(sequence.uid), len(sequence.tokens) - sequence.prompt_len
             reason = sequence.finish_reason or "length"
             events.append(Finished(self.number, sequence.uid, first, ended, tokens, reason))
         return events
+
+    def _next_tokens(self, batch: RaggedBatch, rows: int) -> list[int]:
+        if not (ends := self._ends):
+            return [OTHER] * rows
+        return [STOP if ends.get(chunk[0].uid) == len(chunk[0].tokens) else OTHER for chunk in batch.chunks if chunk[3]]
 
     def _take(self, queue: Iterator[Item], events: list[Event]) -> int:
         """Takes requests as FastGen's loop does; returns how many prompt tokens they have."""
@@ -166,8 +168,8 @@ class Replica:
                 if reason:
                     events.append(Rejected(self.number, uid, self.clock_s, reason))
                     continue
-                # A request that runs to its limit is ended by the scheduler itself.
-                self._ends[uid] = prompt_tokens + output_tokens - 1 if output_tokens < max_new_tokens else -1
+                if output_tokens < max_new_tokens:  # else the scheduler itself ends it
+                    self._ends[uid] = prompt_tokens + output_tokens - 1
                 scheduler.submit(Sequence(uid, [OTHER] * prompt_tokens, prompt_tokens, max_new_tokens))
         return admitted
 

@@ -38,10 +38,10 @@ def token_ids(index: int, count: int, eos: bool, vocab: int, stops: list[int]) -
         vocab: ids are below it.
     """
     usable = max(vocab - len(stops), 1)
-    mixed = index * 0x9E3779B1 + 0x7F4A7C15
-    ids = [((mixed ^ place * 0x85EBCA6B) * 0xC2B2AE35 >> 13) % usable for place in range(count)]
+    first = index * 0x9E3779B1 + 0x7F4A7C15
+    ids = [(place >> 11) % usable for place in range(first, first + count * 0x85EBCA6B, 0x85EBCA6B)]
     for stop in stops:
-        ids = [one + (one >= stop) for one in ids]
+        ids = [one if one < stop else one + 1 for one in ids]
     if eos:
         ids[-1] = stops[0]
     return ids
