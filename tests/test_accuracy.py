@@ -170,7 +170,7 @@ def assert_last(done: subprocess.CompletedProcess[str], status: int, line: str) 
     ("words", "line"),
     [
         (["engine=mii"], "error: engine: mii needs CUDA"),
-        (["engine=simulate"], "error: engine: simulate is not built yet"),
+        (["engine=simulate"], "error: engine: simulate cannot score given tokens"),
         (["--limit", "5"], "error: --limit: means nothing without --tasks"),
         (["--within", "1"], "error: --within: means nothing without --against"),
         (["--against", "x", "--within", "-1"], "error: command line: argument --within: '-1' is not a number"),

@@ -79,7 +79,8 @@ def foreign_key(key: str, value: object, engine: str, where: str = "") -> UserEr
         where: what sets it, if that is not the command line.
     """
     having = owners(key)
-    found = f"engine={engine} has no such key, {' and '.join(having)} {'has' if len(having) == 1 else 'have'}"
+    listed = " and ".join([*filter(None, [", ".join(having[:-1])]), *having[-1:]])
+    found = f"engine={engine} has no such key, {listed} {'has' if len(having) == 1 else 'have'}"
     found = found if value is None else f"{one_line(str(value), 60)}: {found}"
     found = f"{found} ({where} sets it)" if where else found
     return UserError(f"engine.{key}", found, f"leave it out, or use engine={' or '.join(having)}")
