@@ -176,7 +176,7 @@ def test_a_run_says_that_it_was_simulated_and_by_which_figures(seventy: Run) -> 
     assert (row["simulated"], row["device"], row["device_name"]) == ("data sheet", "cuda", "h100_80g (simulated)")
     assert (row["tp"], row["dp"], row["kernels"], row["energy_j"]) == ("4", "2", "simulated", "")
     assert record["simulation"]["figures"] == "data sheet" and record["simulation"]["outside"] == []
-    assert "SIMULATED" in seventy.stdout and "data-sheet figures of h100_80g" in seventy.stdout
+    assert "SIMULATED" in seventy.stdout and "the figures of hardware=h100_80g" in seventy.stdout
     assert any("no tokenizer.json at hand" in note for note in record["notes"])
     lines = seventy.completions.values()
     assert Counter(line["finish_reason"] for line in lines).keys() == {"eos", "length"}

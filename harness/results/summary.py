@@ -70,7 +70,7 @@ def _simulated(row: dict[str, Any], simulation: dict[str, Any]) -> list[tuple[st
     if row["simulated"] == "fit":
         text = f"no time here was measured: they follow from the fit of real runs in hardware={name}"
     else:
-        text = f"no time here was measured: they follow from data-sheet figures of {name} and assumed efficiencies"
+        text = f"no time here was measured: they follow from the figures of hardware={name} and assumed efficiencies"
     outside = [("SIMULATED", f"outside the fit: {why}") for why in simulation.get("outside", [])]
     return [("SIMULATED", text), *((label, escape(text)) for label, text in outside)]
 

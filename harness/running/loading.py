@@ -35,7 +35,10 @@ def load(run: RunContext) -> Loaded:
     """
     settings = _settings(run)
     _begin_record(run)
-    run.peak_flops = peaks.find(run)
+    if settings.described is None:
+        run.peak_flops = peaks.find(run)
+    else:
+        run.peak_flops = settings.described.hardware.peak_flops.get(run.job.dtype)
     loaded = _load(run, settings)
     _warm_up(run, loaded)
     return loaded

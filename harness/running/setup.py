@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from harness.costs import hardware
 from harness.machine import device
 from harness.models import token_counts
 from harness.ranks.rank import Rank, bind_cores
@@ -75,13 +76,13 @@ def engine_settings(job: Job, rank: Rank, replicas: Replicas | None) -> EngineSe
 
 
 def _described(job: Job) -> Described:
-    """Returns the machine that a simulated job is for, and its ranks."""
+    """Returns the machine that a simulated job is for, and its ranks; raises UserError for figures not known."""
     from harness.engines.base import Described
 
     config = job.config
     machine = target.described(config.hardware, job.ranks)
     return Described(
-        hardware=config.hardware,
+        hardware=hardware.complete(config.hardware, job.dtype, machine.launch.host_ranks),
         tp=job.tp,
         dp=job.dp,
         host_ranks=machine.launch.host_ranks,
