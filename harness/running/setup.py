@@ -24,8 +24,6 @@ def use_cores(job: Job, rank: Rank) -> bool:
     Returns:
         Whether there are fewer cores than ranks, so that none has a core of its own.
     """
-    if job.simulated:
-        return False  # it computes nothing, and has no need of torch
     crowded = device.cores() < rank.local_world
     if job.accelerator == "cpu":
         bind_cores(rank)
