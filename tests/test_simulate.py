@@ -344,7 +344,7 @@ def test_under_deepspeed_the_first_rank_plays_as_many_as_there_are(harness: Harn
     ("words", "line"),
     [
         (["hardware.memory_bytes=null"], "hardware.memory_bytes: h100_80g does not say them; "),
-        (["hardware.memory_bandwidth=null"], "hardware.memory_bandwidth: not known of h100_80g"),
+        (["hardware.memory_bandwidth=null"], "hardware.memory_bandwidth: not known for hardware=h100_80g"),
         (["engine.max_sequences=512", "engine.kv_memory=100GiB"], "engine.kv_memory: 100GiB asks for 100.0 GiB"),
         (["engine.kv_memory=1000"], "engine.kv_memory: 1000 is 1000 bytes, less than one block of 64 tokens"),
     ],
