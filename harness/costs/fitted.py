@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.basics.errors import UserError, quoted
-from harness.costs.roofline import NAMES, Factors
+from harness.costs.roofline import NAMES, Factors, Host
 from harness.costs.shape import ModelShape
 
 SIZES = ("layers", "hidden", "heads", "kv_heads", "head_dim", "vocab", "inner")  # that the factors hold for
@@ -22,6 +22,7 @@ class Fitted:
 
     Attributes:
         model, dtype, kernels: of the runs.
+        host: of a CPU, None for GPUs.
         sizes: of the model, by :data:`SIZES`.
         factors: by the number of ranks on a host.
         ranges: the smallest and the largest of what the runs had, by :data:`RANGES`.
@@ -31,6 +32,7 @@ class Fitted:
     model: str
     dtype: str
     kernels: str
+    host: Host | None
     sizes: dict[str, int]
     factors: dict[int, Factors]
     ranges: dict[str, tuple[float, float]]
@@ -60,6 +62,7 @@ class Fitted:
             model=_text(section, "model"),
             dtype=_text(section, "dtype"),
             kernels=_text(section, "kernels"),
+            host=_host(section.get("host")),
             sizes={name: int(_number(sizes, name, "sizes", least=1)) for name in SIZES},
             factors=factors,
             ranges={name: _pair(ranges, name) for name in RANGES},
@@ -132,6 +135,15 @@ def _pair(section: Mapping[str, Any], key: str) -> tuple[float, float]:
     if value[0] > value[1]:
         raise _nonsense(f"range.{key}", value)
     return float(value[0]), float(value[1])
+
+
+def _host(value: Any) -> Host | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise _nonsense("host", value)
+    threads = None if value.get("threads") is None else int(_number(value, "threads", "host", least=1))
+    return Host(int(_number(value, "cores", "host", least=1)), threads)
 
 
 def _hazard(value: Any) -> tuple[tuple[int, float], ...]:

@@ -105,4 +105,4 @@ def _factors(fitted: Fitted | None, hardware: HardwareConfig, host_ranks: int) -
     if fitted is None:
         return defaults(hardware.accelerator)
     seen = min(fitted.factors, key=lambda ranks: abs(math.log(ranks / host_ranks)))
-    return on_other_ranks(fitted.factors[seen], seen, host_ranks, hardware.accelerator)
+    return on_other_ranks(fitted.factors[seen], seen, host_ranks, fitted.host)

@@ -102,15 +102,37 @@ def defaults(accelerator: Accelerator) -> Factors:
     return CPU if accelerator is Accelerator.cpu else GPU
 
 
-def on_other_ranks(factors: Factors, seen: int, ranks: int, accelerator: Accelerator) -> Factors:
+@dataclass(frozen=True, slots=True)
+class Host:
+    """A CPU's host, whose ranks share its cores and its memory.
+
+    Attributes:
+        cores: of all ranks.
+        threads: most that a rank uses, whatever cores it has (``OMP_NUM_THREADS``); None for all of them.
+    """
+
+    cores: int
+    threads: int | None = None
+
+    def busy(self, ranks: int) -> float:
+        """Returns how many cores each of so many ranks keeps busy; with fewer cores than ranks, its part of one."""
+        own = self.cores // ranks if self.cores >= ranks else self.cores / ranks
+        return min(own, self.threads or own)
+
+
+def on_other_ranks(factors: Factors, seen: int, ranks: int, host: Host | None) -> Factors:
     """Returns the factors of ``seen`` ranks on a host as they are assumed to be with another number of them.
 
-    The ranks of a CPU share its cores and its memory: each has a part of both, so that what is bound by either takes
-    in proportion longer; what one thread does (launches, Python) stays. GPUs share nothing.
+    What cores or memory bound takes the longer, the fewer cores a rank keeps busy, in proportion: the host's whole
+    bandwidth is taken to need all its cores. What one thread does (launches, Python) stays. GPUs share nothing.
+
+    Args:
+        host: None for GPUs.
     """
-    if accelerator is not Accelerator.cpu or seen == ranks:
+    if host is None or seen == ranks:
         return factors
-    return replace(factors, **{name: getattr(factors, name) * ranks / seen for name in SHARED})
+    scale = host.busy(seen) / host.busy(ranks)
+    return replace(factors, **{name: getattr(factors, name) * scale for name in SHARED})
 
 
 @dataclass(frozen=True, slots=True)
