@@ -24,8 +24,8 @@ class Delivery:
         twice: those that came back more than once.
         rejected, rejection: how many were rejected, and why the last one was.
         elapsed_s: the clock once rank 0 is through; None before.
-        others: what the other ranks report at their end: ``elapsed_s``, ``statistics``, ``peak_memory_bytes``,
-            ``telemetry``.
+        others: what the other ranks report at their end: ``rank``, ``elapsed_s``, ``statistics``,
+            ``peak_memory_bytes``, ``telemetry``.
         claims, flops: what is counted of the completions; rank 0's.
     """
 
@@ -103,7 +103,8 @@ class Delivery:
             for completion in engine.generate(mine, clock):
                 self._deliver(completion, elsewhere=False)
             self.elapsed_s = clock()
-            self.others = list(run.replicas.wait().values()) if run.replicas is not None else []
+            others = run.replicas.wait() if run.replicas is not None else {}
+            self.others = [{"rank": rank, **found} for rank, found in sorted(others.items())]
             if run.telemetry is not None:
                 run.telemetry.stop()
 

@@ -83,11 +83,32 @@ def _figures(run: RunContext, delivery: Delivery) -> dict[str, Any]:
         "model_flops": delivery.flops.total or None,
         "time": times,
         "engine_statistics": statistics,
+        "replicas": _replicas(delivery),
         "prompt_len_check": delivery.claims.record(),
         "notes": _notes(run, delivery),
         "energy_j": telemetry["energy_j"],
         "telemetry": telemetry,
     }
+
+
+def _replicas(delivery: Delivery) -> list[dict[str, Any]]:
+    """Returns what each replica did, by the rank that led it; none for an engine whose passes are not counted."""
+    assert delivery.elapsed_s is not None
+    first = {"rank": 0, "elapsed_s": delivery.elapsed_s, "statistics": delivery.loaded.engine.statistics}
+    others = [
+        {**one, "statistics": EngineStatistics(**one["statistics"])} for one in delivery.others if one["statistics"]
+    ]
+    return [
+        {
+            "rank": one["rank"],
+            "elapsed_s": one["elapsed_s"],
+            "passes": statistics.steps,
+            "tokens": round((statistics.steps or 0) * (statistics.mean_tokens_per_pass or 0)),
+            "forward_s": statistics.prefill_s + statistics.decode_s,
+        }
+        for one in (first, *others)
+        if (statistics := one["statistics"]).mean_tokens_per_pass is not None
+    ]
 
 
 def _notes(run: RunContext, delivery: Delivery) -> list[str]:
