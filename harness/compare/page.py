@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import functools
-import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
@@ -15,7 +12,7 @@ from typing import Any
 import pandas
 
 from harness.basics.errors import UserError
-from harness.basics.files import plain
+from harness.basics.page import bundle, filled, inert
 from harness.compare.charts import BARS, cache_chart, charts, tokens_chart
 from harness.compare.comparison import Comparison
 from harness.compare.groups import Group
@@ -47,7 +44,7 @@ def html(comparison: Comparison, tables: Sequence[str]) -> str:
         "title": escape(f"{len(groups):,} group{'s' if len(groups) != 1 else ''} of runs compared"),
         "facts": _facts(comparison, tables),
         "warnings": "".join(f"<li>{escape(str(warning))}</li>" for warning in comparison.warnings),
-        "data": _inert(
+        "data": inert(
             {
                 "groups": groups,
                 "keys": comparison.keys,
@@ -58,27 +55,9 @@ def html(comparison: Comparison, tables: Sequence[str]) -> str:
                 "timelineCharts": [tokens_chart(), cache_chart()],
             }
         ),
-        "bundle": _bundle(),
+        "bundle": bundle(),
     }
-    # In one pass, so that no text of a run is taken for a place of the template.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
-
-
-@functools.cache
-def _bundle() -> str:
-    """Returns the code of vega, vega-lite and vega-embed, about 0.9 MB, which leaves ``window.vegaEmbed``."""
-    try:
-        import vl_convert
-    except ImportError as error:
-        found = "needs the package vl-convert-python, which is not installed"
-        raise UserError("--html", found, "pip install vl-convert-python") from error
-    code = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-    return code.replace("</script", "<\\/script").replace("<!--", "<\\!--")
-
-
-def _inert(data: Any) -> str:
-    """Returns JSON that ends no script element, whatever text is in it."""
-    return json.dumps(plain(data), separators=(",", ":")).replace("<", "\\u003c")
+    return filled(TEMPLATE, parts)
 
 
 def _facts(comparison: Comparison, tables: Sequence[str]) -> str:

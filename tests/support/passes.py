@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from omegaconf import OmegaConf
 from harness.config.compose import compose
 from harness.config.schema import Accelerator, HardwareConfig
 from harness.costs.fitting import Observed
+from harness.costs.pass_time import PassTime
 from harness.costs.roofline import CPU, Factors, Host, Roofline, on_other_ranks
 from harness.costs.shape import ModelShape
 from harness.costs.work import PassWork
 from harness.engines import catalogue
+from harness.engines.simulate.replay import Finished, Item, Pass, Setup, replay
 from harness.workload.records import PASS_COLUMNS
 
 SMALL = ModelShape(
@@ -97,42 +100,71 @@ KNOWN = Factors(
 def recorded(results: Path, name: str, work: PassWork, seed: int, token_budget: int = 256, noise: float = 0.03) -> Path:
     """Writes the files of a run with these passes, as far as a fit reads them; returns its directory."""
     run = observed(KNOWN, work, noise, seed)
-    directory = results / name
-    directory.mkdir(parents=True)
     ends = np.concatenate([[0.0], (run.started + run.seconds)])
     after = np.repeat(np.arange(len(run.seconds)), np.asarray(run.finished).astype(int))
-    lines = [
-        json.dumps(
-            {
-                "index": index,
-                "prompt_tokens": 10,
-                "output_tokens": 4,
-                "finish_reason": "eos",
-                "token_ids": [1, 2, 3, 4],
-                "text": "",
-                "first_token_s": float(ends[place]),
-                "finished_s": float(ends[place] + 1e-4),
-            }
-        )
-        for index, place in enumerate(after)
+    done = [(index, 10, 4, float(ends[place]) + 1e-4) for index, place in enumerate(after)]
+    counts = [PassWork(*row) for row in np.asarray(work).astype(int).T.tolist()]
+    passes = [*zip(run.started.tolist(), run.seconds.tolist(), counts, strict=True)]
+    record = {"prompt_tokens": run.prompt_tokens, "token_budget": token_budget}
+    return written(results, name, passes, done, record | {"time": {"tokenize_s": run.tokenize_s}})
+
+
+def replayed(results: Path, name: str, items: list[Item], setup: Setup, factors: Factors = KNOWN) -> Path:
+    """Writes the files of a run as it would have been with these factors; returns its directory."""
+    times = PassTime(SMALL, MACHINE, "float32", 1, 1).with_factors(**asdict(factors))
+    prompts = {item.uid: item.prompt_tokens for item in items}
+    own: list[Any] = []
+    done: list[Any] = []
+    ended = 0.0
+    replicas: list[dict[str, Any]] = [
+        {"rank": rank, "elapsed_s": 0.0, "passes": 0, "tokens": 0, "forward_s": 0.0} for rank in range(setup.replicas)
     ]
-    (directory / "completions.jsonl").write_text("\n".join(lines) + "\n")
-    rows = [",".join(PASS_COLUMNS)]
-    for step in range(len(run.seconds)):
-        tokens, prompt, decode, sequences, logits, keys, pairs = (int(column[step]) for column in np.asarray(work))
-        cells = [step + 1, f"{run.started[step]:.9g}", f"{run.seconds[step]:.6g}", tokens, prompt, decode, sequences]
-        rows.append(",".join(str(cell) for cell in [*cells, 0.5, 0, logits, keys, pairs]))
-    (directory / "passes.csv").write_text("\n".join(rows) + "\n")
-    catalogue.register()
-    overrides = [f"engine.token_budget={token_budget}", "model.dtype=float32", "parallel.tp=1", "parallel.dp=1"]
-    config = OmegaConf.to_container(compose(overrides), resolve=True, enum_to_str=True)
+    for event in replay(items, setup, times):
+        if isinstance(event, Pass):
+            ended = max(ended, event.started_s + event.seconds)
+            for key, value in (("passes", 1), ("tokens", event.work.tokens), ("forward_s", event.seconds)):
+                replicas[event.replica][key] += value
+            if event.replica == 0:
+                own.append((event.started_s, event.seconds, event.work))
+        elif isinstance(event, Finished):
+            done.append((event.uid, prompts[event.uid], event.output_tokens, event.finished_s))
+    prompt_tokens = sum(line[1] for line in done)
     record = {
+        **{"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens + sum(line[2] for line in done)},
+        **{"dp": setup.replicas, "token_budget": setup.token_budget, "max_sequences": setup.max_sequences},
+        **{"elapsed_s": ended, "replicas": replicas, "engine_statistics": {"kv_blocks": setup.blocks * setup.replicas}},
+        "time": {"tokenize_s": factors.host_token_s * prompt_tokens / setup.replicas},
+    }
+    return written(results, name, own, done, record)
+
+
+def written(results: Path, name: str, passes: list[Any], done: list[Any], record: dict[str, Any]) -> Path:
+    """Writes a run: (start, seconds, work) of each pass, (index, prompt, output, end) of each request."""
+    directory = results / name
+    directory.mkdir(parents=True)
+    with open(directory / "completions.jsonl", "w") as file:
+        for index, prompt, output, end in done:
+            line = {"index": int(index), "prompt_tokens": prompt, "output_tokens": output, "finish_reason": "eos"}
+            line |= {"token_ids": [1] * output, "text": "", "first_token_s": end, "finished_s": end}
+            file.write(json.dumps(line) + "\n")
+    with open(directory / "passes.csv", "w") as file:
+        file.write(",".join(PASS_COLUMNS) + "\n")
+        for step, (started, seconds, work) in enumerate(passes, start=1):
+            cells = [step, f"{started:.9g}", f"{seconds:.6g}", *work[:4], 0.5, 0, *work[4:]]
+            file.write(",".join(str(cell) for cell in cells) + "\n")
+    catalogue.register()
+    budget, sequences = record.get("token_budget", 256), record.get("max_sequences", 64)
+    overrides = [f"engine.token_budget={budget}", f"engine.max_sequences={sequences}", "model.dtype=float32"]
+    overrides += ["parallel.tp=1", f"parallel.dp={record.get('dp', 1)}", "dataset=asc24", "dataset.path=gone.json"]
+    config = OmegaConf.to_container(compose(overrides), resolve=True, enum_to_str=True)
+    whole = {
         **{"run_id": name, "status": "ok", "engine": "fastgen", "kernels": "native", "model": "small"},
         **{"weights": "pretrained", "dtype": "float32", "quantization": None, "device": "cpu", "device_name": "bench"},
-        **{"tp": 1, "dp": 1, "token_budget": token_budget, "max_sequences": 64, "config": config},
-        **{"environment": {"cpu": {"cores_visible": 2}, "env": {}}, "telemetry": {"hosts": [{}]}},
-        **{"completed": len(after), "prompt_tokens": run.prompt_tokens, "elapsed_s": float(ends[-1])},
-        "time": {"tokenize_s": run.tokenize_s, "detokenize_s": 0.0, "host_s": 0.1},
+        **{"tp": 1, "dp": 1, "token_budget": budget, "max_sequences": sequences, "config": config},
+        **{"environment": {"cpu": {"cores_visible": 2}, "env": {"OMP_NUM_THREADS": "1"}}},
+        **{"telemetry": {"hosts": [{}]}, "completed": len(done), "elapsed_s": max(line[3] for line in done)},
     }
+    record = whole | record
+    record["time"] = {"detokenize_s": 0.0, "host_s": 0.1} | record["time"]
     (directory / "record.json").write_text(json.dumps(record))
     return directory
