@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.basics.page import bundle, filled, inert
-from harness.plan.explain import Explanation, text
+from harness.plan.explanation import Explanation, text
 
 TEMPLATE = Path(__file__).with_name("page.html")
 GROUPS = {"settings": "settings", "kernels": "kernels", "model": "not explained"}

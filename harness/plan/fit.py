@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from harness.basics.clock import utc_now
 from harness.basics.errors import UserError, quoted
 from harness.basics.files import replace as replace_file
-from harness.config.compose import ROOT, to_config
+from harness.config.compose import ROOT, compose, to_config
 from harness.config.schema import Accelerator, HardwareConfig, Stop
 from harness.costs import fitting
 from harness.costs.fitted import RANGES, SIZES
@@ -87,16 +87,27 @@ def _path(name: str | None) -> Path:
 def figures(runs: Sequence[Measured], given: HardwareConfig) -> tuple[HardwareConfig, bool]:
     """Returns the figures that the factors are relative to, and whether they are only what the passes reached.
 
-    Those of ``hardware=`` on the command line, else the runs' own; where neither has them, the best rates of the
-    runs' passes.
+    Those of ``hardware=`` on the command line, else the runs' own: what was given or measured or known of the device
+    then; where none of them has any, the best rates of the runs' passes.
     """
-    dtype = str(runs[0].record["dtype"])
+    dtype, device = str(runs[0].record["dtype"]), str(runs[0].record["device"])
     alone = min(runs, key=lambda one: one.host_ranks)
-    own = replace(alone.config.hardware, fit={})
-    for hardware in (replace(given, fit={}), own):
-        same = hardware.accelerator.value == str(runs[0].record["device"])
-        if same and hardware.peak_flops.get(dtype) and hardware.memory_bandwidth:
+    candidates = [replace(given, fit={}), replace(alone.config.hardware, fit={})]
+    if isinstance(found := alone.record.get("hardware_measured"), dict) and found.get("dtype") == dtype:
+        known = candidates[-1]
+        bandwidth = known.memory_bandwidth or found.get("memory_bandwidth")
+        peaks = {**known.peak_flops, dtype: known.peak_flops.get(dtype) or found.get("peak_flops")}
+        candidates.append(replace(known, peak_flops=peaks, memory_bandwidth=bandwidth))
+    if isinstance(name := alone.record.get("hardware_known"), str):
+        candidates.append(to_config(compose([f"hardware={name}"])).hardware)
+    for hardware in candidates:
+        if hardware.accelerator.value == device and hardware.peak_flops.get(dtype) and hardware.memory_bandwidth:
             return hardware, False
+    return _reached(runs, candidates[1], dtype, Accelerator(device)), True
+
+
+def _reached(runs: Sequence[Measured], own: HardwareConfig, dtype: str, accelerator: Accelerator) -> HardwareConfig:
+    """Returns ``own`` with the best rates of the runs' passes for what it lacks."""
     flops = moved = 0.0
     for one in runs:
         _, seconds, work = one.table
@@ -104,11 +115,9 @@ def figures(runs: Sequence[Measured], given: HardwareConfig) -> tuple[HardwareCo
         done = 2 * shape.matmul * np.asarray(work.tokens) + 2 * shape.head * np.asarray(work.logit_rows)
         flops = max(flops, float(np.max(done / seconds)) / one.tp)
         moved = max(moved, float(np.max((shape.matrix_bytes + shape.head * shape.element_bytes) / seconds)) / one.tp)
-    accelerator = Accelerator(runs[0].record["device"])
-    peaks = {dtype: own.peak_flops.get(dtype) or _rounded(flops)}
     known = own if own.accelerator is accelerator else HardwareConfig(name=LOCAL, accelerator=accelerator)
-    bandwidth = known.memory_bandwidth or _rounded(moved)
-    return replace(known, peak_flops={**known.peak_flops, **peaks}, memory_bandwidth=bandwidth), True
+    peaks = {**known.peak_flops, dtype: known.peak_flops.get(dtype) or _rounded(flops)}
+    return replace(known, peak_flops=peaks, memory_bandwidth=known.memory_bandwidth or _rounded(moved))
 
 
 def _rounded(value: float) -> float:
