@@ -17,10 +17,11 @@ from support.passes import HOST, KNOWN, MACHINE, SMALL, observed, recorded, work
 from harness.config.schema import HardwareConfig
 from harness.costs import fitting
 from harness.costs.fitted import Fitted
-from harness.costs.hazard import eos_hazard, survived
+from harness.costs.hazard import eos_hazard
 from harness.costs.pass_time import PassTime
 from harness.costs.roofline import CPU, on_other_ranks
 from harness.costs.work import PassWork
+from harness.engines.simulate.tokens import drawn_length
 from harness.plan import __main__ as plan
 from harness.plan import fit
 
@@ -70,10 +71,9 @@ def test_the_chance_of_an_end_is_ends_over_tokens() -> None:
     # Position 1: four tokens, one ends. 2 to 3: two tokens of each of the other three, one ends. 4 to 7: two, one ends.
     assert hazard == [(1, 1 / 4), (2, 1 / 6), (4, 1 / 2)]
     assert eos_hazard([]) == []
-    lengths = [survived(hazard, uniform, 50) for uniform in np.linspace(0.0005, 0.9995, 1000)]
-    assert lengths.count(1) == pytest.approx(250, abs=1)
-    assert lengths.count(2) + lengths.count(3) == pytest.approx(750 * (1 - (5 / 6) ** 2), abs=2)
-    assert survived(hazard, 0.0, 50) == 50 and survived([], 0.5, 7) == 7
+    lengths = [drawn_length(0, index, hazard) or 50 for index in range(4000)]
+    assert lengths.count(1) == pytest.approx(1000, rel=0.1)
+    assert lengths.count(2) + lengths.count(3) == pytest.approx(3000 * (1 - (5 / 6) ** 2), rel=0.1)
 
 
 # --- the command ---

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 
 def eos_hazard(outputs: Iterable[tuple[int, bool]]) -> list[tuple[int, float]]:
@@ -26,20 +26,3 @@ def eos_hazard(outputs: Iterable[tuple[int, bool]]) -> list[tuple[int, float]]:
         if ended and count:
             ends[count.bit_length() - 1] += 1
     return [(2**place, ends[place] / tokens[place]) for place in range(len(tokens))]
-
-
-def survived(hazard: Sequence[tuple[int, float]], uniform: float, most: int) -> int:
-    """Returns how long an output is, drawn: the position at which a uniform number from 0 to 1 is not survived.
-
-    Args:
-        hazard: from :func:`eos_hazard`.
-        most: tokens that the output has at most.
-    """
-    alive = 1.0
-    for place, (first, chance) in enumerate(hazard):
-        after = hazard[place + 1][0] if place + 1 < len(hazard) else most + 1
-        for position in range(first, min(after, most + 1)):
-            alive *= 1 - chance
-            if alive <= uniform:
-                return position
-    return most

@@ -84,7 +84,7 @@ class Delivery:
         """Runs rank 0's share, and receives what the others have done."""
         run, engine = self._run, self.loaded.engine
         estimates = {r.index: (r.claimed_prompt_len or len(r.prompt) // 3) + (r.output_len or 0) for r in requests}
-        with Display(run.screen, estimates, len(self.done)) as self._display:
+        with Display(run.screen, estimates, len(self.done), self.loaded.foreseen_s) as self._display:
             if run.recorder is not None:
                 engine.on_pass = run.recorder.add_pass
             engine.on_progress = self._display.update

@@ -21,6 +21,7 @@ from harness.config.explain import explain
 from harness.config.identity import config_hash
 from harness.config.schema import Config, DType, ParallelConfig
 from harness.costs import memory as costs
+from harness.costs.fitted import Fitted
 from harness.engines import catalogue
 from harness.engines.known_model import KnownModel
 from harness.machine import device, snapshot
@@ -222,6 +223,7 @@ def _check_sharding(job: Job) -> None:
 def check(config: Config, accelerator: str) -> None:
     """Refuses what cannot work; raises UserError, naming the field, its value and the way out."""
     checks.check(config)
+    Fitted.of(config.hardware.fit)  # refuses one that is none
     catalogue.check(config, accelerator)
 
 

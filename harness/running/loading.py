@@ -12,7 +12,7 @@ from harness.engines.base import Engine, EngineSettings
 from harness.machine import snapshot
 from harness.models.loaded import identity
 from harness.ranks.rank import RUN_ID_VARIABLE
-from harness.running import peaks, setup
+from harness.running import foreseen, peaks, setup
 from harness.running.context import RunContext
 from harness.running.job import Job, resolve_requests
 from harness.running.sampling import of_rank
@@ -21,10 +21,15 @@ from harness.workload.records import Workload
 
 @dataclass(slots=True)
 class Loaded:
-    """What is ready to run. Nothing else keeps the engine, so that deleting it here frees its memory."""
+    """What is ready to run. Nothing else keeps the engine, so that deleting it here frees its memory.
+
+    Attributes:
+        foreseen_s: what the clock is predicted to show at the end, where runs like it were fitted.
+    """
 
     engine: Engine
     workload: Workload
+    foreseen_s: float | None = None
 
 
 def load(run: RunContext) -> Loaded:
@@ -129,5 +134,8 @@ def _warm_up(run: RunContext, loaded: Loaded) -> None:
         left_out=workload.left_out or None,
     )
     if run.recorder is not None:
+        if (foreseen_s := foreseen.elapsed_s(run.job, engine, workload)) is not None:
+            loaded.foreseen_s = foreseen_s
+            run.note(prediction={**run.recorder.record.get("prediction", {}), "elapsed_s": foreseen_s})
         run.note(loaded=identity(run.recorder.record, run.job.source))
     run.say(f"running {len(workload.requests)} requests of {workload.name}")

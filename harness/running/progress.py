@@ -14,6 +14,7 @@ from harness.engines.base import Progress as EngineProgress
 from harness.workload.records import Completion
 
 PACE_S = 20.0  # how far back the pace is taken from
+FORESEEN = 0.25  # of the predicted time, within which the prediction is nearer than the pace
 
 
 class Display:
@@ -24,14 +25,18 @@ class Display:
     Args:
         estimates: for each request, by index, about how many prompt and output tokens it has; for the time left.
         before: further requests, which are done already.
+        foreseen_s: seconds that the run is predicted to take, for the time left until the pace is known.
     """
 
-    def __init__(self, screen: Console, estimates: dict[int, int], before: int = 0) -> None:
+    def __init__(
+        self, screen: Console, estimates: dict[int, int], before: int = 0, foreseen_s: float | None = None
+    ) -> None:
         self.screen = screen
         self.estimates = estimates
         self.requests = len(estimates) + before
         self.expected_tokens = sum(estimates.values())
         self.finished = before
+        self.foreseen_s = foreseen_s if not before else None
         self.elsewhere_tokens = 0  # finished on other ranks
         self.recent: deque[tuple[float, int]] = deque()
         self.started = self.drawn = time.perf_counter()
@@ -98,7 +103,9 @@ class Display:
         since, before = self.recent[0] if self.recent else (0.0, 0)
         self.recent.append((elapsed, tokens))
         # At the recent pace: prompts go by much faster than the outputs at the end.
-        if tokens > before:
+        if self.foreseen_s is not None and took < FORESEEN * self.foreseen_s:
+            parts.append(f"about {duration(self.foreseen_s - took)} left")
+        elif tokens > before:
             left = max(self.expected_tokens - tokens, 0) * (elapsed - since) / (tokens - before)
             parts.append(f"about {duration(left)} left")
         return "  ".join(parts)
