@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from support.passes import KNOWN, MACHINE, SMALL
+from support.passes import KNOWN, MACHINE, SECTION, SMALL, fitted
 
 from harness.basics.errors import UserError
 from harness.config.schema import Accelerator, HardwareConfig
-from harness.costs.fitted import SIZES
 from harness.costs.pass_time import PassTime
 from harness.costs.roofline import CPU, GPU, Host, Roofline, on_other_ranks
 from harness.costs.work import PassWork
@@ -27,27 +25,6 @@ A100 = HardwareConfig(
 )
 PREFILL = PassWork(512, 512, 0, 2, 1, 600, 140_000)
 DECODE = PassWork(40, 0, 40, 40, 40, 20_000, 20_000)
-SECTION: dict[str, Any] = {
-    "model": "small",
-    "dtype": "float32",
-    "kernels": "native",
-    "host": {"cores": 2, "threads": None},
-    "sizes": {name: getattr(SMALL, name) for name in SIZES},
-    "range": {
-        "token_budget": [128, 512],
-        "max_sequences": [64, 64],
-        "tokens": [1, 512],
-        "sequences": [1, 64],
-        "kv_read_tokens": [1, 90000],
-        "tp": [1, 1],
-    },
-    "factors": [{"ranks": 1, **asdict(KNOWN)}],
-    "eos_hazard": [[1, 0.1], [2, 0.01]],
-}
-
-
-def fitted(**changes: Any) -> HardwareConfig:
-    return replace(MACHINE, fit={**copy.deepcopy(SECTION), **changes})
 
 
 @pytest.mark.parametrize(("hardware", "dtype", "tp"), [(MACHINE, "float32", 1), (A100, "float16", 3)])

@@ -119,14 +119,21 @@ def fit(runs: Sequence[Observed], assumed: Factors, host: Host | None, own_hosts
     factors, untold = {}, {}
     for ranks in seen:
         own, own_told = on_other_ranks(base, 1, ranks, host), told
+        mine = [run for run in kept if run.ranks == ranks]
         if len(seen) > 1:
-            mine = [run for run in kept if run.ranks == ranks]
             own, own_told = _solve(mine, own, APART_BY_RANKS, spread, lambda factors, run: factors)
+        own = _in_sum(mine, own)
         between = host_factors([run for run in runs if run.ranks == ranks], assumed) if own_hosts else {}
         factors[ranks] = replace(own, **between)
         useless = () if any(run.roofline.reduces for run in runs) else ("all_reduce", "all_reduce_s")
         untold[ranks] = [name for name in PASS if name not in useless and not (own_told[name] or told[name])]
     return Found(factors, untold, dropped)
+
+
+def _in_sum(runs: Sequence[Observed], factors: Factors) -> Factors:
+    """Returns the factors times what makes the passes' sum that which was measured."""
+    scale = sum(float(run.seconds.sum()) for run in runs) / sum(float(predicted(run, factors).sum()) for run in runs)
+    return replace(factors, **{name: getattr(factors, name) * scale for name in PASS if name != "norm"})
 
 
 def first_guess(assumed: Factors, found: Factors) -> Factors:

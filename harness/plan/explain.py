@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -13,6 +14,8 @@ from harness.config.compose import to_config
 from harness.plan.explanation import explained, text
 from harness.plan.measured import Measured
 
+LONG = 1000  # requests whose simulations take long enough to tell of each
+
 
 def run(options: argparse.Namespace, composed: DictConfig) -> int:
     """Prints the waterfall of a run, and writes the page if one is asked for; returns the exit status.
@@ -20,7 +23,9 @@ def run(options: argparse.Namespace, composed: DictConfig) -> int:
     Raises:
         UserError: the run is none, or it says too little.
     """
-    found = explained(Measured.of("--explain", options.explain, options.results_dir), to_config(composed).hardware)
+    measured = Measured.of("--explain", options.explain, options.results_dir)
+    long = len(measured.completions) >= LONG
+    found = explained(measured, to_config(composed).hardware, _say if long else lambda line: None)
     if options.html is not None:
         from harness.plan import chart  # the charts' code is a second's work
 
@@ -31,3 +36,7 @@ def run(options: argparse.Namespace, composed: DictConfig) -> int:
     else:
         print("\n".join(text(found)))
     return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -71,11 +71,12 @@ class Explanation:
         }
 
 
-def explained(run: Measured, given: HardwareConfig) -> Explanation:
+def explained(run: Measured, given: HardwareConfig, say: Callable[[str], None] = lambda line: None) -> Explanation:
     """Returns the explanation of a run.
 
     Args:
         given: hardware of the command line: its figures, and its fit where the run's own passes tell too little.
+        say: told what was simulated, where that takes long.
 
     Raises:
         UserError: they tell too little, and there is no fit.
@@ -92,10 +93,10 @@ def explained(run: Measured, given: HardwareConfig) -> Explanation:
     scene = Scene(_items(run, arranged(requests, order)), _setup(run), times.with_factors(**asdict(factors)))
     if run.dp > 1:
         scene = _with_speeds(scene, run, factors)
-    parts = waterfall.waterfall(scene, float(run.record["elapsed_s"]))
+    parts = waterfall.waterfall(scene, float(run.record["elapsed_s"]), say)
     simulated = parts[0].after_s
     other = Order.dataset if order is Order.longest_first else Order.longest_first
-    tried = waterfall.changes(scene, other.value, lambda: _items(run, arranged(requests, other)), engine.kv_memory)
+    tried = waterfall.changes(scene, other.value, lambda: _items(run, arranged(requests, other)), engine.kv_memory, say)
     changes = [change for change in tried if change.seconds < (1 - WORTH) * simulated][:NAMED]
     return Explanation(run, parts, changes, simulated, notes)
 
@@ -106,7 +107,7 @@ def _factors(
     """Returns the factors of the run's own passes, or of the fit that is given; raises UserError if neither tells."""
     assumed = defaults(hardware.accelerator)
     fitted = None
-    if given.fit:
+    if given.fit and hardware == replace(given, fit={}):  # factors are relative to the figures they came with
         fitted = PassTime(run.shape, given, str(run.record["dtype"]), run.tp, run.host_ranks)
         assumed = on_other_ranks(fitted.factors, run.host_ranks, 1, run.host)
     if len(fitting.kinds_seen([observed])) >= 2:

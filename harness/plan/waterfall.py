@@ -104,11 +104,12 @@ class Scene:
         return passes * self.times.seconds(mean)
 
 
-def waterfall(scene: Scene, elapsed_s: float) -> list[Part]:
+def waterfall(scene: Scene, elapsed_s: float, say: Callable[[str], None] = lambda line: None) -> list[Part]:
     """Returns the parts, from the measured rate to the limit.
 
     Args:
         elapsed_s: of the run, measured.
+        say: told each cause that was taken away.
     """
     setup, times = scene.setup, scene.times
     parts: list[Part] = []
@@ -117,6 +118,7 @@ def waterfall(scene: Scene, elapsed_s: float) -> list[Part]:
     def took(key: str, title: str, kind: str, after_s: float) -> None:
         nonlocal now
         parts.append(Part(key, title, kind, now, after_s))
+        say(f"simulated without: {title}")
         now = after_s
 
     took("rest", "the rest, which the model does not explain", "model", scene.simulated().seconds)
@@ -162,18 +164,26 @@ class Change(NamedTuple):
     seconds: float
 
 
-def changes(scene: Scene, order: str, reordered: Callable[[], Sequence[Item]], kv_memory: object) -> list[Change]:
+def changes(
+    scene: Scene,
+    order: str,
+    reordered: Callable[[], Sequence[Item]],
+    kv_memory: object,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Change]:
     """Returns simulations of the run with one setting changed, the fastest first.
 
     Args:
         order: ``engine.order`` that the run has not.
         reordered: the requests in that order.
         kv_memory: ``engine.kv_memory`` of the run.
+        say: told each setting that was tried.
     """
     setup, found = scene.setup, []
 
     def tried(setting: str, **changed: Any) -> None:
         found.append(Change(setting, replace(scene, setup=replace(setup, **changed)).simulated().seconds))
+        say(f"simulated with {setting}")
 
     for budget in (2 * setup.token_budget, setup.token_budget // 2):
         if budget >= 1:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf
 
 from harness.config.compose import compose
 from harness.config.schema import Accelerator, HardwareConfig
+from harness.costs.fitted import SIZES
 from harness.costs.fitting import Observed
 from harness.costs.pass_time import PassTime
 from harness.costs.roofline import CPU, Factors, Host, Roofline, on_other_ranks
@@ -95,6 +97,29 @@ KNOWN = Factors(
     | {"matrices": 3.1, "weights": 2.2, "attention": 25.0, "kv": 6.0, "head": 2.0, "launch_s": 300e-6}
     | {"sequence_s": 20e-6, "host_pass_s": 2e-3, "host_sequence_s": 20e-6, "host_finished_s": 5e-3}
 )
+
+
+SECTION: dict[str, Any] = {
+    "model": "small",
+    "dtype": "float32",
+    "kernels": "native",
+    "host": {"cores": 2, "threads": None},
+    "sizes": {name: getattr(SMALL, name) for name in SIZES},
+    "range": {
+        "token_budget": [128, 512],
+        "max_sequences": [64, 64],
+        "tokens": [1, 512],
+        "sequences": [1, 64],
+        "kv_read_tokens": [1, 90000],
+        "tp": [1, 1],
+    },
+    "factors": [{"ranks": 1, **asdict(KNOWN)}],
+    "eos_hazard": [[1, 0.1], [2, 0.01]],
+}
+
+
+def fitted(**changes: Any) -> HardwareConfig:
+    return replace(MACHINE, fit={**copy.deepcopy(SECTION), **changes})
 
 
 def recorded(results: Path, name: str, work: PassWork, seed: int, token_budget: int = 256, noise: float = 0.03) -> Path:
