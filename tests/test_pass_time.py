@@ -10,6 +10,7 @@ from support.passes import KNOWN, MACHINE, SECTION, SMALL, fitted
 
 from harness.basics.errors import UserError
 from harness.config.schema import Accelerator, HardwareConfig
+from harness.costs.fitted import rank_peak
 from harness.costs.pass_time import PassTime
 from harness.costs.roofline import CPU, GPU, Host, Roofline, on_other_ranks
 from harness.costs.work import PassWork
@@ -95,6 +96,13 @@ def test_a_fit_is_used_and_says_where_it_ends() -> None:
     slower = inside.with_factors(kv=2 * KNOWN.kv)
     assert slower.parts(DECODE)["kv"] == pytest.approx(2 * inside.parts(DECODE)["kv"])
     assert slower.seconds(DECODE) > inside.seconds(DECODE)
+
+
+def test_a_fitted_peak_is_a_rank_s_share_of_the_cores() -> None:
+    assert rank_peak(MACHINE, "float32", 2) == 1e11  # as the config has it
+    assert [rank_peak(fitted(), "float32", ranks) for ranks in (1, 2, 4)] == [1e11, 5e10, 2.5e10]
+    assert rank_peak(fitted(host={"cores": 2, "threads": 1}), "float32", 2) == 1e11
+    assert rank_peak(fitted(), "bfloat16", 1) is None
 
 
 def without(name: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.basics.errors import UserError, quoted
+from harness.config.schema import HardwareConfig
 from harness.costs.roofline import NAMES, Factors, Host
 from harness.costs.shape import ModelShape
 
@@ -93,6 +94,17 @@ class Fitted:
                 between = f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}"
                 found.append(f"{name} {value:,.0f}, fitted on {between}")
         return found
+
+
+def rank_peak(hardware: HardwareConfig, dtype: str, ranks: int) -> float | None:
+    """Returns the peak (FLOP/s) of a rank with so many on its host; None where the config has none.
+
+    A config's figures are those of a rank; where runs on a CPU were fitted, of one with as few beside it as they had.
+    """
+    peak, fitted = hardware.peak_flops.get(dtype), Fitted.of(hardware.fit)
+    if peak is None or fitted is None or fitted.host is None:
+        return peak
+    return peak * fitted.host.busy(ranks) / fitted.host.busy(min(fitted.factors))
 
 
 def _listed(numbers: Mapping[int, Any]) -> str:

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import dataclass
 
+from harness.costs.fitted import rank_peak
 from harness.engines import catalogue
 from harness.engines.base import Engine, EngineSettings
 from harness.machine import snapshot
@@ -43,7 +44,7 @@ def load(run: RunContext) -> Loaded:
     if settings.described is None:
         run.peak_flops = peaks.find(run)
     else:
-        run.peak_flops = settings.described.hardware.peak_flops.get(run.job.dtype)
+        run.peak_flops = rank_peak(settings.described.hardware, run.job.dtype, settings.described.host_ranks)
     loaded = _load(run, settings)
     _warm_up(run, loaded)
     return loaded

@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from harness.config.devices import option_of
 from harness.config.schema import Accelerator
+from harness.costs.fitted import rank_peak
 from harness.machine import device, memory, probe
 from harness.running.context import RunContext
 
@@ -19,7 +20,7 @@ def find(run: RunContext) -> float | None:
     cores stand for theirs. A GPU under the default ``hardware=cpu`` has the figures of the option that names it.
     """
     job, hardware = run.job, run.job.config.hardware
-    given = hardware.peak_flops.get(job.dtype)
+    given = rank_peak(hardware, job.dtype, run.rank.local_world)
     if given is not None or hardware.accelerator is not Accelerator.cpu:
         return given
     if job.accelerator == "cpu":
