@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 from support.passes import SECTION, fitted
 
+from harness.basics.errors import UserError
 from harness.config.compose import compose
 from harness.config.schema import HardwareConfig
 from harness.engines import catalogue
@@ -73,6 +74,12 @@ def test_without_a_fit_nothing_is_foreseen() -> None:
     assert foreseen.elapsed_s(one, engine(), one.workload) is None
     other = job(20, fitted(sizes={**SECTION["sizes"], "layers": 31}))
     assert foreseen.elapsed_s(other, engine(), other.workload) is None
+
+
+def test_a_run_with_a_fit_that_is_none_is_refused() -> None:
+    catalogue.register()
+    with pytest.raises(UserError, match=r"hardware\.fit\.sizes: missing"):
+        jobs.prepare(compose([*WORDS, "dataset.num_samples=4", "+hardware.fit.model=small"]))
 
 
 @pytest.mark.parametrize(("before", "said"), [(0, True), (1, False)])

@@ -197,7 +197,8 @@ def report(
     what = (
         f"{record['model']}, {record['dtype']}, {record['kernels']} kernels, {record.get('device_name') or 'a device'}"
     )
-    lines = [f"Fitted {what}: {passes} passes of {len(runs)} runs, {found.dropped} left out as outliers", ""]
+    many = f"{len(runs)} run{'s' * (len(runs) > 1)}"
+    lines = [f"Fitted {what}: {passes} passes of {many}, {found.dropped} left out as outliers", ""]
     lines.append("passes predicted by a fit of the others   count   share of time   median error   90% within    sum")
     for kind, one in errors["passes"].items():
         figures = f"{one.passes:>5}   {one.share:>13.1%}   {one.median:>12.1%}   {one.p90:>10.1%}   {one.bias:>+6.1%}"
