@@ -61,6 +61,17 @@ def test_passes_that_were_disturbed_are_left_out() -> None:
     assert found.factors[1].matrices == pytest.approx(KNOWN.matrices, rel=0.1)
 
 
+def test_a_machine_far_from_what_is_assumed_is_fitted_from_few_passes() -> None:
+    names = [name for name in fitting.PASS if name != "norm"]
+    for scale in (1 / 20, 30):
+        slow = replace(KNOWN, **{name: getattr(KNOWN, name) * scale for name in names})
+        run = observed(slow, works(15, 256, 1), noise=0.2, seed=3)
+        found = fitting.fit([run], CPU, HOST)
+        assert found.dropped <= 3
+        guessed, took = fitting.total_seconds(run, found.factors[1])
+        assert guessed == pytest.approx(took, rel=0.15)
+
+
 def test_a_kind_needs_a_few_passes() -> None:
     assert fitting.kinds_seen([observed(KNOWN, works(20, 256, 1, "d"))]) == ["decode"]
     assert fitting.kinds_seen([observed(KNOWN, works(20, 256, 1, "md"))]) == ["mixed", "decode"]

@@ -110,10 +110,13 @@ def fit(runs: Sequence[Observed], assumed: Factors, host: Host | None, own_hosts
     def of_run(factors: Factors, run: Observed) -> Factors:
         return on_other_ranks(factors, 1, run.ranks, host)
 
-    first, _ = _solve(runs, assumed, APART, NOISE, of_run, robust=True)
+    near, _ = _solve(runs, assumed, APART, NOISE, of_run)  # from far off, passes must not count less for being far off
+    first, _ = _solve(runs, near, APART, NOISE, of_run, assumed=assumed, robust=True)
     errors = np.concatenate([_errors(run, of_run(first, run)) for run in runs])
-    spread = max(1.4826 * float(np.median(np.abs(errors - np.median(errors)))), LEAST_NOISE)
-    kept = [run.part(np.abs(_errors(run, of_run(first, run))) < max(OUTLIER * spread, LEAST_OUTLIER)) for run in runs]
+    middle = float(np.median(errors))
+    spread = max(1.4826 * float(np.median(np.abs(errors - middle))), LEAST_NOISE)
+    most = max(OUTLIER * spread, LEAST_OUTLIER)
+    kept = [run.part(np.abs(_errors(run, of_run(first, run)) - middle) < most) for run in runs]
     dropped = len(errors) - sum(len(run.seconds) for run in kept)
     base, told = _solve(kept, first_guess(assumed, first), APART, spread, of_run, assumed=assumed)
     factors, untold = {}, {}

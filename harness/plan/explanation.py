@@ -86,6 +86,9 @@ def explained(run: Measured, given: HardwareConfig, say: Callable[[str], None] =
     factors, notes = _factors(run, observed, given, hardware)
     if reached:
         notes.append(f"no hardware= gives the peak and the bandwidth: taken is {REACHED}")
+    elif factors.matrices < 1:
+        measure = "python launch/matrix_rate.py measures a CPU's anew"
+        notes.append(f"products are faster than the peak of hardware={hardware.name}, so the limit is none: {measure}")
     times = PassTime(run.shape, hardware, str(run.record["dtype"]), run.tp, run.host_ranks)
     requests = _requests(run)
     engine: Any = run.config.engine
