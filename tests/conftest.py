@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import hypothesis
 import pytest
 from support import answers
-from support.runs import ROOT, Run, command, variables
+from support.runs import Run, ran
 
 # The same examples each time, so that a change is judged by what it changes; other ones: --hypothesis-profile=search
 hypothesis.settings.register_profile("search", deadline=None)
@@ -67,23 +65,10 @@ def scale(request: pytest.FixtureRequest) -> Callable[..., Any]:
 
 @pytest.fixture
 def harness(tmp_path: Path) -> Callable[..., Run]:
-    """Returns a function that runs the harness from the repository's root with results of its own."""
+    """Returns :func:`support.runs.ran` with results of the test's own."""
 
-    def run(
-        *overrides: str,
-        launcher: tuple[str, ...] = (sys.executable,),
-        results: Path = tmp_path / "results",
-        **environment: str,
-    ) -> Run:
-        done = subprocess.run(
-            command(*overrides, f"results_dir={results}", launcher=launcher),
-            cwd=ROOT,
-            env=variables(**environment),
-            capture_output=True,
-            text=True,
-            timeout=900,
-        )
-        return Run(done.returncode, done.stdout, done.stderr, results)
+    def run(*overrides: str, results: Path = tmp_path / "results", **how: Any) -> Run:
+        return ran(results, *overrides, **how)
 
     return run
 

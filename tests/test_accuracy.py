@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from support import warm
 from support.engines import expected, settings_of
 from support.runs import BIN, RANDOM, ROOT, SAMPLE, TINY, assert_refused, deepspeed, variables
 
@@ -43,17 +44,13 @@ Evaluate = Callable[..., subprocess.CompletedProcess[str]]
 def evaluate(tmp_path: Path) -> Evaluate:
     """Returns a function that runs the command with results, and a cache of data sets, of its own."""
 
-    def run(
-        *words: str, launcher: tuple[str, ...] = (sys.executable, "-m", "harness.accuracy")
-    ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*launcher, f"results_dir={tmp_path}", *words],
-            cwd=ROOT,
-            env=variables(HF_DATASETS_CACHE=str(tmp_path / "cache")),
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
+    def run(*words: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+        environment = variables(HF_DATASETS_CACHE=str(tmp_path / "cache"))
+        words = (f"results_dir={tmp_path}", *words)
+        if launcher or any(word.startswith("parallel") for word in words):
+            line = [*(launcher or (sys.executable, "-m", "harness.accuracy")), *words]
+            return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        return warm.run(["-m", "harness.accuracy", *words], ROOT, environment, 600)
 
     return run
 
@@ -133,8 +130,7 @@ def test_ranks_share_a_model_and_the_prompts(evaluate: Evaluate, tmp_path: Path)
         (["parallel.tp=2"], ()),
         (["engine=ds_inference", "parallel.dp=2", "engine.batch_size=3"], (*deepspeed(2), *command)),
     ]:
-        more = {"launcher": launcher} if launcher else {}
-        done = evaluate(*job, *words, "--against", first["run_id"], "--within", "0.001", **more)
+        done = evaluate(*job, *words, "--against", first["run_id"], "--within", "0.001", launcher=launcher)
         assert done.returncode == 0, done.stderr
         assert "ratio 1.0000" in done.stdout
         made, others = newest(tmp_path)

@@ -40,6 +40,7 @@ from support.runs import (
     check_against_ids,
     command,
     deepspeed,
+    ran,
     ranks_of,
     start,
     variables,
@@ -65,10 +66,7 @@ Harness = Callable[..., Run]
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Returns the run that nothing interrupts."""
-    results = tmp_path_factory.mktemp("whole")
-    line = command(*WORK, f"results_dir={results}")
-    done = subprocess.run(line, cwd=ROOT, env=variables(), capture_output=True, text=True, timeout=600)
-    run = Run(done.returncode, done.stdout, done.stderr, results)
+    run = ran(tmp_path_factory.mktemp("whole"), *WORK)
     assert (run.status, len(run.completions)) == (0, REQUESTS), run.stderr
     return run
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from support.models import save_model
-from support.runs import ROOT, Run, assert_refused, command, variables
+from support.runs import ROOT, Run, assert_refused, ran, variables
 
 from harness.basics.errors import UserError
 from harness.basics.files import yaml_bytes
@@ -36,10 +36,7 @@ Shown = tuple[int, str, str]
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Returns a run whose own check found all its outputs exact."""
-    results = tmp_path_factory.mktemp("verify") / "results"
-    line = command(*WORK, "verify=4", f"results_dir={results}")
-    done = subprocess.run(line, cwd=ROOT, env=variables(), capture_output=True, text=True, timeout=300)
-    run = Run(done.returncode, done.stdout, done.stderr, results)
+    run = ran(tmp_path_factory.mktemp("verify") / "results", *WORK, "verify=4")
     assert run.status == 0, run.stderr
     return run
 

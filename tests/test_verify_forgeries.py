@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 from support.forgeries import FORGERIES, SLOWER, Forgery, Lines, Record, faster, forge, longer_prompts, lower_cap, table
 from support.models import save_model
-from support.runs import ROOT, TINY, Run, command, variables
+from support.runs import TINY, Run, ran
 
 from harness.config.identity import config_hash
 from harness.models.loaded import NAMES, problems, unchecked
@@ -32,15 +31,9 @@ WORK.append(f"dataset.num_samples={REQUESTS}")
 Verified = Callable[..., tuple[int, dict[str, Any], str]]
 
 
-def made(results: Path, *overrides: str) -> Run:
-    line = command(*overrides, f"results_dir={results}")
-    done = subprocess.run(line, cwd=ROOT, env=variables(), capture_output=True, text=True, timeout=300)
-    return Run(done.returncode, done.stdout, done.stderr, results)
-
-
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = made(tmp_path_factory.mktemp("forgeries") / "results", *WORK)
+    run = ran(tmp_path_factory.mktemp("forgeries") / "results", *WORK)
     assert run.status == 0, run.stderr
     assert [line["finish_reason"] == "rejected" for _, line in sorted(run.completions.items())].index(True) == REJECTED
     return run
@@ -133,9 +126,7 @@ def test_which_rejection_was_forged(copy: Path, verified: Verified) -> None:
 def test_rejections_of_a_cache_that_is_too_small(tmp_path: Path, verified: Verified) -> None:
     """Of dummy weights: prompts of 40 bytes and BOS need two blocks of 32 tokens, and the cache has but one."""
     job = [*TINY, "dataset=synthetic", "dataset.num_samples=2", "dataset.input_len=21", "dataset.output_len=4"]
-    small = made(
-        tmp_path / "results", *job, "engine.kernels=torch", "engine.kv_block_size=32", "engine.kv_memory=32KiB"
-    )
+    small = ran(tmp_path / "results", *job, "engine.kernels=torch", "engine.kv_block_size=32", "engine.kv_memory=32KiB")
     blocks = small.record["engine_statistics"]["kv_blocks"]
     assert (blocks, {line["finish_reason"] for line in small.completions.values()}) == (1, {"rejected"})
     status, found, _ = verified(small.directory)
@@ -420,7 +411,7 @@ def test_another_checkpoint_where_the_runs_was(tmp_path: Path, verified: Verifie
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(demo_model / name, directory)
     job = [f"model.path={directory}", "model.dtype=float32", "engine.kernels=torch", "dataset.num_samples=2"]
-    run = made(tmp_path / "results", *job, "generation.max_output_len=4")
+    run = ran(tmp_path / "results", *job, "generation.max_output_len=4")
     assert run.status == 0, run.stderr
     assert (verified(run.directory)[0], run.row["model"]) == (0, "model")
     forge(run.directory, longer_prompts)

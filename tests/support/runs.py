@@ -16,6 +16,7 @@ import pytest
 
 from harness.results.completions import read_completions
 from harness.results.table import read_rows
+from support import warm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BIN = Path(sys.executable).parent
@@ -69,6 +70,25 @@ def variables(**more: str) -> dict[str, str]:
 def command(*overrides: str, launcher: tuple[str, ...] = (sys.executable,)) -> list[str]:
     """Returns the command line of a run; ``launcher`` may be ``deepspeed`` with its flags."""
     return [*launcher, "harness/main.py", *overrides]
+
+
+def ran(
+    results: Path, *overrides: str, launcher: tuple[str, ...] = (sys.executable,), cold: bool = False, **more: str
+) -> Run:
+    """Runs the harness from the repository's root to its end.
+
+    Args:
+        cold: begin Python anew for a lone rank too, as a user does, in place of a fork that has its libraries;
+            what starts further processes, and what has an environment of its own in ``more``, always does.
+    """
+    words = [*overrides, f"results_dir={results}"]
+    several = any(word == "-m" or word.startswith(("parallel", "repeat")) for word in words)
+    if launcher == (sys.executable,) and not (cold or several or more):
+        done = warm.run(["harness/main.py", *words], ROOT, variables(), 900)
+    else:
+        line = command(*words, launcher=launcher)
+        done = subprocess.run(line, cwd=ROOT, env=variables(**more), capture_output=True, text=True, timeout=900)
+    return Run(done.returncode, done.stdout, done.stderr, results)
 
 
 def deepspeed(ranks: int, *flags: str) -> tuple[str, ...]:
