@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.models import save_model
+from support.models import save_model, save_small_demo
 from support.runs import ROOT, Run, assert_refused, ran, variables
 
 from harness.basics.errors import UserError
@@ -34,9 +34,15 @@ Shown = tuple[int, str, str]
 
 
 @pytest.fixture(scope="module")
-def honest(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def small_model(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Path:
+    """Returns a model that is loaded at once: most of these tests load it."""
+    return save_small_demo(tmp_path_factory.mktemp("small") / "model", demo_model)
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Run:
     """Returns a run whose own check found all its outputs exact."""
-    run = ran(tmp_path_factory.mktemp("verify") / "results", *WORK, "verify=4")
+    run = ran(tmp_path_factory.mktemp("verify") / "results", *WORK, f"model.path={small_model}", "verify=4")
     assert run.status == 0, run.stderr
     return run
 
@@ -214,7 +220,7 @@ def test_a_row_that_says_other_than_its_lines(copies: Path, shown: Callable[...,
 
 
 def test_a_token_that_is_not_the_models_is_wrong_or_a_near_tie(
-    honest: Run, copies: Path, shown: Callable[..., Shown], demo_model: Path
+    honest: Run, copies: Path, shown: Callable[..., Shown], small_model: Path
 ) -> None:
     """The last token of a request becomes the second best one; how far below the best it is, is the bound to pass."""
     import torch
@@ -222,7 +228,7 @@ def test_a_token_that_is_not_the_models_is_wrong_or_a_near_tie(
     from harness.models import loading, locate
     from harness.models.tokenizer import load_tokenizer
 
-    source = locate.locate(ModelConfig(path=str(demo_model)))
+    source = locate.locate(ModelConfig(path=str(small_model)))
     tokenizer = load_tokenizer(source)
     model = loading.load_model(source, dtype=torch.float32, device="cpu")
     prompt = json.loads((ROOT / "harness/workload/data/sample.jsonl").read_text().splitlines()[1])["prompt"]
@@ -232,7 +238,7 @@ def test_a_token_that_is_not_the_models_is_wrong_or_a_near_tie(
     (best, second), spread = logits.topk(2), logits.std()
     gap = float((best[0] - best[1]) / spread)
     assert int(second[0]) == honest.token_ids[1][-1]
-    assert gap > bound_for("float32")  # or the demo model's weights are not what they were
+    assert gap > bound_for("float32")  # or the small model is not what it was
 
     def change(lines: Lines) -> None:
         line = next(line for line in lines if line["index"] == 1)
@@ -441,7 +447,7 @@ def test_damaged_files_are_one_line(
     assert found in err and err.count("\n") == 1
 
 
-def test_a_request_checked_in_a_run_may_be_wrong(copies: Path, honest: Run, demo_model: Path) -> None:
+def test_a_request_checked_in_a_run_may_be_wrong(copies: Path, honest: Run, small_model: Path) -> None:
     """What ``verify=N`` makes of ids that are not the model's: the run's own completions, one of them changed."""
     from harness.config.schema import DatasetConfig
     from harness.models import locate
@@ -452,9 +458,9 @@ def test_a_request_checked_in_a_run_may_be_wrong(copies: Path, honest: Run, demo
 
     generation = GenerationConfig(max_output_len=CAP)
     reference = references.Reference(
-        locate.locate(ModelConfig(path=str(demo_model))), "float32", generation, "cpu", False
+        locate.locate(ModelConfig(path=str(small_model))), "float32", generation, "cpu", False
     )
-    tokenizer = load_tokenizer(locate.locate(ModelConfig(path=str(demo_model))))
+    tokenizer = load_tokenizer(locate.locate(ModelConfig(path=str(small_model))))
     work = reading.resolve(
         reading.read(DatasetConfig(name="sample", num_samples=REQUESTS)),
         generation,

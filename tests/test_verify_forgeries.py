@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from support.forgeries import FORGERIES, SLOWER, Forgery, Lines, Record, faster, forge, longer_prompts, lower_cap, table
-from support.models import save_model
+from support.models import save_small_demo
 from support.runs import TINY, Run, ran
 
 from harness.config.identity import config_hash
@@ -404,12 +404,7 @@ def test_code_of_a_checkpoint_is_not_run_for_its_prompts(copy: Path, verified: V
 
 @pytest.mark.slow
 def test_another_checkpoint_where_the_runs_was(tmp_path: Path, verified: Verified, demo_model: Path) -> None:
-    import torch
-
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    directory = save_model(tmp_path / "model", "llama", torch.float32, **sizes, vocab_size=49152)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(demo_model / name, directory)
+    directory = save_small_demo(tmp_path / "model", demo_model)
     job = [f"model.path={directory}", "model.dtype=float32", "engine.kernels=torch", "dataset.num_samples=2"]
     run = ran(tmp_path / "results", *job, "generation.max_output_len=4")
     assert run.status == 0, run.stderr

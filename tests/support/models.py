@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,18 @@ def save_model(directory: Path, model_type: str, dtype: Any, sharp: float = 1.0,
             if "q_proj" in name or "k_proj" in name:
                 weight.data *= sharp
     model.to(dtype).save_pretrained(directory)
+    return directory
+
+
+def save_small_demo(directory: Path, demo_model: Path, **sizes: Any) -> Path:
+    """Writes a model of two layers that has the demo model's tokenizer: runs of it read the same datasets."""
+    import torch
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4} | sizes
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    save_model(directory, "llama", torch.float32, vocab_size=49152, **sizes, **ends)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_model / name, directory)
     return directory
 
 
