@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from support.resuming import REQUESTS, begin, check_sums, family, has_lines, kill, run_id_in, wait_for, watchdogs
-from support.runs import ROOT, Run, command, deepspeed, ended, ranks_of, start, variables
+from support.runs import PACED, ROOT, Run, command, deepspeed, ended, ranks_of, start, variables
 
 from harness.results import lifeline, segments
 from harness.results.closing import close_unfinished
@@ -207,7 +207,7 @@ def test_a_witness_writes_until_the_end_and_not_into_a_file_that_was_taken_away(
     ids=["ours", "bare", "both"],
 )
 def test_of_two_that_resume_at_once_one_is_refused(tmp_path: Path, launchers: tuple[int, int]) -> None:
-    process = start(tmp_path)
+    process = start(tmp_path, *PACED)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     run_id = run_id_in(tmp_path)
@@ -274,7 +274,8 @@ def test_the_holder_of_a_lock_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_run_whose_directory_is_deleted_ends(tmp_path: Path, ranks: int, what: str) -> None:
     results = tmp_path / "results"
     launcher = deepspeed(ranks, *BARE) if ranks else (sys.executable,)
-    process = start(results, f"parallel.dp={max(ranks, 1)}", launcher=launcher)
+    simulated = PACED if ranks < 2 else []
+    process = start(results, *simulated, f"parallel.dp={max(ranks, 1)}", launcher=launcher)
     run_id = run_id_in(results)
     assert run_id is not None
     (results / run_id if what == "run" else results).rename(tmp_path / "away")  # at once, unlike rmtree
@@ -321,7 +322,8 @@ def test_nothing_is_made_anew_where_a_directory_was(tmp_path: Path) -> None:
 # --- ranks that are stopped when the time is over ---
 
 
-ALONE, QUEUE, COLLECTIVE = ["parallel.dp=1"], ["parallel.dp=2"], ["parallel.tp=2", "engine.kernels=torch"]
+ALONE = ["parallel.dp=1", *PACED]
+QUEUE, COLLECTIVE = ["parallel.dp=2"], ["parallel.tp=2", "engine.kernels=torch"]
 
 
 @pytest.mark.slow
@@ -341,7 +343,7 @@ def test_a_stopped_rank_does_not_outlive_its_time(
     tmp_path: Path, victim: int, overrides: list[str], bare: bool
 ) -> None:
     ranks = 1 if overrides is ALONE else 2
-    timeout_s = 20 * ranks
+    timeout_s = 10 if ranks == 1 else 40
     launcher = deepspeed(ranks, *BARE) if bare else (sys.executable,)
     process = start(tmp_path, f"timeout_s={timeout_s}", *overrides, launcher=launcher)
     # Rank 0 writes it just before its own timer starts.

@@ -16,6 +16,7 @@ import yaml
 from support.in_process import answered
 from support.machine import kernels_on_cpu, needs_native
 from support.runs import (
+    PACED,
     RANDOM,
     ROOT,
     TINY,
@@ -91,7 +92,7 @@ def test_deepspeed_and_python_do_the_same_job(harness: Harness, tmp_path: Path, 
     assert row["run_id"] in run.stdout
     assert "total tokens/s" in run.stdout
 
-    again = harness("engine=baseline", *job, results=tmp_path / "again")
+    again = harness("engine=baseline", *job, results=tmp_path / "again", cold=True)
     assert again.status == 0, again.stderr
     assert again.row["engine"] == "baseline"
     assert again.row["token_budget"] == again.row["kv_peak_utilisation"] == ""
@@ -147,7 +148,7 @@ def test_finished_requests_cost_no_memory(harness: Harness, tmp_path: Path) -> N
     peaks = []
     for count in (500, 10_000):
         job = [f"dataset.num_samples={count}", "dataset.input_len=8", "dataset.output_len=4"]
-        run = harness(*TINY, *RANDOM, *job, results=tmp_path / str(count))
+        run = harness(*TINY, *RANDOM, *job, results=tmp_path / str(count), cold=True)
         assert run.status == 0, run.stderr
         assert run.row["completed"] == str(count)
         peaks.append(int(run.row["peak_memory_bytes"]))
@@ -312,7 +313,7 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_under_deepspeed_keeps_what_was_finished(tmp_path: Path) -> None:
-    process = start(tmp_path, launcher=deepspeed(1))
+    process = start(tmp_path, *PACED, launcher=deepspeed(1))
     os.kill(ranks_of(process)[0].pid, signal.SIGINT)
     status, _, row = ended(process, tmp_path)
     assert status == 130
@@ -322,8 +323,8 @@ def test_ctrl_c_under_deepspeed_keeps_what_was_finished(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", ["harness", "deepspeed", "deepspeed.launcher.launch"])
 def test_a_killed_launch_leaves_no_stray_ranks(tmp_path: Path, killed: str) -> None:
-    ours = ["parallel.dp=2"] if killed == "harness" else []
-    process = start(tmp_path, *ours, launcher=(sys.executable,) if ours else deepspeed(1))
+    ours = ["parallel.dp=2"] if killed == "harness" else PACED
+    process = start(tmp_path, *ours, launcher=(sys.executable,) if killed == "harness" else deepspeed(1))
     family = psutil.Process(process.pid).children(recursive=True)
     if "launch" in killed:
         next(child for child in family if killed in child.cmdline()).kill()
@@ -340,7 +341,7 @@ def test_a_killed_launch_leaves_no_stray_ranks(tmp_path: Path, killed: str) -> N
 
 @pytest.mark.slow
 def test_a_killed_rank_leaves_a_row(tmp_path: Path) -> None:
-    process = start(tmp_path)
+    process = start(tmp_path, *PACED)
     process.kill()
     status, stderr, row = ended(process, tmp_path)
     assert status == -signal.SIGKILL
@@ -350,7 +351,7 @@ def test_a_killed_rank_leaves_a_row(tmp_path: Path) -> None:
 
 
 def test_one_rank_is_one_process(tmp_path: Path) -> None:
-    process = start(tmp_path)
+    process = start(tmp_path, *PACED)
     assert not psutil.Process(process.pid).children(recursive=True)
     (record,) = (json.loads(path.read_text()) for path in tmp_path.glob("*/record.json"))
     assert record["pid"] == process.pid
@@ -361,7 +362,7 @@ def test_one_rank_is_one_process(tmp_path: Path) -> None:
 
 
 def test_a_terminal_that_is_closed_interrupts_the_run(tmp_path: Path) -> None:
-    process = start(tmp_path)
+    process = start(tmp_path, *PACED)
     process.send_signal(signal.SIGHUP)
     status, _, row = ended(process, tmp_path)
     assert (status, row["status"]) == (130, "interrupted")
@@ -379,11 +380,11 @@ def test_a_killed_replica_ends_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_timeout_s_ends_the_run(tmp_path: Path) -> None:
-    process = start(tmp_path, "timeout_s=20")
+    process = start(tmp_path, *PACED, "timeout_s=10")
     status, stderr, row = ended(process, tmp_path)
     assert status == 1
     assert row["status"] == "timeout"
-    assert "timeout_s=20" in row["error"]
+    assert "timeout_s=10" in row["error"]
     assert "Traceback" not in stderr
 
 

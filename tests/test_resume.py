@@ -32,8 +32,10 @@ from support.resuming import (
     wait_for,
 )
 from support.runs import (
+    PACED,
     RANDOM,
     ROOT,
+    SIMULATED,
     TINY,
     Run,
     assert_refused,
@@ -212,7 +214,7 @@ def test_ctrl_c_then_other_settings_then_a_timeout(tmp_path: Path, whole: Run, h
 @pytest.mark.slow
 def test_a_run_that_timed_out_is_gone_on_with_under_bare_deepspeed(tmp_path: Path, harness: Harness) -> None:
     results = tmp_path / "results"
-    words = [*TINY, *RANDOM, "dataset.num_samples=4000", "dataset.input_len=16", "dataset.output_len=16"]
+    words = [*TINY, *RANDOM, "dataset.num_samples=4000", "dataset.input_len=16", "dataset.output_len=16", *PACED]
     process = begin(results, "timeout_s=1000", launcher=deepspeed(1), words=words)
     assert wait_for(process, partial(has_lines, results, 100))
     family(process)["rank 0"].send_signal(signal.SIGALRM)  # the timer's own
@@ -221,7 +223,8 @@ def test_a_run_that_timed_out_is_gone_on_with_under_bare_deepspeed(tmp_path: Pat
     assert row["status"] == "timeout" and "timeout_s=1000" in row["error"]
     first = int(row["completed"])
     assert 100 <= first < 4000
-    run = harness(f"resume={row['run_id']}", "timeout_s=null", launcher=deepspeed(1), results=results)
+    words = [f"resume={row['run_id']}", "timeout_s=null", "engine=simulate", "engine.pace=0"]
+    run = harness(*words, launcher=deepspeed(1), results=results)
     assert run.status == 0, run.stderr
     assert (run.row["status"], run.row["completed"]) == ("ok", "4000")
     assert sorted(run.completions) == list(range(4000))
@@ -233,7 +236,7 @@ def test_a_run_that_timed_out_is_gone_on_with_under_bare_deepspeed(tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_run_that_failed_before_its_clock_is_gone_on_with(tmp_path: Path, harness: Harness) -> None:
-    overrides = [*TINY, *RANDOM, "dataset.num_samples=10", "dataset.input_len=16", "dataset.output_len=4"]
+    overrides = [*TINY, *RANDOM, *SIMULATED, "dataset.num_samples=10", "dataset.input_len=16", "dataset.output_len=4"]
     refused = harness(*overrides, "engine.kv_memory=1KiB")
     assert (refused.status, refused.row["status"]) == (2, "invalid")
     run = harness(f"resume={refused.row['run_id']}", "engine.kv_memory=64MiB")
@@ -300,7 +303,7 @@ def resumed(results: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Returns where a run is that Ctrl-C ended, and its id."""
     results = tmp_path_factory.mktemp("interrupted")
-    process = start(results)
+    process = start(results, *PACED)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     run_id = run_id_in(results)
@@ -316,11 +319,11 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         (["resume={id}", "dataset.seed=7"], "dataset.seed: 7 here, 0 in {id}; give resume={id} without it, "),
         (["resume={id}", "model.dtype=bfloat16"], "model.dtype: 'bfloat16' here, 'float32' in {id}; "),
         (["resume={id}", "generation.max_output_len=3"], "generation.max_output_len: 3 here, None in {id}; "),
-        (["resume={id}", "engine.name=baseline"], "engine.name: 'baseline' here, 'fastgen' in {id}; "),
+        (["resume={id}", "engine.name=baseline"], "engine.name: 'baseline' here, 'simulate' in {id}; "),
         (["resume={id}", "repeat=2"], "resume: "),
         (["-m", "resume={id}", "engine.token_budget=64,128"], "resume: "),
         (["resume={id}", "engine.token_bugdet=64"], "engine.token_bugdet: no such key; "),
-        (["resume={id}", "dataset=sample"], "dataset.input_len: None here, 16 in {id}; "),
+        (["resume={id}", "engine=simulate", "dataset=sample"], "dataset.input_len: None here, 16 in {id}; "),
     ],
 )
 def test_what_is_no_going_on_is_refused_and_changes_nothing(
@@ -336,7 +339,7 @@ def test_what_is_no_going_on_is_refused_and_changes_nothing(
 
 @pytest.mark.slow
 def test_a_run_that_is_still_being_run_is_left_alone(tmp_path: Path) -> None:
-    process = start(tmp_path)
+    process = start(tmp_path, *PACED)
     try:
         run_id = run_id_in(tmp_path)
         done = resumed(tmp_path, f"resume={run_id}")
@@ -356,7 +359,7 @@ def test_a_dataset_that_has_changed_is_other_work(tmp_path: Path) -> None:
     entries: list[list[object]] = [[f"Number {number}", 1, 40] for number in range(9000)]
     dataset.write_text(json.dumps(entries))
     results = tmp_path / "results"
-    process = begin(results, words=[*TINY, "dataset=asc24", f"dataset.path={dataset}"])
+    process = begin(results, words=[*TINY, *PACED, "dataset=asc24", f"dataset.path={dataset}"])
     assert wait_for(process, partial(has_lines, results, 5))
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130

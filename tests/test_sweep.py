@@ -19,7 +19,7 @@ import yaml
 from rich.console import Console
 from support.in_process import answered
 from support.models import save_model
-from support.runs import RANDOM, ROOT, TINY, Run, assert_refused, command, deepspeed, variables
+from support.runs import PACED, RANDOM, ROOT, SIMULATED, TINY, Run, assert_refused, command, deepspeed, variables
 
 from harness.results.table import read_rows
 from harness.running.sweep import finished_runs
@@ -133,7 +133,7 @@ def test_a_sweep_survives_two_crashes_and_a_hang_and_then_runs_only_those(
 
 @pytest.mark.slow
 def test_a_job_that_cannot_run_is_a_row_and_the_others_are_repeated(harness: Harness) -> None:
-    run = harness("-m", *SMALL, "engine.token_budget=16,64", "engine.max_sequences=32", "repeat=3")
+    run = harness("-m", *SMALL, *SIMULATED, "engine.token_budget=16,64", "engine.max_sequences=32", "repeat=3")
     assert run.status == 2
     refused, *repeated = run.rows
     assert (refused["status"], refused["token_budget"]) == ("invalid", "")
@@ -158,7 +158,7 @@ def test_deepspeed_with_m_drives_the_sweep_from_its_first_rank(harness: Harness)
 
 @pytest.mark.slow
 def test_a_sweep_whose_reader_leaves_goes_on(tmp_path: Path) -> None:
-    arguments = command("-m", *SMALL, "dataset.seed=1,2", f"results_dir={tmp_path / 'results'}")
+    arguments = command("-m", *SMALL, *SIMULATED, "dataset.seed=1,2", f"results_dir={tmp_path / 'results'}")
     process = subprocess.Popen(arguments, cwd=ROOT, env=variables(), stdout=-1, stderr=-1, text=True)
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.readline() == "[1/2] dataset.seed=1\n"
@@ -183,7 +183,8 @@ def test_a_launch_over_several_hosts_says_how_to_sweep_instead(tmp_path: Path, r
 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_current_job_and_leaves_the_sweep_resumable(tmp_path: Path) -> None:
-    words = ["-m", *TINY, *RANDOM, "dataset.input_len=16", "dataset.output_len=16", "dataset.num_samples=4,100000,5"]
+    words = ["-m", *TINY, *RANDOM, *PACED, "dataset.input_len=16", "dataset.output_len=16"]
+    words.append("dataset.num_samples=4,100000,5")
     arguments = command(*words, f"results_dir={tmp_path / 'results'}")
     process = subprocess.Popen(arguments, cwd=ROOT, env=variables(), stdout=-1, stderr=-1, text=True)
     deadline = time.monotonic() + 120
@@ -235,7 +236,7 @@ def test_tune_confirms_the_best_beside_the_defaults_and_writes_it_down(harness: 
     name = f"tuned_test_{uuid.uuid4().hex[:8]}"
     path = ROOT / "conf" / "experiment" / f"{name}.yaml"
     search = [
-        *("-m", "experiment=tune", *SMALL, f"sweep.save_as={name}"),
+        *("-m", "experiment=tune", *SMALL, *SIMULATED, f"sweep.save_as={name}"),
         *("engine.token_budget=choice(32,64)", "engine.max_sequences=64", "parallel.dp=1", "parallel.tp=1"),
         *("hydra.sweeper.n_trials=4", "sweep.confirm=1", "sweep.confirm_samples=6"),
     ]

@@ -78,12 +78,12 @@ def ran(
     """Runs the harness from the repository's root to its end.
 
     Args:
-        cold: begin Python anew for a lone rank too, as a user does, in place of a fork that has its libraries;
-            what starts further processes, and what has an environment of its own in ``more``, always does.
+        cold: begin Python anew, as a user does. Without it a lone rank that needs PyTorch is a fork of a process that
+            has it; what starts further processes, and what has an environment of its own in ``more``, is not.
     """
     words = [*overrides, f"results_dir={results}"]
-    several = any(word == "-m" or word.startswith(("parallel", "repeat")) for word in words)
-    if launcher == (sys.executable,) and not (cold or several or more):
+    cold = cold or any(word in ("-m", "engine=simulate") or word.startswith(("parallel", "repeat")) for word in words)
+    if launcher == (sys.executable,) and not (cold or more):
         done = warm.run(["harness/main.py", *words], ROOT, variables(), 900)
     else:
         line = command(*words, launcher=launcher)
@@ -139,6 +139,9 @@ TINY = [
     "generation.stop=length",
 ]
 RANDOM = ["dataset=synthetic", "dataset.prompt=random"]
+# Beside TINY: no arithmetic and no torch, for what ends, resumes or sweeps a run of one rank whatever its engine is.
+SIMULATED = ["engine=simulate", "hardware=h100_80g"]
+PACED = [*SIMULATED, "engine.pace=20"]  # a hundred requests a second, or a minute would be over in one
 
 
 def check_against_ids(run: Run) -> None:
