@@ -17,6 +17,8 @@ in the code was not found, or is not the only one.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import shutil
 import subprocess
@@ -31,6 +33,7 @@ from support.forgeries import FORGERIES, Forgery, forge
 from support.runs import ROOT, variables
 
 from harness.results.table import read_rows
+from harness.verify import __main__ as verify
 
 JOB = [
     "dataset.num_samples=6",
@@ -159,13 +162,15 @@ def verified(directory: Path, *arguments: str, may_refuse: bool = False) -> str:
     """Returns what ``harness.verify`` finds by itself, whatever the run has noticed of it before."""
     if not (directory / "completions.jsonl").is_file():
         return NOTHING
-    line = [sys.executable, "-m", "harness.verify", str(directory), "--json", *arguments]
-    done = subprocess.run(line, cwd=ROOT, env=variables(), capture_output=True, text=True, timeout=900)
-    if may_refuse and done.returncode == 2 and done.stderr.startswith("error: --") and done.stderr.count("\n") == 1:
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        status = verify.main([str(directory), "--json", *arguments])
+    said = errors.getvalue()
+    if may_refuse and status == 2 and said.startswith("error: --") and said.count("\n") == 1:
         return REFUSED
-    if done.returncode not in (0, 1):  # a verifier that breaks down has caught nothing
-        sys.exit(f"error: {directory}: harness.verify {' '.join(arguments)}: {done.stderr.strip()}")
-    found = json.loads(done.stdout)
+    if status not in (0, 1):  # a verifier that breaks down has caught nothing
+        sys.exit(f"error: {directory}: harness.verify {' '.join(arguments)}: {said.strip()}")
+    found = json.loads(output.getvalue())
     own = [one["found"] for run in found["runs"] for one in run["findings"]]
     noticed = found["wrong"] or found["unexplained"] or [text for text in own if not text.startswith(OWN_CHECK)]
     return CAUGHT if noticed else PASSES

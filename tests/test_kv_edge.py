@@ -1,4 +1,4 @@
-"""A KV cache just large enough for the longest request, and one block less, on real runs of the demo model."""
+"""A KV cache just large enough for the longest request, and one block less, on real runs of a small model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.models import save_small_demo
 from support.runs import SAMPLE, Run
 
 from harness.config.schema import ModelConfig
@@ -49,8 +50,9 @@ def test_a_cache_of_exactly_the_longest_request(
     from harness.models.locate import locate
     from harness.models.tokenizer import load_tokenizer
 
+    model = save_small_demo(tmp_path / "model", demo_model)
     triples = dataset(tmp_path / "data.json", scale(40, 500))
-    tokenizer = load_tokenizer(locate(ModelConfig(name="demo", path=str(demo_model))))
+    tokenizer = load_tokenizer(locate(ModelConfig(name="small", path=str(model))))
     prompts = tokenizer([str(prompt) for prompt, _, _ in triples]).input_ids
     # The last token of an output is never fed back, so its keys and values are never stored.
     needed = [
@@ -62,6 +64,7 @@ def test_a_cache_of_exactly_the_longest_request(
     def run(name: str, memory: int) -> Run:
         return harness(
             *(
+                f"model.path={model}",
                 "dataset=asc24",
                 f"dataset.path={tmp_path / 'data.json'}",
                 "model.dtype=float32",
@@ -74,7 +77,7 @@ def test_a_cache_of_exactly_the_longest_request(
     started = time.perf_counter()
     ample = run("ample", 2**30)
     assert ample.status == 0, ample.stderr
-    exact = run("exact", longest * block_bytes(demo_model))
+    exact = run("exact", longest * block_bytes(model))
     assert exact.status == 0, exact.stderr
     assert (exact.row["status"], exact.row["completed"], exact.row["rejected"]) == ("ok", str(len(triples)), "0")
     assert exact.record["engine_statistics"]["kv_blocks"] == longest
@@ -86,7 +89,7 @@ def test_a_cache_of_exactly_the_longest_request(
     }
     assert {i: (line["prompt_tokens"], line["output_tokens"]) for i, line in exact.completions.items()} == counts
 
-    less = run("less", longest * block_bytes(demo_model) - 1)
+    less = run("less", longest * block_bytes(model) - 1)
     assert less.status == 0, less.stderr
     assert less.record["engine_statistics"]["kv_blocks"] == longest - 1
     assert (less.row["completed"], less.row["rejected"]) == (str(len(triples) - 1), "1")

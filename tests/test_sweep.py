@@ -18,7 +18,6 @@ import pytest
 import yaml
 from rich.console import Console
 from support.in_process import answered
-from support.models import save_model
 from support.runs import PACED, RANDOM, ROOT, SIMULATED, TINY, Run, assert_refused, command, deepspeed, variables
 
 from harness.results.table import read_rows
@@ -29,46 +28,17 @@ from harness.running.tune import _without_search, parallel_splits
 Harness = Callable[..., Run]
 SMALL = [*TINY, *RANDOM, "dataset.num_samples=3", "dataset.input_len=70", "dataset.output_len=3"]
 
-# A model whose code dies, or never comes back, in the jobs whose seed says so: nothing in our own code knows of it.
-ODD_CODE = """
-import ctypes, os, sys
-from transformers import LlamaConfig, LlamaForCausalLM
-
-
-class OddConfig(LlamaConfig):
-    model_type = "odd"
-
-
-class OddForCausalLM(LlamaForCausalLM):
-    config_class = OddConfig
-
-    def forward(self, *arguments, **named):
-        if not os.path.exists(os.path.join({directory!r}, "mended")):
-            if "dataset.seed=3" in sys.argv:
-                os.abort()
-            if "dataset.seed=6" in sys.argv:
-                os.kill(os.getpid(), 9)
-            if "dataset.seed=9" in sys.argv:
-                ctypes.PyDLL(None).sleep(3600)  # with the interpreter's lock: no thread and no handler runs
-        return super().forward(*arguments, **named)
-"""
+ODD = ROOT / "tests" / "support" / "odd"
 
 
 @pytest.fixture
-def odd_model(tmp_path: Path) -> Path:
-    """Returns a small checkpoint with :data:`ODD_CODE` of its own."""
-    import torch
-
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    directory = save_model(tmp_path / "odd", "llama", torch.float32, num_key_value_heads=4, vocab_size=49152, **sizes)
-    config = json.loads((directory / "config.json").read_text())
-    config |= {
-        "model_type": "odd",
-        "auto_map": {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.OddForCausalLM"},
-    }
-    (directory / "config.json").write_text(json.dumps(config))
-    (directory / "odd.py").write_text(ODD_CODE.format(directory=str(directory)))
-    return directory
+def odd_engine(tmp_path: Path) -> dict[str, str]:
+    """Returns the environment of a machine with an engine that dies or hangs, until the file ODD_MENDED is there."""
+    installed = tmp_path / "site" / "odd_engine-1.0.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: odd-engine\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text("[harness.engines]\nodd = odd_engine.room:ROOM\n")
+    return {"PYTHONPATH": f"{installed.parent}:{ODD}", "ODD_MENDED": str(tmp_path / "mended")}
 
 
 def alive_with(text: str) -> list[list[str]]:
@@ -83,23 +53,20 @@ def alive_with(text: str) -> list[list[str]]:
 
 @pytest.mark.endurance
 def test_a_sweep_survives_two_crashes_and_a_hang_and_then_runs_only_those(
-    harness: Harness, tmp_path: Path, odd_model: Path, demo_model: Path, scale: Callable[..., Any]
+    harness: Harness, tmp_path: Path, odd_engine: dict[str, str], scale: Callable[..., Any]
 ) -> None:
     seeds = scale([*range(1, 10)], [*range(1, 13)], [1, 3, 9, 2])
     broken = [seed for seed in seeds if seed in (3, 6, 9)]
     jobs, good = len(seeds), len(seeds) - len(broken)
     job = [
-        f"model.path={odd_model}",
-        f"model.tokenizer={demo_model}",
-        "model.trust_remote_code=true",
-        "model.dtype=float32",
-        "dataset.num_samples=2",
-        "generation.max_output_len=4",
-        "timeout_s=30",
+        *SMALL,
+        "engine=odd",
+        f"hydra.searchpath=[file://{ODD / 'conf'}]",
+        "hardware=h100_80g",
+        "timeout_s=10",
         f"dataset.seed={','.join(map(str, seeds))}",
     ]
-    own_modules = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
-    first = harness("-m", *job, **own_modules)
+    first = harness("-m", *job, **odd_engine)
     assert first.status == 1
     assert "Traceback" not in first.stdout + first.stderr
     assert alive_with(str(tmp_path)) == []
@@ -112,7 +79,7 @@ def test_a_sweep_survives_two_crashes_and_a_hang_and_then_runs_only_those(
     assert list(statuses) == seeds
     assert [seed for seed, status in statuses.items() if status != "ok"] == broken
     errors = {seed_of(row): row["error"] for row in first.rows}
-    ends = {3: ("failed", "SIGABRT"), 6: ("failed", "SIGKILL"), 9: ("timeout", "timeout_s=30")}
+    ends = {3: ("failed", "SIGABRT"), 6: ("failed", "SIGKILL"), 9: ("timeout", "timeout_s=10")}
     for seed in broken:
         status, words = ends[seed]
         assert statuses[seed] == status and words in errors[seed]
@@ -122,8 +89,8 @@ def test_a_sweep_survives_two_crashes_and_a_hang_and_then_runs_only_those(
     assert "total tokens/s" in log  # what the job would have printed is kept, and not on the sweep's terminal
     assert "Throughput" not in first.stdout
 
-    (odd_model / "mended").touch()
-    again = harness("-m", *job, "sweep.resume=true", **own_modules)
+    (tmp_path / "mended").touch()
+    again = harness("-m", *job, "sweep.resume=true", **odd_engine)
     assert again.status == 0, again.stdout + again.stderr
     assert again.stdout.count("(ran before)") == good
     assert [seed_of(row) for row in again.rows[jobs:]] == broken

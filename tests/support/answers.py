@@ -50,6 +50,33 @@ def computed(model: Path, count: int) -> dict[int, list[int]]:
     return {int(index): ids for output in outputs for index, ids in json.loads(output).items()}
 
 
+def followed(model: Path, known: dict[int, list[int]]) -> dict[int, list[int]]:
+    """Returns, by index, the ids that greedy decoding takes, each after the prompt and the known ids before it.
+
+    They equal ``known`` where, and only where, ``generate`` gives ``known``: one pass over all positions tells. Ids end
+    with the sequence or at the prompt's output_len, as there, or what is returned is empty.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    stop = network.generation_config.eos_token_id
+    stops = set(stop if isinstance(stop, list) else [stop])
+    entries = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
+    found = {}
+    for index, ids in known.items():
+        prompt = tokenizer(entries[index]["prompt"]).input_ids
+        ended = len(ids) == entries[index]["output_len"] or (len(ids) > 0 and ids[-1] in stops)
+        if not ended or len(ids) > entries[index]["output_len"] or stops & set(ids[:-1]):
+            found[index] = []
+            continue
+        with torch.inference_mode():
+            logits = network(torch.tensor([prompt + ids[:-1]]), logits_to_keep=len(ids)).logits[0]
+        found[index] = logits.argmax(-1).tolist()
+    return found
+
+
 def kept(model: Path) -> dict[int, list[int]] | None:
     """Returns the ids in the file, or None where they are of another model or sample."""
     found = json.loads(KEPT.read_text())
