@@ -19,6 +19,7 @@ import pytest
 import torch
 from support import warm
 from support.engines import expected, settings_of
+from support.models import save_small_demo
 from support.runs import BIN, RANDOM, ROOT, SAMPLE, TINY, assert_refused, deepspeed, variables
 
 from harness.accuracy import __main__ as accuracy
@@ -92,12 +93,13 @@ def test_perplexity_weighs_tokens_not_prompts() -> None:
 def test_the_samples_perplexity_is_hugging_faces(evaluate: Evaluate, tmp_path: Path, demo_model: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(demo_model)
-    model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32).eval()
+    small = save_small_demo(tmp_path / "model", demo_model)
+    tokenizer = AutoTokenizer.from_pretrained(small)
+    model = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32).eval()
     prompts = [json.loads(line)["prompt"] for line in SAMPLE.read_text().splitlines()[:3]]
     ids = [tokenizer(prompt).input_ids for prompt in prompts]
     wanted = [expected(model, Scored(0, [tokenizer.bos_token_id], tokens))[0].double() for tokens in ids]
-    job = ["model.dtype=float32", "dataset.num_samples=3"]
+    job = [f"model.path={small}", "model.dtype=float32", "dataset.num_samples=3"]
     done = evaluate(*job)
     assert done.returncode == 0, done.stderr
     made, lines = newest(tmp_path)

@@ -212,6 +212,7 @@ def outside(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": f"{installed.parent}:{TOY}"}
 
 
+@pytest.mark.slow
 def test_an_engine_from_outside_runs_sweeps_and_compares(
     tmp_path: Path, harness: Harness, outside: dict[str, str]
 ) -> None:

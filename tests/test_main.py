@@ -238,6 +238,7 @@ def test_results_that_cannot_be_written(tmp_path: Path) -> None:
         assert_refused(done, "error: results_dir: ")
 
 
+@pytest.mark.slow
 def test_under_deepspeed_a_refusal_is_one_line_too(harness: Harness) -> None:
     run = harness("dataset=asc24", "dataset.path=nowhere.json", launcher=deepspeed(1, "--log_level", "critical"))
     assert run.status == 2
@@ -259,6 +260,7 @@ def test_a_launch_of_the_wrong_size_says_so(harness: Harness) -> None:
 FEW = ["dataset.num_samples=8", "generation.max_output_len=4"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flag", "overrides", "asked", "split", "why"),
     [

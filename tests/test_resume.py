@@ -19,7 +19,6 @@ from hydra import compose, initialize_config_dir
 from support.in_process import answered
 from support.resuming import (
     REQUESTS,
-    WORK,
     begin,
     check,
     complete_lines,
@@ -30,6 +29,7 @@ from support.resuming import (
     passed,
     run_id_in,
     wait_for,
+    work,
 )
 from support.runs import (
     PACED,
@@ -68,7 +68,7 @@ Harness = Callable[..., Run]
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Returns the run that nothing interrupts."""
-    run = ran(tmp_path_factory.mktemp("whole"), *WORK)
+    run = ran(tmp_path_factory.mktemp("whole"), *work())
     assert (run.status, len(run.completions)) == (0, REQUESTS), run.stderr
     return run
 
@@ -157,6 +157,7 @@ def test_a_torn_last_line_is_cut_off_and_its_request_run_again(tmp_path: Path, w
     check(run, whole)
 
 
+@pytest.mark.slow
 def test_a_run_that_split_its_ranks_itself_does_so_again(tmp_path: Path, whole: Run, harness: Harness) -> None:
     results = tmp_path / "results"
     process = begin(results, launcher=deepspeed(2))
@@ -262,7 +263,7 @@ def test_a_full_disk_is_one_line_and_the_run_is_gone_on_with_once_there_is_room(
     small_disk: Path, tmp_path: Path, whole: Run, harness: Harness
 ) -> None:
     results = small_disk / "results"
-    line = command(*WORK, f"results_dir={results}")
+    line = command(*work(), f"results_dir={results}")
     process = subprocess.Popen(line, cwd=ROOT, env=variables(), stdout=-1, stderr=-1, text=True)
     while finished(results) < 3:
         assert process.poll() is None, process.communicate()

@@ -117,7 +117,7 @@ def test_a_job_that_cannot_run_is_a_row_and_the_others_are_repeated(harness: Har
 
 @pytest.mark.slow
 def test_deepspeed_with_m_drives_the_sweep_from_its_first_rank(harness: Harness) -> None:
-    run = harness("-m", *SMALL, "parallel.dp=1,2", launcher=deepspeed(2))
+    run = harness("-m", *SMALL, *SIMULATED, "parallel.dp=1,2", launcher=deepspeed(2))
     assert run.status == 0, run.stderr
     assert [(row["status"], row["dp"]) for row in run.rows] == [("ok", "1"), ("ok", "2")]
     assert run.stdout.count("2 of 2 jobs ok") == 1

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import psutil
 import pytest
 
+from harness.models import demo
 from harness.verify import __main__ as verify
+from support.models import save_small_demo
 from support.runs import ROOT, Run, check_against_ids, command, variables
 
-# Of the demo model in float32: real tokens, which depend on everything before them.
-WORK = ["model.dtype=float32", "dataset.num_samples=24", "generation.max_output_len=24"]
 REQUESTS = 24
+
+
+@cache
+def work() -> list[str]:
+    """Returns a job of seconds whose tokens depend on everything before them; the checkpoint goes with this process."""
+    place = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    model = save_small_demo(place / "model", demo.ensure(), num_hidden_layers=8)
+    job = [f"model.path={model}", "model.dtype=float32", "engine.kernels=torch", "engine.max_sequences=2"]
+    return [*job, f"dataset.num_samples={REQUESTS}", "generation.stop=length"]
 
 
 def begin(
     results: Path, *overrides: str, launcher: tuple[str, ...] = (sys.executable,), words: list[str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """Starts a run of :data:`WORK`; its words are in ``results``.log."""
-    line = command(*(WORK if words is None else words), *overrides, f"results_dir={results}", launcher=launcher)
+    """Starts a run of :func:`work`; its words are in ``results``.log."""
+    line = command(*(work() if words is None else words), *overrides, f"results_dir={results}", launcher=launcher)
     with open(f"{results}.log", "ab") as log:
         return subprocess.Popen(line, cwd=ROOT, env=variables(), stdout=log, stderr=log, start_new_session=True)
 

@@ -99,11 +99,13 @@ def deepspeed(ranks: int, *flags: str) -> tuple[str, ...]:
 
 
 def launched(directory: Path, script: str, ranks: int, *arguments: str, **environment: str) -> Any:
-    """Runs a script under DeepSpeed's launcher; returns what rank 0 wrote, as JSON, to the last argument it got."""
+    """Runs a script under DeepSpeed's launcher for one host; returns the JSON that rank 0 wrote to its last argument."""
+    from harness.running import launcher
+
     (directory / "rank.py").write_text(script)
     place = directory / "outcome.json"
     done = subprocess.run(
-        [*deepspeed(ranks, "--log_level", "critical"), str(directory / "rank.py"), *arguments, str(place)],
+        launcher.command(ranks, "cpu", [*arguments, str(place)], directory / "rank.py"),
         cwd=ROOT,
         env=variables(**environment),
         capture_output=True,
