@@ -215,8 +215,7 @@ def test_ctrl_c_then_other_settings_then_a_timeout(tmp_path: Path, whole: Run, h
 @pytest.mark.slow
 def test_a_run_that_timed_out_is_gone_on_with_under_bare_deepspeed(tmp_path: Path, harness: Harness) -> None:
     results = tmp_path / "results"
-    words = [*TINY, *RANDOM, "dataset.num_samples=4000", "dataset.input_len=16", "dataset.output_len=16", *PACED]
-    words.append("engine.pace=5")
+    words = [*TINY, *RANDOM, "dataset.num_samples=4000", "dataset.input_len=16", "dataset.output_len=16"]
     process = begin(results, "timeout_s=1000", launcher=deepspeed(1), words=words)
     assert wait_for(process, partial(has_lines, results, 100))
     family(process)["rank 0"].send_signal(signal.SIGALRM)  # the timer's own

@@ -99,7 +99,7 @@ def deepspeed(ranks: int, *flags: str) -> tuple[str, ...]:
 
 
 def launched(directory: Path, script: str, ranks: int, *arguments: str, **environment: str) -> Any:
-    """Runs a script under DeepSpeed's launcher for one host; returns the JSON that rank 0 wrote to the last argument."""
+    """Runs a script under DeepSpeed's launcher for one host; returns the JSON that rank 0 wrote to the last word."""
     from harness.running import launcher
 
     (directory / "rank.py").write_text(script)
