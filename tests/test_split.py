@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from hydra import compose, initialize_config_dir
+from support.runs import ROOT
 
 from harness.basics.errors import UserError
 from harness.costs.memory import Memory, Needs, shortage, useful_tokens
