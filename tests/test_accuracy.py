@@ -90,6 +90,7 @@ def test_perplexity_weighs_tokens_not_prompts() -> None:
         perplexity.figures(lines[1:2])
 
 
+@pytest.mark.slow
 def test_the_samples_perplexity_is_hugging_faces(evaluate: Evaluate, tmp_path: Path, demo_model: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT
+from support.runs import ROOT
 
 from harness.basics.errors import UserError
 from harness.config.schema import Accelerator, HardwareConfig

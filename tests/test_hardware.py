@@ -239,6 +239,7 @@ def test_ranks_with_several_cores_each_use_them(monkeypatch: pytest.MonkeyPatch)
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_a_run_measures_its_processor_the_first_time(harness: Callable[..., Run], tmp_path: Path) -> None:
     words = [*TINY, *RANDOM, "dataset.num_samples=2", "dataset.input_len=8", "dataset.output_len=2"]
     first = harness(*words, results=tmp_path / "first", HARNESS_CACHE=str(tmp_path))

@@ -68,7 +68,7 @@ def test_the_sample_in_fp32(
         slow(SOME, ["engine=ds_inference", "parallel.dp=2"]),
         slow(FEW, ["engine=baseline", "parallel.dp=2"]),
         # 9 query and 3 key-value heads: AutoTP gives two ranks 2 and 1 of the latter, three ranks one each.
-        (FEW, ["engine=fastgen", *TORCH, "parallel=tp2", "engine.token_budget=48", "engine.max_sequences=16"]),
+        slow(FEW, ["engine=fastgen", *TORCH, "parallel=tp2", "engine.token_budget=48", "engine.max_sequences=16"]),
         slow(4, ["engine=fastgen", *TORCH, "parallel.tp=3"]),
         slow(4, ["engine=fastgen", "parallel.tp=2", "parallel.dp=2"]),
         slow(FEW, ["engine=ds_inference", "parallel.tp=2", "engine.batch_size=5"]),

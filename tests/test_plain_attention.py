@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.engines import generate, hugging_face, requests, settings
+from support.machine import skip_unless_deepspeed_takes
 from support.models import LONGROPE
 
 from harness.basics.errors import UserError
@@ -88,6 +89,7 @@ def test_a_smaller_context_is_a_way_out_where_it_is_said_to_be(family: str) -> N
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rotary_frequencies_stay_float32_under_deepspeed(dtype: str) -> None:
+    skip_unless_deepspeed_takes(dtype)
     chosen = replace(settings(), dtype=dtype)
     whole = auto_tp.load_whole(chosen, "sdpa").model.rotary_emb.inv_freq.clone()
     engine = DsInferenceEngine(replace(chosen, engine=DsInferenceConfig(batch_size=4)))

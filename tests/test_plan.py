@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
 from hydra import compose, initialize_config_dir
-from support.runs import Run, variables
+from support.runs import ROOT, Run, variables
 
 from harness.basics.errors import UserError
 from harness.engines.catalogue import register

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.engines import LayersThatRemember, generate, hugging_face, requests, settings, settings_of
-from support.machine import needs_native
+from support.machine import needs_native, skip_unless_deepspeed_takes
 from support.models import SIZES, save_model
 from support.runs import RANDOM, Run, launched
 from support.runs import TINY as SMALL
@@ -46,6 +46,8 @@ def static(**engine: Any) -> DsInferenceEngine:
 @pytest.mark.parametrize("make", [lambda: FastGenEngine(settings()), static], ids=["fastgen", "ds_inference"])
 def test_what_was_compared_is_told_and_kept(make: Callable[[], Any], dtype: str) -> None:
     first = make()
+    if isinstance(first, DsInferenceEngine):
+        skip_unless_deepspeed_takes(dtype)
     first.settings = replace(first.settings, dtype=dtype)
     engine = proof.load(type(first)(first.settings))
     found = engine.proof

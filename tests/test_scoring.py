@@ -255,6 +255,7 @@ def reference_scores(demo_model: Path, texts: list[Scored]) -> dict[str, Tensor]
     return {"float32": exact, "bfloat16": torch.cat([expected(model, item)[0] for item in texts])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "kernels"),
     [

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support.in_process import answered
-from support.runs import RANDOM, ROOT, TINY, assert_refused, command, launched, variables
+from support.runs import RANDOM, ROOT, TINY, assert_refused, command, launched, ran, variables
 
 from harness.engines.shared.auto_tp_families import AUTO_TP_FAMILIES
 from harness.results.completions import read_completions
@@ -88,6 +88,15 @@ if rank.first:
 replicas.leave()
 """
 )
+
+
+def test_two_ranks_share_a_model_and_their_tokens_are_right(tmp_path: Path) -> None:
+    work = ["dataset.num_samples=4", "dataset.input_len=24", "dataset.output_len=6"]
+    run = ran(tmp_path, "engine=fastgen", "engine.kernels=torch", *TINY, *RANDOM, *work, "parallel=tp2", "verify=4")
+    assert run.status == 0, run.stderr
+    row = run.row
+    assert (row["status"], row["tp"], row["dp"], row["completed"]) == ("ok", "2", "1", "4")
+    assert (row["parity_checked"], float(row["parity_exact_share"])) == ("4", 1.0)
 
 
 @pytest.mark.slow

@@ -19,13 +19,13 @@ from harness.costs.roofline import Host, Roofline
 from harness.costs.shape import ModelShape
 from harness.costs.work import PassWork
 from harness.engines import catalogue
+from harness.engines.simulate import replay
 from harness.models import locate
 from harness.results.completions import read_completions
 from harness.results.directory import read_record
 from harness.results.passes import pass_figures, pass_rows
 
-ENGINE = "fastgen"
-RUN_AGAIN = "run it again with this version, with engine=fastgen"
+RUN_AGAIN = f"run it again with this version, with engine={replay.ENGINE}"
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Measured:
                 option, f"{quoted(run)} is no run of {results_dir}", "give a run_id of runs.csv, or a directory"
             )
         name = directory.name
-        if record.get("engine") == "simulate" or record.get("simulated"):
+        if record.get("simulated") or catalogue.of_record(record.get("engine")).simulates:
             raise UserError(option, f"{name} is a simulation, not a measurement", "give a real run")
-        if record.get("engine") != ENGINE:
+        if record.get("engine") != replay.ENGINE:
             raise UserError(option, f"{name} is a run of {quoted(record.get('engine'))}", RUN_AGAIN)
         if record.get("status") != "ok":
             raise UserError(option, f"{name} is {quoted(record.get('status'))}", "give a run that is ok")
@@ -78,7 +78,7 @@ class Measured:
             config = to_config(catalogue.typed(OmegaConf.create(record["config"])))
         except (UserError, OmegaConfBaseException, KeyError, ValueError) as error:
             raise UserError(option, f"the config of {name} is another version's", RUN_AGAIN) from error
-        share = catalogue.find(ENGINE).share(config)
+        share = catalogue.find(replay.ENGINE).share(config)
         architecture = locate.described(config.model).architecture
         bits = None if share.weight_bytes is None else 8 * share.weight_bytes
         return cls(directory, record, config, ModelShape.of(architecture, record["dtype"], bits))

@@ -25,3 +25,11 @@ def kernels_on_cpu(model: Path, dtype: str) -> str:
     architecture = json.loads((model / "config.json").read_text())
     reason = native_checks.unsupported(KnownModel(architecture, dtype)) or native_checks.slower(dtype)
     return "native" if reason is None else "torch"
+
+
+def skip_unless_deepspeed_takes(dtype: str) -> None:
+    """Skips float16 where DeepSpeed does not compute it: on a CPU without instructions for it."""
+    from deepspeed.accelerator import get_accelerator
+
+    if dtype == "float16" and not get_accelerator().is_fp16_supported():
+        pytest.skip("DeepSpeed takes no float16 on this processor")

@@ -16,6 +16,7 @@ from harness.costs.work import PassWork
 from harness.engines.fastgen.scheduler import RaggedBatch, Scheduler, Sequence
 from harness.engines.shared.kv_blocks import KvBlocks
 
+ENGINE = "fastgen"  # whose scheduler it is
 STOP, OTHER = 1, 0  # the only ids that the scheduler is shown
 STOPS = frozenset({STOP})
 
