@@ -2,8 +2,8 @@
 
     python launch/bench_plan.py [--requests 200] [--dataset FILE] [--results DIR] [overrides ...]
 
-Needs a dataset=asc24 file with twice as many records. The two runs have the first requests at the default settings, and
-at a token budget of 192 with two replicas; the others are token budgets of 64, 128, 256 and 1024, 16 sequences, two
+Needs a dataset=asc24 file of twice as many records. The two runs have the first requests at a token budget of 256, and
+of 512 with two replicas; the others are token budgets of 64, 128, 512 and 1024, 16 sequences, a budget of 192 with two
 replicas, the dataset's order, and the next requests of the file. Predictions are engine=simulate with hardware=local,
 which --fit writes. Overrides go to all of them, generation.stop=length for instance, where outputs are as long as the
 file says; with the default stop rule their lengths are drawn from the two runs' ends.
@@ -25,12 +25,12 @@ sys.path[0] = str(ROOT)
 
 from harness.results.table import read_rows
 
-FITTED = (("engine.token_budget=512",), ("engine.token_budget=192", "parallel.dp=2"))
+FITTED = (("engine.token_budget=256",), ("engine.token_budget=512", "parallel.dp=2"))
 OTHER = "the next requests"
 PREDICTED: dict[str, tuple[str, ...]] = {
-    **{f"engine.token_budget={budget}": (f"engine.token_budget={budget}",) for budget in (64, 128, 256, 1024)},
+    **{f"engine.token_budget={budget}": (f"engine.token_budget={budget}",) for budget in (64, 128, 512, 1024)},
     "engine.max_sequences=16": ("engine.max_sequences=16",),
-    "parallel.dp=2": ("parallel.dp=2",),
+    "token_budget=192, dp=2": ("engine.token_budget=192", "parallel.dp=2"),
     "engine.order=dataset": ("engine.order=dataset",),
     OTHER: (),
 }
