@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig
@@ -363,6 +363,10 @@ def test_every_malformed_config_is_one_line(
     count = 0
 
     @hypothesis_settings(max_examples=scale(80, 2_600, 20), database=None, suppress_health_check=list(HealthCheck))
+    @example(words=BASES[0])  # well-formed for certain: few of what is drawn are
+    @example(words=[*BASES[0], "engine.token_budget=128"])
+    @example(words=[*BASES[2], "engine.order=dataset"])
+    @example(words=BASES[3])
     @given(words=command_lines())
     def fuzz(words: list[str]) -> None:
         nonlocal count
