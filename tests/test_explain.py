@@ -103,3 +103,11 @@ def test_runs_that_say_too_little_are_refused(
     assert plan.main([*words, "--results-dir", str(tmp_path), *MACHINE]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: --explain: {message}") and error.count("\n") == 1
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_simulated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan.main(["--explain", "no-run", "--html", str(tmp_path / "none" / "page.html")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --html: ") and "cannot be written" in error and error.count("\n") == 1

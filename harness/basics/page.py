@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from harness.basics.errors import UserError
-from harness.basics.files import plain
+from harness.basics.files import plain, replace
 
 
 @functools.cache
@@ -37,3 +39,32 @@ def inert(data: Any) -> str:
 def filled(template: Path, parts: Mapping[str, str]) -> str:
     """Returns the template with its ``{{name}}`` places filled, in one pass, so that no text is taken for a place."""
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template.read_text(encoding="utf-8"))
+
+
+def writable(name: str) -> Path:
+    """Returns the file to write a page to.
+
+    Raises:
+        UserError: no file can be made there.
+    """
+    remedy = "name a file in a directory that can be written"
+    try:
+        path = Path(os.path.realpath(name)) if name.strip() else None
+        if path is None:
+            raise UserError("--html", "names no file", remedy)
+        if path.exists() and not path.is_file():
+            raise UserError("--html", f"{name} is {'a directory' if path.is_dir() else 'not a plain file'}", remedy)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        found = f"{name} cannot be written: {getattr(error, 'strerror', None) or error}"
+        raise UserError("--html", found, remedy) from error
+    return path
+
+
+def write(path: Path, page: str) -> None:
+    """Writes a page to the file of :func:`writable`; raises UserError."""
+    try:
+        replace(path, page.encode("utf-8", errors="replace"))
+    except UserError as error:
+        raise UserError("--html", f"{error.field} {error.found}", "free space, or name another file") from error

@@ -6,15 +6,12 @@ Repeated runs of one config become one line; a line shows only the settings that
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
+from harness.basics import page as pages
 from harness.basics.command import Parser, output_ended, positive, show_any_text
 from harness.basics.errors import INTERRUPTED, UserError, printable, report
-from harness.basics.files import replace
 from harness.basics.terminal import without_trailing_blanks
 from harness.compare.reading import load
 
@@ -73,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    page = None if options.html is None else _writable(options.html)
+    page = None if options.html is None else pages.writable(options.html)
     runs = load(options.tables, lambda line: print(f"warning: {printable(line)}", file=sys.stderr))
     # Only now: pandas takes longer to import than a mistyped path takes to find.
     from harness.compare import comparison, text
@@ -85,7 +82,7 @@ def _run(options: argparse.Namespace) -> None:
     if page is not None:
         from harness.compare.page import html
 
-        _write(page, html(compared, options.tables))
+        pages.write(page, html(compared, options.tables))
         print(f"wrote {printable(options.html)}", file=sys.stderr)
     if options.csv:
         sys.stdout.write(text.as_csv(compared))
@@ -98,34 +95,6 @@ def _run(options: argparse.Namespace) -> None:
         with screen.capture() as drawn:
             text.print_table(screen, compared)
         sys.stdout.write(without_trailing_blanks(drawn.get()))
-
-
-def _writable(name: str) -> Path:
-    """Returns the file to write a page to.
-
-    Raises:
-        UserError: no file can be made there.
-    """
-    remedy = "name a file in a directory that can be written"
-    try:
-        path = Path(os.path.realpath(name)) if name.strip() else None
-        if path is None:
-            raise UserError("--html", "names no file", remedy)
-        if path.exists() and not path.is_file():
-            raise UserError("--html", f"{name} is {'a directory' if path.is_dir() else 'not a plain file'}", remedy)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        found = f"{name} cannot be written: {getattr(error, 'strerror', None) or error}"
-        raise UserError("--html", found, remedy) from error
-    return path
-
-
-def _write(path: Path, page: str) -> None:
-    try:
-        replace(path, page.encode("utf-8", errors="replace"))
-    except UserError as error:
-        raise UserError("--html", f"{error.field} {error.found}", "free space, or name another file") from error
 
 
 if __name__ == "__main__":

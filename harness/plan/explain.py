@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from omegaconf import DictConfig
 
+from harness.basics import page
 from harness.basics.files import json_bytes
-from harness.basics.files import replace as replace_file
 from harness.config.compose import to_config
 from harness.plan.explanation import explained, text
 from harness.plan.measured import Measured
@@ -23,14 +22,14 @@ def run(options: argparse.Namespace, composed: DictConfig) -> int:
     Raises:
         UserError: the run is none, or it says too little.
     """
+    path = None if options.html is None else page.writable(options.html)
     measured = Measured.of("--explain", options.explain, options.results_dir)
     long = len(measured.completions) >= LONG
     found = explained(measured, to_config(composed).hardware, _say if long else lambda line: None)
-    if options.html is not None:
+    if path is not None:
         from harness.plan import chart  # the charts' code is a second's work
 
-        path = Path(options.html)
-        replace_file(path, chart.page(found).encode())
+        page.write(path, chart.page(found))
     if options.json:
         print(json_bytes(found.plain).decode())
     else:
