@@ -21,15 +21,23 @@ def complete(hardware: HardwareConfig, dtype: str, ranks: int = 1) -> HardwareCo
     Raises:
         UserError: a figure is not known; says what measures it.
     """
-    peak, bandwidth = hardware.peak_flops.get(dtype), hardware.memory_bandwidth
-    if hardware.accelerator is Accelerator.cpu and (peak is None or bandwidth is None):
-        found = probe.measured(dtype, ranks)
-        if found is not None:
-            peak, bandwidth = peak or found.peak_flops, bandwidth or found.memory_bandwidth
-    for key, figure in ((f"peak_flops.{dtype}", peak), ("memory_bandwidth", bandwidth)):
+    found = known(hardware, dtype, ranks)
+    for key, figure in (
+        (f"peak_flops.{dtype}", found.peak_flops.get(dtype)),
+        ("memory_bandwidth", found.memory_bandwidth),
+    ):
         if figure is None:
             raise UserError(f"hardware.{key}", f"not known for hardware={hardware.name}", _remedy(hardware, dtype))
-    return replace(hardware, peak_flops=hardware.peak_flops | {dtype: peak}, memory_bandwidth=bandwidth)
+    return found
+
+
+def known(hardware: HardwareConfig, dtype: str, ranks: int = 1) -> HardwareConfig:
+    """Returns the config with what was measured of this CPU where its figures are null; see :func:`complete`."""
+    found = probe.measured(dtype, ranks) if hardware.accelerator is Accelerator.cpu else None
+    if found is None:
+        return hardware
+    peaks = hardware.peak_flops | {dtype: hardware.peak_flops.get(dtype) or found.peak_flops}
+    return replace(hardware, peak_flops=peaks, memory_bandwidth=hardware.memory_bandwidth or found.memory_bandwidth)
 
 
 def _remedy(hardware: HardwareConfig, dtype: str) -> str:

@@ -13,11 +13,11 @@ from harness.basics.errors import UserError
 from harness.config.explain import explain
 from harness.config.schema import HardwareConfig
 from harness.costs import bounds, lengths
+from harness.costs.hardware import known
 from harness.costs.lengths import Lengths
 from harness.costs.memory import Held, Needs
 from harness.costs.pass_time import PassTime
 from harness.costs.shape import ModelShape
-from harness.machine import probe
 from harness.running import job as jobs
 from harness.running import preflight, target
 from harness.running.job import Job
@@ -77,7 +77,7 @@ class Case:
 def of(options: argparse.Namespace, composed: DictConfig) -> Case:
     """Returns what the command line asks; raises UserError for what is wrong with it, or not known of the machine."""
     job = jobs.prepare(jobs.with_split(composed, 1, 1), planned=target.described(_hardware(composed)))
-    hardware, devices = _with_measured(job), options.devices
+    hardware, devices = known(job.config.hardware, job.dtype), options.devices
     if devices is not None and devices % (nodes := options.nodes or 1):
         raise UserError("--nodes", f"{nodes} does not divide the {devices} devices", "give a number that does")
     if options.nodes is not None:
@@ -94,17 +94,6 @@ def of(options: argparse.Namespace, composed: DictConfig) -> Case:
     case = Case(job, machine, found, (options.weight_bits, options.kv_bits))
     case.shape()  # now, since everything rests on it
     return case
-
-
-def _with_measured(job: Job) -> HardwareConfig:
-    """Returns the hardware; what is null of a CPU is what was measured of this one, where a run has done that."""
-    hardware = job.config.hardware
-    found = probe.measured(job.dtype) if job.accelerator == "cpu" else None
-    if found is None:
-        return hardware
-    peaks = hardware.peak_flops | {job.dtype: hardware.peak_flops.get(job.dtype) or found.peak_flops}
-    bandwidth = hardware.memory_bandwidth or found.memory_bandwidth
-    return replace(hardware, peak_flops=peaks, memory_bandwidth=bandwidth)
 
 
 def _hardware(composed: DictConfig) -> HardwareConfig:
