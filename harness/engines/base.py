@@ -47,6 +47,14 @@ class Described:
     seed: int
 
 
+def lookahead(replicas: int) -> int:
+    """Returns how many requests a replica takes before they can start.
+
+    What one replica has taken, no other can: only a lone one may take many at a time.
+    """
+    return 256 if replicas == 1 else 4
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSettings(Generic[C]):
     """All an engine is told.

@@ -12,6 +12,7 @@ from harness.costs import fitting
 from harness.costs.fitting import Observed
 from harness.costs.pass_time import PassTime
 from harness.costs.roofline import Factors, defaults, on_other_ranks
+from harness.engines.base import lookahead
 from harness.engines.shared.order import Order, arranged
 from harness.engines.simulate.replay import Item, Setup
 from harness.plan import waterfall
@@ -21,7 +22,6 @@ from harness.plan.waterfall import Change, Part, Scene
 from harness.workload import reading
 from harness.workload.records import Request
 
-LOOKAHEAD = {True: 256, False: 4}  # requests that a lone replica takes at a time, and one of several
 WORTH = 0.02  # of the time, for a change to be named
 NAMED = 2
 ROUNDS = 3  # of simulations that find how fast each replica was
@@ -136,7 +136,7 @@ def _setup(run: Measured) -> Setup:
         block_size=int(engine.kv_block_size),
         blocks=int(blocks) // run.dp,
         replicas=run.dp,
-        lookahead=LOOKAHEAD[run.dp == 1],
+        lookahead=lookahead(run.dp),
     )
 
 

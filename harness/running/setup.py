@@ -11,7 +11,8 @@ from harness.models import token_counts
 from harness.ranks.rank import Rank, bind_cores
 from harness.ranks.rendezvous import Rendezvous
 from harness.running import target
-from harness.running.job import Job, memory_needs
+from harness.running.job import Job
+from harness.running.preflight import memory_needs
 
 if TYPE_CHECKING:
     from harness.engines.base import Described, EngineSettings
@@ -51,7 +52,7 @@ def engine_settings(job: Job, rank: Rank, replicas: Replicas | None) -> EngineSe
     Args:
         replicas: the ranks of the launch, which have met; None for a lone one.
     """
-    from harness.engines.base import EngineSettings
+    from harness.engines.base import EngineSettings, lookahead
 
     config = job.config
     if job.simulated:
@@ -65,8 +66,7 @@ def engine_settings(job: Job, rank: Rank, replicas: Replicas | None) -> EngineSe
         dtype=job.dtype,
         device=torch_device,
         max_context=job.max_context,
-        # What one replica has taken, no other can: only a lone rank may take many at a time.
-        lookahead=256 if job.dp == 1 else 4,
+        lookahead=lookahead(job.dp),
         tensor=replicas.tensor if replicas is not None else None,
         host_ranks=rank.local_world,
         described=_described(job) if job.simulated else None,
