@@ -102,9 +102,19 @@ def of(requests: Sequence[Request], context: int | None = None, most_output: int
     return Lengths(items, GUESSED if guessed else CLAIMED, rejected)
 
 
+def guessed_tokens(text: str) -> int:
+    """Returns about how many tokens a text has."""
+    return max(1, len(text) // CHARACTERS_A_TOKEN)
+
+
+def uncounted_tokens(request: Request) -> int:
+    """Returns how many tokens a prompt has without a tokenizer: those given, or what the dataset claims, or a guess."""
+    if request.prompt_ids is not None:
+        return len(request.prompt_ids)
+    return request.claimed_prompt_len or guessed_tokens(request.prompt)
+
+
 def _length(request: Request) -> tuple[Length, bool]:
     """Returns the length of a request, and whether it is a guess."""
-    prompt = len(request.prompt_ids or ()) or request.claimed_prompt_len
-    guess = not prompt or not request.output_len
-    output = request.output_len or max(1, len(request.reply or "") // CHARACTERS_A_TOKEN)
-    return Length(prompt or max(1, len(request.prompt) // CHARACTERS_A_TOKEN), output), guess
+    guess = not (request.prompt_ids or request.claimed_prompt_len) or not request.output_len
+    return Length(uncounted_tokens(request), request.output_len or guessed_tokens(request.reply or "")), guess

@@ -27,6 +27,11 @@ class Memory:
     shared: bool
     own: int
 
+    def of_rank(self, ranks: int) -> int:
+        """Returns the bytes that one of ``ranks`` of the host finds; ``size`` is known."""
+        assert self.size is not None
+        return self.size // ranks if self.shared else self.size
+
 
 @dataclass(frozen=True, slots=True)
 class Needs:
@@ -110,8 +115,7 @@ def held(needs: Needs, memory: Memory, tp: int, ranks: int, activations: int) ->
         ranks: of one host.
         activations: bytes of the largest pass of a rank (:func:`activation_bytes`).
     """
-    assert memory.size is not None
-    size = memory.size // ranks if memory.shared else memory.size
+    size = memory.of_rank(ranks)
     weights, token, most = needs.weights(tp), max(1, needs.held(1, tp)), needs.held(needs.most, tp)
     left = max(0, size - memory.own - weights)
     cache = needs.given if needs.given is not None else min(most, int(needs.part * left))
@@ -165,7 +169,7 @@ def shortage(tp: int, ranks: int, memory: Memory, needs: Needs | None) -> str | 
     """
     if needs is None or memory.size is None:
         return None
-    share = memory.size // ranks if memory.shared else memory.size
+    share = memory.of_rank(ranks)
     left = share - memory.own - needs.weights(tp)
     cache, useful = needs.cache(left), needs.useful(tp)
     if left > 0 and cache >= useful:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from harness.basics.errors import UserError
 from harness.config.schema import Stop
+from harness.costs.lengths import uncounted_tokens
 from harness.costs.pass_time import PassTime
 from harness.costs.shape import ModelShape
 from harness.engines import catalogue
 from harness.engines.base import Engine
 from harness.engines.simulate.replay import Item, Pass, Setup, replay
-from harness.engines.simulate.tokens import drawn_length, uncounted_tokens
+from harness.engines.simulate.tokens import drawn_length
 from harness.running.job import Job
 from harness.workload.records import Request, Workload
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from harness.basics.errors import UserError
 from harness.config.schema import ModelConfig
+from harness.costs.lengths import uncounted_tokens
 from harness.engines.simulate import tokens
 from harness.models import locate, token_counts
 from harness.models.architecture import positive_integer
@@ -71,6 +72,6 @@ def _prompts(
     asked = {i: r.prompt for i, r in requests.items() if r.prompt_ids is None} if counted else {}
     lengths = dict(zip(asked, count_tokens(list(asked.values())), strict=True)) if asked and count_tokens else {}
     return {
-        index: [0] * (lengths[index] if index in lengths else tokens.uncounted_tokens(request))
+        index: [0] * (lengths[index] if index in lengths else uncounted_tokens(request))
         for index, request in requests.items()
     }

@@ -212,21 +212,15 @@ class FastGenEngine(Engine[FastGenConfig]):
             if last and (entry := active[sequence.uid]).first_token_s is None:
                 entry.first_token_s = ended
                 counts.prompt_tokens += sequence.prompt_len
-        used, work = scheduler.blocks.used / scheduler.blocks.total, batch.work
+        used = scheduler.blocks.used / scheduler.blocks.total
         self.on_pass(
             PassRecord(
                 step=counts.steps,
                 started_s=started,
                 seconds=ended - started,
-                tokens=work.tokens,
-                prompt_tokens=work.prompt_tokens,
-                decode_tokens=work.decode_tokens,
-                sequences=work.sequences,
                 kv_utilisation=used,
                 waiting=len(scheduler.waiting),
-                logit_rows=work.logit_rows,
-                kv_read_tokens=work.kv_read_tokens,
-                attention_pairs=work.attention_pairs,
+                **batch.work._asdict(),
             )
         )
         running, waiting = len(scheduler.running), len(scheduler.waiting)

@@ -9,7 +9,8 @@ from typing import Any
 from harness.basics.clock import Clock, VirtualClock
 from harness.basics.errors import UserError
 from harness.config.schema import Stop
-from harness.costs.memory import CHARACTERS_A_TOKEN, gib
+from harness.costs.lengths import CHARACTERS_A_TOKEN, guessed_tokens, uncounted_tokens
+from harness.costs.memory import gib
 from harness.costs.pass_time import PassTime
 from harness.costs.shape import ModelShape
 from harness.engines.base import (
@@ -25,7 +26,7 @@ from harness.engines.shared.kv_memory import affordable_blocks
 from harness.engines.shared.order import arranged
 from harness.engines.simulate.config import SimulateConfig
 from harness.engines.simulate.replay import Finished, Item, Pass, Replay, Replica, Setup
-from harness.engines.simulate.tokens import drawn_length, guessed_tokens, stop_ids, token_ids, uncounted_tokens
+from harness.engines.simulate.tokens import drawn_length, stop_ids, token_ids
 from harness.models.tokenizer import Encoding
 from harness.workload.records import Completion, PassRecord, Request
 
@@ -200,12 +201,12 @@ class SimulateEngine(Engine[SimulateConfig]):
             UserError: the weights do not fit, or the cache does not hold one block.
         """
         engine, machine = self.settings.engine, self.machine
-        size, needs = machine.memory.size, machine.needs
-        if size is None:
+        needs = machine.needs
+        if machine.memory.size is None:
             remedy = "give the bytes of a device"
             raise UserError("hardware.memory_bytes", f"{machine.hardware.name} does not say them", remedy)
         assert needs is not None  # or its shape would not be known
-        share = size // machine.host_ranks if machine.memory.shared else size
+        share = machine.memory.of_rank(machine.host_ranks)
         weights = needs.weights(machine.tp)
         free = share - machine.memory.own - weights
         if free <= 0:
@@ -213,7 +214,7 @@ class SimulateEngine(Engine[SimulateConfig]):
             raise UserError(
                 "parallel.tp", found, "use more ranks a model (parallel=auto finds how many), or a smaller one"
             )
-        block_bytes = engine.kv_block_size * needs.token // needs.kv_heads * -(-needs.kv_heads // machine.tp)
+        block_bytes = needs.held(engine.kv_block_size, machine.tp)
         context = self.settings.max_context
         a_sequence = -(-context // engine.kv_block_size) if context else 1 << 20
         most = engine.max_sequences * a_sequence
@@ -249,20 +250,13 @@ class _Pace:
 
 
 def _record(event: Pass, step: int) -> PassRecord:
-    work = event.work
     return PassRecord(
         step=step,
         started_s=event.started_s,
         seconds=event.seconds,
-        tokens=work.tokens,
-        prompt_tokens=work.prompt_tokens,
-        decode_tokens=work.decode_tokens,
-        sequences=work.sequences,
         kv_utilisation=event.kv_utilisation,
         waiting=event.waiting,
-        logit_rows=work.logit_rows,
-        kv_read_tokens=work.kv_read_tokens,
-        attention_pairs=work.attention_pairs,
+        **event.work._asdict(),
     )
 
 

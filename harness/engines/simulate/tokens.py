@@ -7,21 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.costs.memory import CHARACTERS_A_TOKEN
-from harness.workload.records import Request
-
-
-def guessed_tokens(text: str) -> int:
-    """Returns about how many tokens a text has."""
-    return max(1, len(text) // CHARACTERS_A_TOKEN)
-
-
-def uncounted_tokens(request: Request) -> int:
-    """Returns how many tokens a prompt has without a tokenizer: those given, or what the dataset claims, or a guess."""
-    if request.prompt_ids is not None:
-        return len(request.prompt_ids)
-    return request.claimed_prompt_len or guessed_tokens(request.prompt)
-
 
 def stop_ids(architecture: Mapping[str, Any]) -> list[int]:
     """Returns the ids that end a sequence, by a model's config; id 0 where it names none."""
