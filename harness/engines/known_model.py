@@ -20,6 +20,7 @@ class KnownModel:
         dummy: the weights are made up, so how the checkpoint packs its own does not matter.
         remote_code: the checkpoint's own code may run, if it has any (``model.trust_remote_code``).
         pickled: the weights are no safetensors (``model.allow_pickle``).
+        gguf: nor are these.
     """
 
     architecture: dict[str, Any]
@@ -29,6 +30,7 @@ class KnownModel:
     dummy: bool = False
     remote_code: bool = False
     pickled: bool = False
+    gguf: bool = False
 
     @classmethod
     def of(cls, source: Source, dtype: str, tp: int = 1, max_context: int | None = None) -> KnownModel:
@@ -41,4 +43,5 @@ class KnownModel:
             dummy=source.kind == "dummy",
             remote_code=source.trust_remote_code,
             pickled=source.pickled,
+            gguf=source.kind == "gguf",
         )

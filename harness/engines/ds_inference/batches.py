@@ -14,6 +14,7 @@ from harness.engines.ds_inference.config import DsInferenceConfig
 from harness.engines.ds_inference.kernel_inject import InjectedBatch
 from harness.engines.ds_inference.static_cache import StaticCache
 from harness.engines.scoring import Forced, force
+from harness.models.ends import Ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +32,14 @@ class Batches:
     """Computes batches on one rank; all that share a model compute the same ones.
 
     Attributes:
-        engine: DeepSpeed's, around the model; set when that is loaded, as is ``stop_ids``.
+        engine: DeepSpeed's, around the model; set when that is loaded, as is ``ends``.
         graphed: with ``cuda_graph``, the buffers that the captured graph reads.
         injected: with ``kernel_inject``.
         forced: what the batch at hand is made to continue with, when it is scored.
     """
 
     engine: Any
-    stop_ids: frozenset[int]
+    ends: Ends
 
     def __init__(self, settings: EngineSettings[DsInferenceConfig]) -> None:
         self.settings = settings
@@ -56,17 +57,15 @@ class Batches:
         lengths = [len(prompt) for prompt in prompts]
         cache = self._cache(len(prompts), max(lengths) + max(output_lens))
         cache.start(lengths)
-        newest = [0] * len(prompts)
-        generated = [0] * len(prompts)
+        tokens = [list(prompt) for prompt in prompts]  # and what has come
 
         def book(step: Pass) -> Pass:
             for request, token in zip(step.rows, step.tokens, strict=True):
-                newest[request] = token
-                generated[request] += 1
+                tokens[request].append(token)
             return step
 
         def finished(request: int) -> bool:
-            return self.finished(newest[request], generated[request], output_lens[request])
+            return self.finished(tokens[request], lengths[request] + output_lens[request])
 
         for group in prefill_groups(lengths):
             yield book(self._prefill(cache, group, prompts))
@@ -82,8 +81,8 @@ class Batches:
             if not live:
                 return
             rows = range(len(prompts)) if cache.fixed else live
-            positions = [lengths[request] + generated[request] - 1 for request in rows]
-            yield book(self._decode(cache, live, [newest[request] for request in rows], positions))
+            positions = [len(tokens[request]) - 1 for request in rows]
+            yield book(self._decode(cache, live, [tokens[request][-1] for request in rows], positions))
 
     def _compute_injected(
         self, batch: InjectedBatch, prompts: list[list[int]], output_lens: list[int]
@@ -93,11 +92,13 @@ class Batches:
         live = list(range(len(prompts)))
         newest = self._choose(batch.prefill(prompts), live, whole=True)
         yield Pass(live, newest[: len(live)], sum(map(len, prompts)), 0, time.perf_counter() - started)
-        generated = 1
-        while live := [row for row in live if not self.finished(newest[row], generated, output_lens[row])]:
+        tokens = [[*prompt, token] for prompt, token in zip(prompts, newest, strict=False)]
+        most = [len(prompt) + output_len for prompt, output_len in zip(prompts, output_lens, strict=True)]
+        while live := [row for row in live if not self.finished(tokens[row], most[row])]:
             started = time.perf_counter()
             newest = self._choose(batch.decode(newest), live, whole=True)
-            generated += 1
+            for row in live:
+                tokens[row].append(newest[row])
             yield Pass(live, [newest[row] for row in live], 0, len(live), time.perf_counter() - started)
 
     def _cache(self, rows: int, width: int) -> StaticCache:
@@ -163,8 +164,16 @@ class Batches:
             torch.distributed.broadcast(tokens, tensor.leader, group=tensor.group)
         return tokens.tolist()
 
-    def finished(self, token: int, generated: int, output_len: int) -> bool:
-        return (self.forced is None and token in self.stop_ids) or generated >= output_len
+    def finished(self, tokens: list[int], most: int) -> bool:
+        """Whether a request has come to its end.
+
+        Args:
+            tokens: its prompt and its output.
+            most: how many these can be.
+        """
+        if len(tokens) >= most:
+            return True
+        return self.forced is None and self.ends.reason(tokens, len(tokens) - 1) is not None
 
 
 def prefill_groups(lengths: list[int], waste: float = 0.25) -> list[list[int]]:

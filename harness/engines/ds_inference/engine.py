@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 
 from harness.basics.clock import Clock
-from harness.engines.base import Engine, EngineSettings, EngineStatistics, Progress, rejection
+from harness.engines.base import Engine, EngineSettings, Progress, rejection
 from harness.engines.ds_inference import checks, kernel_inject
 from harness.engines.ds_inference.batches import Batches, Pass
 from harness.engines.ds_inference.config import DsInferenceConfig
@@ -18,7 +19,9 @@ from harness.engines.scoring import Forced, Score, Scored, grouped, no_prefill
 from harness.engines.shared import auto_tp
 from harness.engines.shared.packed_linear import can_pack, pack_linears
 from harness.engines.shared.plain_attention import probe
+from harness.engines.statistics import EngineStatistics
 from harness.models import tokenizer
+from harness.models.ends import Ends
 from harness.models.generation import stop_ids
 from harness.workload.records import Completion, PassRecord, Request
 
@@ -30,8 +33,12 @@ class _Row:
     request: Request
     prompt: list[int]
     output_len: int
-    output: list[int]
+    tokens: list[int]  # its prompt and its output
     first_token_s: float | None = None
+
+    @property
+    def most_tokens(self) -> int:
+        return len(self.prompt) + self.output_len
 
 
 class DsInferenceEngine(Engine[DsInferenceConfig]):
@@ -68,7 +75,7 @@ class DsInferenceEngine(Engine[DsInferenceConfig]):
             self._load_injected()
             return
         model = auto_tp.load_whole(settings, ATTENTION)
-        self.batches.stop_ids = stop_ids(model, settings.generation)
+        self._end_as(model)
         self.batches.engine = auto_tp.init_inference(model, settings, enable_cuda_graph=settings.engine.cuda_graph)
         probe(self.batches.engine.module, "static", settings.device, settings.max_context, "ds_inference")
         if settings.engine.cuda_graph:
@@ -79,9 +86,10 @@ class DsInferenceEngine(Engine[DsInferenceConfig]):
     def _load_injected(self) -> None:
         """Loads the model and replaces its layers by DeepSpeed's."""
         settings = self.settings
-        kernel_inject.refuse_unsupported(settings.source.architecture, settings.tp)
+        checks.check_injection(settings.source.architecture, settings.tp)
+        kernel_inject.build(settings.leads)
         model = auto_tp.load_whole(settings, "eager")
-        self.batches.stop_ids = stop_ids(model, settings.generation)
+        self._end_as(model)
         self.batches.engine = auto_tp.init_inference(
             model, settings, **kernel_inject.OPTIONS, max_out_tokens=self._width + settings.engine.batch_size
         )
@@ -91,6 +99,11 @@ class DsInferenceEngine(Engine[DsInferenceConfig]):
             settings.device,
             getattr(torch, settings.dtype),
         )
+
+    def _end_as(self, model: Any) -> None:
+        """Settles what ends a request, on all ranks that share the model: each looks for itself."""
+        generation = self.settings.generation
+        self.ends = self.batches.ends = Ends.of(stop_ids(model, generation), generation, self.tokenizer)
 
     @property
     def _width(self) -> int:
@@ -157,14 +170,12 @@ class DsInferenceEngine(Engine[DsInferenceConfig]):
                 self.on_progress(Progress(live, len(ready), None, prompt_tokens, output_tokens))
                 for number, token in zip(step.rows, step.tokens, strict=True):
                     row = batch[number]
-                    row.output.append(token)
+                    row.tokens.append(token)
                     if row.first_token_s is None:
                         row.first_token_s = now
-                    if self.batches.finished(token, len(row.output), row.output_len):
+                    if self.batches.finished(row.tokens, row.most_tokens):
                         live -= 1
-                        reason = "eos" if token in self.batches.stop_ids else "length"
-                        index, length = row.request.index, len(row.prompt)
-                        yield self.completion(index, length, row.output, reason, row.first_token_s, clock)
+                        yield self._complete(row, clock)
         self._release()
         statistics.steps = steps
         statistics.mean_tokens_per_pass = tokens / steps if steps else None
@@ -212,8 +223,15 @@ class DsInferenceEngine(Engine[DsInferenceConfig]):
             if reason:
                 rejected.append(rejection(request, reason, clock))
             else:
-                rows.append(_Row(request, prompt, request.output_len, []))
+                rows.append(_Row(request, prompt, request.output_len, list(prompt)))
         return rejected, rows
+
+    def _complete(self, row: _Row, clock: Clock) -> Completion:
+        """Returns what came of a request."""
+        reason = self.batches.ends.reason(row.tokens, len(row.tokens) - 1) or "length"
+        index, length = row.request.index, len(row.prompt)
+        output = row.tokens[length:]
+        return self.completion(index, length, output, reason, row.first_token_s, clock, prompt=row.prompt)
 
     def _too_wide(self, prompt: int, output_len: int) -> str | None:
         """Returns why injected kernels have no room for a request of so many tokens, or None when they have."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from harness.basics.errors import UserError
 from harness.engines.ds_inference.static_cache import left_padded
-from harness.models.architecture import attention_heads
+from harness.engines.shared import deepspeed_ops
 
 OPTIONS = {
     "replace_with_kernel_inject": True,
@@ -22,31 +22,13 @@ OPTIONS = {
 }
 
 
-def refuse_unsupported(architecture: dict[str, Any], tp: int) -> None:
-    """Raises UserError for a model that DeepSpeed's kernel injection is known not to compute.
-
-    Source: ``deepspeed/module_inject/containers/llama.py`` (no ``num_kv``: as many key-value as query heads; rotary
-    embeddings from ``rope_theta`` alone) and ``replace_policy.py``.
-    """
-    reason = None
-    if architecture.get("model_type") != "llama":
-        reason = f"has no kernels for {architecture.get('model_type')} models"
-    else:
-        heads, kv_heads, head_dim = attention_heads(architecture)
-        if heads != kv_heads:
-            reason = f"has no grouped heads, the model has {heads} query and {kv_heads} key-value heads"
-        elif heads % tp:
-            reason = f"cuts heads evenly, {heads} do not go into {tp} ranks"
-        elif head_dim * heads != architecture["hidden_size"]:
-            reason = f"takes heads of {architecture['hidden_size'] // heads}, the model's are of {head_dim}"
-        elif architecture.get("attention_bias") or architecture.get("mlp_bias"):
-            reason = "drops the biases of this model"
-    if reason is not None:
-        raise UserError(
-            "engine.kernel_inject",
-            f"true: DeepSpeed's kernel injection {reason}",
-            "use engine.kernel_inject=false, or engine=fastgen",
-        )
+def build(aloud: bool) -> None:
+    """Compiles the kernels where that was never done; raises UserError where it cannot be."""
+    try:
+        deepspeed_ops.load(deepspeed_ops.INJECTED, aloud)
+    except deepspeed_ops.OpsError as error:
+        found = f"true: DeepSpeed's injected kernels cannot be built: {error}"
+        raise UserError("engine.kernel_inject", found, "use engine.kernel_inject=false") from error
 
 
 class InjectedBatch:

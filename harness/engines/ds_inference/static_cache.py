@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from harness.engines.shared.attention_scores import scores
 from harness.engines.shared.plain_attention import Probe
 
 ATTENTION = "harness_static"
@@ -119,8 +120,8 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: fl
     """
     rows, heads, _, head_dim = query.shape
     grouped = query.view(rows, keys.shape[1], heads // keys.shape[1], head_dim)
-    scores = torch.matmul(grouped, keys.transpose(2, 3)).float().mul_(scale).add_(mask[:, None, None])
-    weights = torch.softmax(scores, -1).to(values.dtype)
+    scored = scores(grouped, keys).mul_(scale).add_(mask[:, None, None])
+    weights = torch.softmax(scored, -1).to(values.dtype)
     return torch.matmul(weights, values).view(rows, heads, 1, head_dim)
 
 

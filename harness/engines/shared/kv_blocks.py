@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 import heapq
+from typing import NamedTuple
+
+
+class KvPool(NamedTuple):
+    """A KV cache of blocks: how many a replica has, and tokens in each."""
+
+    blocks: int
+    block_size: int
 
 
 class KvBlocks:

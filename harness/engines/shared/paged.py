@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from harness.basics.errors import UserError, quoted
-from harness.config.checks import check_counts, check_size, parse_bytes
+from harness.config.checks import AUTO, check_counts, check_size, check_whole_or_auto, parse_bytes
 from harness.config.schema import DType
 from harness.engines.room import Share
 from harness.engines.shared.kv_memory import is_fraction
@@ -16,10 +16,10 @@ FP6_BYTES = 0.75
 
 
 class Sized(Protocol):
-    """The sizes that they share."""
+    """The sizes that they share: numbers, or :data:`AUTO` until the job is prepared."""
 
-    token_budget: int
-    max_sequences: int
+    token_budget: Any
+    max_sequences: Any
     kv_memory: int | float | str
 
 
@@ -32,9 +32,13 @@ class Paged(Sized, Protocol):
 
 def check(engine: Sized) -> None:
     """Raises UserError for sizes that cannot be."""
-    check_counts({"engine.token_budget": engine.token_budget, "engine.max_sequences": engine.max_sequences})
-    check_size("engine.kv_memory", engine.kv_memory)
-    if engine.token_budget < engine.max_sequences:
+    given = {"engine.token_budget": engine.token_budget, "engine.max_sequences": engine.max_sequences}
+    check_whole_or_auto(given)
+    numbers = {key: value for key, value in given.items() if value != AUTO}
+    check_counts(numbers)
+    if engine.kv_memory != AUTO:
+        check_size("engine.kv_memory", engine.kv_memory)
+    if len(numbers) == len(given) and engine.token_budget < engine.max_sequences:
         raise UserError(
             "engine.token_budget",
             f"{engine.token_budget} is below engine.max_sequences={engine.max_sequences}, "
@@ -69,11 +73,14 @@ def check_quantization(engine: Paged, dtype: DType, accelerator: str, has: bool)
 
 
 def share(engine: Sized) -> Share:
-    """Returns what ``engine.kv_memory`` and the quantization, where there is one, make of the memory."""
+    """Returns what ``engine.kv_memory`` and the quantization, where there is one, make of the memory.
+
+    Sizes that are not known yet are left at what :class:`Share` has.
+    """
     found = Share(
         weight_bytes=None if getattr(engine, "quantization", None) is None else FP6_BYTES,
-        pass_tokens=engine.token_budget,
-        rows=engine.max_sequences,
+        pass_tokens=None if engine.token_budget == AUTO else engine.token_budget,
+        rows=1 if engine.max_sequences == AUTO else engine.max_sequences,
     )
     amount = parse_bytes(engine.kv_memory)
     return replace(found, part=amount) if is_fraction(engine.kv_memory) else replace(found, given=int(amount))

@@ -46,6 +46,7 @@ FP6_OUT_GRANULE, FP6_IN_GRANULE = 256, 64
 # A pass's tokens: kernels/ragged_ops/embed launches a row of blocks for each, and CUDA has 65,535; gated_activation_
 # kernels_cuda.cu numbers rows x columns in int32, and there are up to 57,344 columns.
 TOKENS_MOST = 32768
+SMALLEST_ATOM = 64  # tokens; kernels/ragged_ops/blocked_flash/blocked_flash.py, get_q_block_size
 # kernels/ragged_ops/blocked_flash/blocked_flash.cpp: 8.x and 9.0, what the prebuilt attention has code for
 SM_MAJORS = (8, 9)
 PICKLED = "they are loaded from safetensors, and these weights are pickled (model.allow_pickle)"
@@ -88,17 +89,32 @@ def device_unsupported(quantization: str | None, sm_major: int) -> str | None:
 
 def not_installed(quantization: str | None = None) -> str | None:
     """Returns what the kernels lack on this machine to be built and loaded, None when all is there."""
-    version = importlib.metadata.version("deepspeed")
+    try:
+        version = importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        return "the package deepspeed is not installed"
     if tuple(map(int, re.findall(r"\d+", version)[:3])) < OLDEST:
         return f"DeepSpeed {version} rounds rotary frequencies to the activations' type, {_dotted(OLDEST)} does not"
     if importlib.util.find_spec("dskernels") is None:
         return "the package deepspeed-kernels is not installed"
     if quantization == FP6 and importlib.util.find_spec("qtorch") is None:
         return f"the package qtorch, with which {FP6} rounds the weights, is not installed"
+    return None if built_in("inference/v2/kernels/ragged_ops", "ragged_device_ops") else no_compiler()
+
+
+def built_in(folder: str, name: str) -> bool:
+    """Whether an extension was compiled as DeepSpeed was installed.
+
+    Args:
+        folder: below DeepSpeed's own.
+    """
     package = importlib.util.find_spec("deepspeed")
     places = list(package.submodule_search_locations or ()) if package else []
-    if any(list(Path(place, "inference/v2/kernels/ragged_ops").glob("ragged_device_ops*.so")) for place in places):
-        return None  # built when DeepSpeed was installed
+    return any(list(Path(place, folder).glob(f"{name}*.so")) for place in places)
+
+
+def no_compiler() -> str | None:
+    """Returns what lacks on this machine to compile DeepSpeed's extensions; None when all is there."""
     cuda = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     if shutil.which("nvcc") is None and not os.access(Path(cuda, "bin/nvcc"), os.X_OK):
         return "they are compiled when first used, and there is no nvcc"
@@ -106,6 +122,16 @@ def not_installed(quantization: str | None = None) -> str | None:
         if shutil.which(tool) is None and (tool != "ninja" or importlib.util.find_spec("ninja") is None):
             return f"they are compiled when first used, and there is no {tool}"
     return None
+
+
+def attention_atoms(token_budget: int, max_sequences: int) -> int:
+    """Returns the most attention atoms of a pass, for whose buffers ``max_ragged_sequence_count`` makes room.
+
+    ``atom_builder.cpp`` writes past their end where there are more. A sequence of ``n`` tokens takes at most
+    ``1 + (n - 1) // 64``, so a pass takes at most ``max_sequences + token_budget // 64``, and never more than it has
+    tokens.
+    """
+    return min(token_budget, max_sequences + token_budget // SMALLEST_ATOM)
 
 
 def local_heads(heads: int, kv_heads: int, tp: int) -> list[tuple[int, int]] | None:

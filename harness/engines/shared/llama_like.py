@@ -1,0 +1,35 @@
+"""Which models have the decoder of a Llama, as our own passes compute it; told from a config alone, without torch."""
+
+from __future__ import annotations
+
+from harness.engines.known_model import KnownModel
+from harness.models.architecture import LLAMA_LIKE, not_plain, rotary_settings, rotary_types
+
+# The others' frequencies change with the length of the sequence (dynamic, longrope).
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+def unlike(known: KnownModel) -> str | None:
+    """Returns, in one clause, why a model is not computed as a Llama is; None when it is."""
+    architecture = known.architecture
+    if not architecture:
+        return "its config is not known before it is downloaded"
+    family = architecture.get("model_type")
+    if family not in LLAMA_LIKE:
+        return f"{family} is not one of the families that they compute ({', '.join(LLAMA_LIKE)})"
+    # Made-up weights are drawn without the checkpoint's code.
+    remote_code = known.remote_code and not known.dummy
+    reason = not_plain(architecture, dummy=known.dummy, remote_code=remote_code)
+    if reason is not None:
+        return reason
+    for rope_type in sorted(rotary_types(architecture) - set(ROPE_TYPES)):
+        return f"its rotary embedding is scaled ({rope_type}; {', '.join(ROPE_TYPES)} are possible)"
+    if any(
+        (entry.get("partial_rotary_factor") or 1.0) != 1.0 for entry in (architecture, *rotary_settings(architecture))
+    ):
+        return "only a part of each head is rotated (partial_rotary_factor)"
+    if architecture.get("hidden_act", "silu") != "silu":
+        return f"its hidden_act is {architecture['hidden_act']}, not silu"
+    if architecture.get("mlp_bias"):
+        return "it has mlp_bias"
+    return None
