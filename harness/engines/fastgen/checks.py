@@ -8,7 +8,10 @@ from harness.basics.errors import UserError
 from harness.config.checks import check_counts
 from harness.config.schema import Config
 from harness.engines.fastgen.config import FastGenConfig, Kernels
+from harness.engines.fastgen.runners.triton.checks import interpreted
 from harness.engines.shared import paged
+
+RAGGED = (Kernels.auto, Kernels.deepspeed)  # which may be DeepSpeed's
 
 
 def check(config: Config, accelerator: str) -> None:
@@ -16,6 +19,12 @@ def check(config: Config, accelerator: str) -> None:
     engine = cast(FastGenConfig, config.engine)
     paged.check(engine)
     check_counts({"engine.kv_block_size": engine.kv_block_size})
+    if accelerator != "cuda" and engine.kernels is Kernels.triton and not interpreted():
+        raise UserError(
+            "engine.kernels",
+            "triton needs CUDA; tests/test_triton_runner.py has Triton interpret it on a CPU (TRITON_INTERPRET=1)",
+            "use engine.kernels=native, torch or auto",
+        )
     if accelerator != "cuda" and engine.kernels is Kernels.deepspeed:
         raise UserError(
             "engine.kernels",
@@ -26,4 +35,4 @@ def check(config: Config, accelerator: str) -> None:
         raise UserError(
             "engine.kernels", "native computes on a CPU, and this run is on cuda", "use engine.kernels=auto"
         )
-    paged.check_quantization(engine, config.model.dtype, accelerator, has=engine.kernels is not Kernels.torch)
+    paged.check_quantization(engine, config.model.dtype, accelerator, has=engine.kernels in RAGGED)

@@ -1,44 +1,32 @@
-"""FastGen's loop: schedule, forward, sample, finish."""
+"""FastGen: requests through the scheduler and a runner, completions back."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import replace
+from functools import partial
 
 from harness.basics.clock import Clock
-from harness.engines.base import Engine, EngineSettings, EngineStatistics, Progress, rejection
+from harness.basics.errors import UserError
+from harness.engines.base import Engine, EngineSettings, rejection
 from harness.engines.fastgen import scoring
 from harness.engines.fastgen.config import FastGenConfig, Kernels
+from harness.engines.fastgen.ledger import Ledger
+from harness.engines.fastgen.loop import Loop
 from harness.engines.fastgen.runners import choice
 from harness.engines.fastgen.runners.sharded_runner import ShardedRunner
-from harness.engines.fastgen.scheduler import RaggedBatch, Scheduler, Sequence
+from harness.engines.fastgen.scheduler import Scheduler, Sequence
+from harness.engines.fastgen.texts import Texts
 from harness.engines.scoring import Forced, Score, Scored, no_prefill
-from harness.engines.shared.kv_blocks import KvBlocks
+from harness.engines.shared.kv_blocks import KvBlocks, KvPool
 from harness.engines.shared.order import arranged
+from harness.engines.statistics import EngineStatistics
 from harness.models import tokenizer
-from harness.workload.records import Completion, PassRecord, Request
+from harness.models.ends import Ends
+from harness.workload.records import Completion, Request
 
 PROOF_BUDGET = 32  # tokens a pass of a proof
-
-
-@dataclass(slots=True)
-class _Active:
-    """A request inside the engine, and when its first token came."""
-
-    request: Request
-    first_token_s: float | None = None
-
-
-@dataclass(slots=True)
-class _Counts:
-    """What the passes of a run have added up to."""
-
-    steps: int = 0
-    tokens: int = 0
-    prompt_tokens: int = 0
-    output_tokens: int = 0
 
 
 class FastGenEngine(Engine[FastGenConfig]):
@@ -48,6 +36,7 @@ class FastGenEngine(Engine[FastGenConfig]):
         super().__init__(settings)
         self.runner, note = choice.choose(settings)
         self.notes += [note] if note else []
+        self.automatic = settings.engine.kernels is Kernels.auto  # as what took its place is, which is named
         self.team: ShardedRunner | None = None
         if settings.tensor is not None:
             self.team = self.runner = ShardedRunner(self.runner, settings.tensor)
@@ -56,6 +45,10 @@ class FastGenEngine(Engine[FastGenConfig]):
     @property
     def kernels(self) -> str:
         return self.runner.name
+
+    @property
+    def kv_pool(self) -> KvPool | None:
+        return KvPool(self.total_blocks, self.runner.block_size) if self.total_blocks else None
 
     @property
     def provable(self) -> bool:
@@ -70,13 +63,19 @@ class FastGenEngine(Engine[FastGenConfig]):
         return "engine.kernels", self.kernels, "use engine.kernels=torch"
 
     def instead(self, reason: str) -> FastGenEngine | None:
-        """Returns the engine with PyTorch's kernels where ``engine.kernels=auto`` has taken others."""
+        """Returns the engine with the next kernels where ``engine.kernels=auto`` has taken these."""
         engine = self.settings.engine
-        if engine.kernels is not Kernels.auto or self.kernels == "torch" or engine.quantization is not None:
+        if not self.automatic or engine.quantization is not None:
             return None
-        other = FastGenEngine(replace(self.settings, engine=replace(engine, kernels=Kernels.torch)))
-        other.notes.append(f"engine.kernels=auto took torch, not {self.kernels}: {reason}")
-        return other
+        for kernels in choice.after(self.kernels):
+            try:
+                other = FastGenEngine(replace(self.settings, engine=replace(engine, kernels=kernels)))
+            except UserError:
+                continue  # they cannot be had here
+            other.automatic = True
+            other.notes.append(f"engine.kernels=auto took {kernels.value}, not {self.kernels}: {reason}")
+            return other
+        return None
 
     @property
     def limits(self) -> dict[str, int]:
@@ -88,6 +87,7 @@ class FastGenEngine(Engine[FastGenConfig]):
         settings = self.settings.engine
         self.tokenizer = tokenizer.load_tokenizer(self.settings.source)
         self.runner.load()
+        self.ends = Ends.of(self.runner.stop_ids(), self.settings.generation, self.tokenizer)
         self.phase = "cache"
         context = self.settings.max_context
         per_sequence = -(-context // self.runner.block_size) if context else 1 << 20
@@ -102,18 +102,14 @@ class FastGenEngine(Engine[FastGenConfig]):
         if not self.settings.leads:
             self.follow()
             return
-        scheduler = self._scheduler(frozenset())
+        scheduler = self._scheduler(Ends())
         context = self.settings.max_context or 1 << 20
         room = min(self.total_blocks * self.runner.block_size, context) - 4
         length = min(room, self.settings.engine.token_budget)
         for uid in range(min(2, self.settings.engine.max_sequences) if length > 0 else 0):
             scheduler.submit(Sequence(uid, [1] * length, length, 4))
-        while scheduler.unfinished:
-            batch = scheduler.schedule()
-            for sequence in scheduler.preempted:
-                self.runner.free(sequence)
-            for sequence in scheduler.complete(batch, self._forward(batch)):
-                self.runner.free(sequence)
+        for _ in Loop(self.runner, scheduler, Clock()).passes():
+            pass
         if self.team is not None:
             self.team.release()
 
@@ -141,7 +137,7 @@ class FastGenEngine(Engine[FastGenConfig]):
             self.team.release()
 
     def _score(self, items: Iterable[Scored], prefill: bool, budget: int | None = None) -> Iterator[Score]:
-        scheduler = self._scheduler(frozenset(), budget)
+        scheduler = self._scheduler(Ends(), budget)
 
         def refusal(forced: Forced) -> str | None:
             context, target = len(forced.context), len(forced.target)
@@ -156,106 +152,52 @@ class FastGenEngine(Engine[FastGenConfig]):
     def generate(self, requests: Iterable[Request], clock: Clock) -> Iterator[Completion]:
         """Yields completions as their sequences finish; see :meth:`Engine.generate`."""
         self.statistics = EngineStatistics(kv_blocks=self.total_blocks)
-        scheduler = self._scheduler(self.runner.stop_ids())
-        intake = iter(requests)
-        counts = _Counts()
-        active: dict[int, _Active] = {}
-        lookahead = self.settings.lookahead
-        more = True
-        while True:
-            while more and len(scheduler.waiting) < lookahead:
-                taken = list(islice(intake, lookahead))
-                more = len(taken) == lookahead
-                yield from self._submit(taken, scheduler, active, clock)
-            if not scheduler.unfinished:
-                break
-            batch = scheduler.schedule()
-            for sequence in scheduler.preempted:
-                self.runner.free(sequence)
-            started = clock()
-            token_ids = self._forward(batch)
-            ended = clock()
-            finished = scheduler.complete(batch, token_ids)
-            counts.output_tokens += len(token_ids)
-            self._account(batch, scheduler, active, counts, started, ended)
-            for sequence in finished:
-                self.runner.free(sequence)
-                yield self.completion(
-                    sequence.uid,
-                    sequence.prompt_len,
-                    sequence.output_ids,
-                    sequence.finish_reason or "length",
-                    active.pop(sequence.uid).first_token_s,
-                    clock,
-                )
+        scheduler = self._scheduler(self.ends)
+        loop, ledger = Loop(self.runner, scheduler, clock), Ledger(self)
+        device_time = self.runner.device_time
+        if device_time is not None:
+            device_time.begin()
+        lookahead, beside = self.settings.lookahead, self.runner.depth > 0
+        with Texts(self, requests, lookahead, beside, idle=lambda: not loop.under_way) as texts:
+
+            def submit() -> None:
+                while texts.more and scheduler.hungry(lookahead):
+                    for request, ids in texts.take():
+                        if rejected := self._submit(request, ids, scheduler, clock):
+                            texts.add(rejected)
+
+            for computed in loop.passes(submit):
+                ledger.book(computed)
+                for sequence in computed.finished:
+                    texts.make(partial(self._complete, sequence, ledger.first_token_s(sequence.uid), clock))
+                yield from texts.ready()
+            yield from texts.ready(wait=True)
         if self.team is not None:
             self.team.release()
-        self._sum_up(scheduler, counts)
+        ledger.close(scheduler)
+        if device_time is not None and (busy := device_time.end()) is not None:
+            self.statistics.device_busy_s, self.statistics.device_gap_s = busy.busy_s, busy.gap_s
 
-    def _account(
-        self,
-        batch: RaggedBatch,
-        scheduler: Scheduler,
-        active: dict[int, _Active],
-        counts: _Counts,
-        started: float,
-        ended: float,
-    ) -> None:
-        """Books a pass that took from ``started`` to ``ended``, and tells who watches."""
-        statistics = self.statistics
-        counts.steps += 1
-        counts.tokens += batch.tokens
-        statistics.prefill_s += (ended - started) * batch.prompt_tokens / batch.tokens
-        statistics.decode_s += (ended - started) * batch.decode_tokens / batch.tokens
-        for sequence, _, _, last in batch.chunks[batch.decode_tokens :]:
-            # Recomputed tokens were counted when they were first fed.
-            if last and (entry := active[sequence.uid]).first_token_s is None:
-                entry.first_token_s = ended
-                counts.prompt_tokens += sequence.prompt_len
-        used = scheduler.blocks.used / scheduler.blocks.total
-        self.on_pass(
-            PassRecord(
-                step=counts.steps,
-                started_s=started,
-                seconds=ended - started,
-                kv_utilisation=used,
-                waiting=len(scheduler.waiting),
-                **batch.work._asdict(),
-            )
-        )
-        running, waiting = len(scheduler.running), len(scheduler.waiting)
-        self.on_progress(Progress(running, waiting, used, counts.prompt_tokens, counts.output_tokens))
-
-    def _sum_up(self, scheduler: Scheduler, counts: _Counts) -> None:
-        """Completes the statistics once all requests are done."""
-        statistics = self.statistics
-        statistics.steps = counts.steps
-        statistics.preemptions = scheduler.preemptions
-        statistics.recomputed_tokens = scheduler.recomputed_tokens
-        statistics.kv_peak_utilisation = scheduler.blocks.peak / scheduler.blocks.total
-        statistics.peak_sequences = scheduler.peak_sequences
-        statistics.mean_tokens_per_pass = counts.tokens / counts.steps if counts.steps else None
-
-    def _scheduler(self, stop_ids: frozenset[int], budget: int | None = None) -> Scheduler:
+    def _scheduler(self, ends: Ends, budget: int | None = None) -> Scheduler:
         """Returns a new scheduler; ``budget`` lowers ``engine.token_budget``."""
         engine = self.settings.engine
         blocks = KvBlocks(self.total_blocks, self.runner.block_size)
         budget = min(budget or engine.token_budget, engine.token_budget)
-        return Scheduler(budget, min(engine.max_sequences, budget), blocks, stop_ids)
+        return Scheduler(budget, min(engine.max_sequences, budget), blocks, ends)
 
-    def _forward(self, batch: RaggedBatch) -> list[int]:
-        rows = self.runner.forward(batch)
-        return (rows.argmax(-1) if rows.ndim == 2 else rows).tolist()
+    def _submit(self, request: Request, ids: list[int], scheduler: Scheduler, clock: Clock) -> Completion | None:
+        """Queues a request; returns its rejection where it could never run."""
+        assert request.output_len is not None  # workload.resolve() has seen to it
+        reason = self.too_long(len(ids), request.output_len) or scheduler.refusal(len(ids), request.output_len)
+        if reason:
+            return rejection(request, reason, clock)
+        scheduler.submit(Sequence(request.index, ids, len(ids), request.output_len))
+        return None
 
-    def _submit(
-        self, requests: list[Request], scheduler: Scheduler, active: dict[int, _Active], clock: Clock
-    ) -> Iterator[Completion]:
-        """Tokenizes requests and queues them; yields the rejections."""
-        for request, ids in zip(requests, self.tokenize(requests), strict=True):
-            assert request.output_len is not None  # workload.resolve() has seen to it
-            reason = self.too_long(len(ids), request.output_len) or scheduler.refusal(len(ids), request.output_len)
-            if reason:
-                yield rejection(request, reason, clock)
-                continue
-            active[request.index] = _Active(request)
-            scheduler.submit(Sequence(request.index, ids, len(ids), request.output_len))
+    def _complete(self, sequence: Sequence, first_token_s: float, clock: Clock) -> Completion:
+        """Returns what came of a request; :class:`Texts` books the time."""
+        reason, ids = sequence.finish_reason or "length", sequence.output_ids
+        prompt = sequence.tokens[: sequence.prompt_len]
+        return self.completion(
+            sequence.uid, sequence.prompt_len, ids, reason, first_token_s, clock, booked=False, prompt=prompt
+        )

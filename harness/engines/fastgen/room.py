@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from harness.config.schema import Config, EngineConfig
 from harness.engines.fastgen import checks
-from harness.engines.fastgen.config import FastGenConfig
+from harness.engines.fastgen.config import FastGenConfig, Kernels
 from harness.engines.fastgen.runners import choice
 from harness.engines.known_model import KnownModel
-from harness.engines.room import Change, Passes, Room, Share, Unrecorded, count, section
+from harness.engines.room import Change, Here, Passes, Room, Share, Unrecorded, count, section
 from harness.engines.shared import less_memory, paged
 from harness.engines.shared.attention_checks import refuse_by_its_file
 from harness.engines.shared.kv_blocks import refusal
+
+if TYPE_CHECKING:
+    from harness.engines.base import EngineSettings
 
 BLOCK_NOTE = re.compile(r"the kernels' KV blocks are of ([0-9]+) tokens")  # FastGenEngine.load()
 
@@ -41,9 +44,21 @@ class FastGenRoom(Room):
         """See :func:`choice.check`."""
         choice.check(cast(FastGenConfig, config.engine), known, accelerator)
 
+    def here(self, settings: EngineSettings[Any], capability: tuple[int, int] | None) -> Here:
+        """See :func:`choice.foretell`."""
+        known = KnownModel.of(settings.source, settings.dtype, settings.tp, settings.max_context)
+        accelerator = "cuda" if settings.device.startswith("cuda") else "cpu"
+        taken, reasons = choice.foretell(settings.engine, known, accelerator, capability)
+        return Here(taken.value, {kernels.value: why for kernels, why in reasons.items()})
+
     def share(self, config: Config) -> Share:
         """A paged KV cache."""
         return paged.share(cast(FastGenConfig, config.engine))
+
+    def loads_whole(self, config: Config, accelerator: str) -> bool:
+        """PyTorch's kernels do, which ``auto`` takes for shards on a CPU."""
+        kernels = cast(FastGenConfig, config.engine).kernels
+        return kernels is Kernels.torch or (kernels is Kernels.auto and accelerator == "cpu")
 
     def less_memory(self, engine: Mapping[str, Any], phase: object) -> list[Change] | None:
         """Smaller passes, a smaller KV cache."""

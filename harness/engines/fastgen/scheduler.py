@@ -5,18 +5,24 @@ fill the rest, a long one split over several passes, short ones composed. The fo
 number of its tokens, not of its sequences, and its throughput is concave in that number, so full and
 equal passes are the fastest way through a list of requests (Holmes et al., "DeepSpeed-FastGen", 2024).
 
+A device need not wait for its host: the next pass can be scheduled once this one is launched, before its ids have
+come. Until then a placeholder stands for each of them.
+
 Plain Python: no torch, no device, no clock. A pass costs O(running sequences), whatever waits behind them.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from harness.costs.work import PassWork
 from harness.engines.shared.kv_blocks import KvBlocks, refusal
+from harness.models.ends import Ends
+
+NO_ENDS = Ends()
 
 
 @dataclass(slots=True, eq=False)
@@ -24,10 +30,13 @@ class Sequence:
     """One request on its way through the engine.
 
     Attributes:
-        tokens: the prompt's ids, then the generated ones.
+        tokens: the prompt's ids, then the generated ones. The last may be ``-(row + 1)``, a placeholder: the id that
+            the pass before the next gives in that row of its output, and that has not come yet.
         computed: how many of ``tokens``, from the front, have their keys and values in the cache.
         blocks: numbers of the cache blocks held, in the order of the tokens they hold.
-        finish_reason: None while unfinished, then ``eos`` or ``length``.
+        finish_reason: None while unfinished, then ``eos``, ``stop`` or ``length``.
+        slot: its number among the running sequences, from 0, for what a runner keeps of each; -1 while it waits.
+        most_tokens: prompt and output.
     """
 
     uid: int
@@ -37,6 +46,11 @@ class Sequence:
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    slot: int = -1
+    most_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.most_tokens = self.prompt_len + self.max_new_tokens
 
     @property
     def output_ids(self) -> list[int]:
@@ -44,22 +58,24 @@ class Sequence:
         return self.tokens[self.prompt_len :]
 
 
-class Chunk(NamedTuple):
-    """``length`` tokens of one sequence, from position ``start``; ``last`` when its newest token is among them."""
-
-    sequence: Sequence
-    start: int
-    length: int
-    last: bool
+# A sequence, the position of its first token in the pass, how many tokens, and "last": whether its newest is there too.
+# A plain tuple, for a pass makes and unpacks hundreds of them.
+Chunk = tuple[Sequence, int, int, bool]
 
 
 @dataclass(slots=True)
 class RaggedBatch:
-    """One pass: chunks in order, decodes first. Its logits rows are those of the ``last`` chunks, in order."""
+    """One pass.
+
+    Attributes:
+        chunks: in order, decodes first. The rows of the output are those of the ``last`` chunks, in order.
+        grown: the sequences whose ``blocks`` are not what they were in the pass before.
+    """
 
     chunks: list[Chunk]
     decode_tokens: int
     prompt_tokens: int
+    grown: list[Sequence] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -67,19 +83,37 @@ class RaggedBatch:
         return self.decode_tokens + self.prompt_tokens
 
     @property
+    def token_ids(self) -> list[int]:
+        """Their ids, or placeholders, in order."""
+        ids: list[int] = []
+        for sequence, start, length, _ in self.chunks:
+            if length == 1:  # most are: no list for each
+                ids.append(sequence.tokens[start])
+            else:
+                ids += sequence.tokens[start : start + length]
+        return ids
+
+    @property
+    def rows(self) -> int:
+        """Sequences that get a next token."""
+        return self.decode_tokens + sum([chunk[3] for chunk in self.chunks[self.decode_tokens :]])
+
+    @property
     def work(self) -> PassWork:
         """What the pass costs by."""
-        rows = decodes = self.decode_tokens
+        decodes = self.decode_tokens
         keys = pairs = decodes + sum([chunk[1] for chunk in self.chunks[:decodes]])
-        for _, start, length, last in self.chunks[decodes:]:
-            rows += last
+        for _, start, length, _ in self.chunks[decodes:]:
             keys += start + length
             pairs += length * (2 * start + length + 1) // 2  # token i of the chunk sees start + i + 1 keys
-        return PassWork(self.tokens, self.prompt_tokens, self.decode_tokens, len(self.chunks), rows, keys, pairs)
+        return PassWork(self.tokens, self.prompt_tokens, decodes, len(self.chunks), self.rows, keys, pairs)
 
 
 class Scheduler:
     """Owns admission, chunking, preemption and finishing.
+
+    A pass goes through :meth:`schedule`, :meth:`launched` and :meth:`collect`. One more pass may be scheduled and
+    launched before a pass is collected.
 
     It cannot deadlock: a sequence is accepted only if the whole pool can hold it to its end; it is
     admitted only with blocks for all its present tokens; and when a decode finds no free block, the
@@ -89,24 +123,26 @@ class Scheduler:
         token_budget: most tokens in one pass.
         max_sequences: most sequences running at a time, at most ``token_budget``.
         blocks: the KV cache's blocks.
-        stop_ids: token ids that end a sequence.
+        ends: what ends a sequence before its length does.
     """
 
-    def __init__(
-        self, token_budget: int, max_sequences: int, blocks: KvBlocks, stop_ids: frozenset[int] = frozenset()
-    ) -> None:
+    def __init__(self, token_budget: int, max_sequences: int, blocks: KvBlocks, ends: Ends = NO_ENDS) -> None:
         if not 1 <= max_sequences <= token_budget:
             raise ValueError(f"max_sequences {max_sequences} must be from 1 to the token budget {token_budget}")
         self.token_budget = token_budget
         self.max_sequences = max_sequences
         self.blocks = blocks
-        self.stop_ids = stop_ids
+        self.ends = ends
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # oldest admission first
+        # Oldest admission first. At most the last one is still on its prompt (or recomputes it): a prompt that does not
+        # end in a pass has taken all the room that was left in it.
+        self.running: list[Sequence] = []
         self.preempted: list[Sequence] = []  # by the latest schedule(), their cache contents void
         self.preemptions = 0
         self.recomputed_tokens = 0
+        self.dropped_tokens = 0  # fed after an end that was not known yet
         self.peak_sequences = 0
+        self._slots = list(range(max_sequences))  # the free ones; ascending, hence already a heap
 
     def refusal(self, prompt_tokens: int, max_new_tokens: int) -> str | None:
         """Returns why a request could never run in this cache, or None when it can."""
@@ -121,81 +157,130 @@ class Scheduler:
 
     @property
     def unfinished(self) -> int:
-        """Sequences submitted and not finished."""
+        """Sequences submitted that need another pass, for all that is known."""
         return len(self.running) + len(self.waiting)
+
+    def hungry(self, requests: int) -> bool:
+        """Whether more should be submitted: fewer than ``requests`` wait, or fewer tokens than two passes take."""
+        if len(self.waiting) < requests:
+            return True
+        missing = 2 * self.token_budget
+        for sequence in self.waiting:
+            missing -= len(sequence.tokens)
+            if missing <= 0:
+                return False
+        return True
 
     def schedule(self) -> RaggedBatch:
         """Returns the next pass; empty only when nothing is left to do."""
         self.preempted = []
-        chunks, prompts = self._decodes()
-        decode_tokens = len(chunks)
-        room = self.token_budget - decode_tokens
+        grown = self._grow()
+        running = self.running
+        prompts = running[-1:] if running and _on_its_prompt(running[-1]) else []
+        decodes = len(running) - len(prompts)
+        chunks: list[Chunk] = [(sequence, sequence.computed, 1, True) for sequence in running[:decodes]]
+        room = self.token_budget - decodes
         for sequence in prompts:
-            if room == 0:
-                break
             room -= self._chunk(sequence, room, chunks)
         if not self.preempted:  # or the cache would be filled again at once by what was just thrown out
-            room = self._admit(room, chunks)
-        self.peak_sequences = max(self.peak_sequences, len(self.running))
-        return RaggedBatch(chunks, decode_tokens, self.token_budget - decode_tokens - room)
+            room = self._admit(room, chunks, grown)
+        self.peak_sequences = max(self.peak_sequences, len(running))
+        return RaggedBatch(chunks, decodes, self.token_budget - decodes - room, grown)
 
-    def complete(self, batch: RaggedBatch, token_ids: SequenceOf[int]) -> list[Sequence]:
-        """Books a computed pass and returns the sequences it finished, their blocks given back.
+    def launched(self, batch: RaggedBatch) -> None:
+        """Books a pass that was launched: its tokens are as good as computed, its ids are placeholders.
+
+        Sequences whose last token is among those ids stop running, and their blocks are free for the next pass, which
+        the device begins after this one.
+        """
+        row, ended = 0, False
+        for sequence, start, length, last in batch.chunks:
+            sequence.computed = computed = start + length
+            if last:
+                row -= 1
+                sequence.tokens.append(row)
+                if computed + 1 == sequence.most_tokens:
+                    self._stop(sequence)
+                    ended = True
+        if ended:
+            self.running = [sequence for sequence in self.running if sequence.slot >= 0]
+
+    def collect(self, batch: RaggedBatch, token_ids: SequenceOf[int]) -> list[Sequence]:
+        """Puts a pass's ids in the places kept for them and returns the sequences that it has finished, in its order.
+
+        Of a sequence that the pass before has ended, unknown when this one was launched, the id is dropped.
 
         Args:
-            batch: what :meth:`schedule` returned.
+            batch: the oldest one that was launched and not collected.
             token_ids: the next token of each ``last`` chunk, in order.
         """
+        chunks, decodes = batch.chunks, batch.decode_tokens
+        rows = chunks[:decodes] + [chunk for chunk in chunks[decodes:] if chunk[3]]
+        if len(rows) != len(token_ids):
+            raise ValueError(f"{len(token_ids)} tokens for {len(rows)} sequences")
         finished = []
-        row = 0
-        stop_ids = self.stop_ids
-        for sequence, start, length, last in batch.chunks:
-            sequence.computed = start + length
-            if not last:
+        ends, watched = self.ends, self.ends.watched
+        for (sequence, start, length, _), token in zip(rows, token_ids, strict=True):
+            if sequence.finish_reason is not None:
+                self.dropped_tokens += 1
                 continue
-            token = token_ids[row]
-            row += 1
-            tokens = sequence.tokens
-            tokens.append(token)
-            if token in stop_ids:
-                sequence.finish_reason = "eos"
-            elif len(tokens) - sequence.prompt_len >= sequence.max_new_tokens:
+            place = start + length
+            sequence.tokens[place] = token
+            if token in watched and (reason := ends.reason(sequence.tokens, place)) is not None:
+                sequence.finish_reason = reason
+                self._end_early(sequence, place)
+            elif place + 1 == sequence.most_tokens:
                 sequence.finish_reason = "length"
             else:
                 continue
             finished.append(sequence)
-        if row != len(token_ids):
-            raise ValueError(f"{len(token_ids)} tokens for {row} sequences")
-        if finished:
-            for sequence in finished:
-                self.blocks.give_back(sequence.blocks)
-            self.running = [sequence for sequence in self.running if sequence.finish_reason is None]
+        if finished and watched:
+            self.running = [sequence for sequence in self.running if sequence.slot >= 0]
         return finished
 
-    def _decodes(self) -> tuple[list[Chunk], list[Sequence]]:
-        """Returns one chunk for each running decode, and the sequences still on their prompt (or recomputing it)."""
-        chunks: list[Chunk] = []
-        prompts: list[Sequence] = []
-        running = self.running
-        block_size = self.blocks.block_size
-        for sequence in running:  # what is preempted is taken from its end, hence not met any more
-            computed = sequence.computed
-            if len(sequence.tokens) - computed > 1 or computed < sequence.prompt_len:
-                prompts.append(sequence)
-            else:
-                if not computed % block_size and computed == len(sequence.blocks) * block_size:
-                    while not self.blocks.free and running[-1] is not sequence:
-                        self._preempt(running.pop())
-                    if not self.blocks.free:
-                        self._preempt(running.pop())
-                        break
-                    sequence.blocks += self.blocks.take(1)
-                chunks.append(Chunk(sequence, computed, 1, True))
-        return chunks, prompts
+    def complete(self, batch: RaggedBatch, token_ids: SequenceOf[int]) -> list[Sequence]:
+        """Books a pass that was computed at once: :meth:`launched` and :meth:`collect`."""
+        self.launched(batch)
+        return self.collect(batch, token_ids)
+
+    def _stop(self, sequence: Sequence) -> None:
+        """Takes back what a running sequence holds; the caller takes it out of ``running``."""
+        self.blocks.give_back(sequence.blocks)
+        heapq.heappush(self._slots, sequence.slot)
+        sequence.slot = -1
+
+    def _end_early(self, sequence: Sequence, place: int) -> None:
+        """Ends a sequence with the token at ``place``, whatever a pass that is under way will add."""
+        del sequence.tokens[place + 1 :]
+        if sequence.slot >= 0:
+            self._stop(sequence)
+        elif sequence in self.preempted:  # when its end was not known yet
+            self.waiting.remove(sequence)
+            self.preemptions -= 1
+            self.recomputed_tokens -= place
+
+    def _grow(self) -> list[Sequence]:
+        """Gives a block to each running decode that needs one, the oldest first, and returns those that got one."""
+        blocks, running = self.blocks, self.running
+        block_size = blocks.block_size
+        grown = []
+        for sequence in [one for one in running if not one.computed % block_size]:
+            if sequence.slot < 0:
+                break  # preempted, and so is all that is younger
+            if sequence.computed < len(sequence.blocks) * block_size:
+                continue  # it has blocks for all of its prompt
+            while not blocks.free and running[-1] is not sequence:
+                self._preempt(running.pop())
+            if not blocks.free:
+                self._preempt(running.pop())
+                break
+            sequence.blocks += blocks.take(1)
+            grown.append(sequence)
+        return grown
 
     def _preempt(self, sequence: Sequence) -> None:
         """Sends a running sequence back to the head of the queue, keeping its tokens but not its cache."""
-        self.blocks.give_back(sequence.blocks)
+        self._stop(sequence)
         self.preemptions += 1
         self.recomputed_tokens += sequence.computed
         sequence.computed = 0
@@ -207,10 +292,10 @@ class Scheduler:
         start = sequence.computed
         left = len(sequence.tokens) - start
         length = min(left, room)
-        chunks.append(Chunk(sequence, start, length, length == left))
+        chunks.append((sequence, start, length, length == left))
         return length
 
-    def _admit(self, room: int, chunks: list[Chunk]) -> int:
+    def _admit(self, room: int, chunks: list[Chunk], grown: list[Sequence]) -> int:
         """Admits waiting sequences while tokens, sequences and blocks allow; returns the room left."""
         while room and self.waiting and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
@@ -220,6 +305,13 @@ class Scheduler:
                 break
             self.waiting.popleft()
             sequence.blocks += self.blocks.take(needed)
+            sequence.slot = heapq.heappop(self._slots)
             self.running.append(sequence)
+            grown.append(sequence)
             room -= self._chunk(sequence, room, chunks)
         return room
+
+
+def _on_its_prompt(sequence: Sequence) -> bool:
+    """Whether more than its newest token has to be fed, or that one is still of the prompt."""
+    return sequence.computed < max(sequence.prompt_len, len(sequence.tokens) - 1)

@@ -23,14 +23,14 @@ def score(
     Args:
         scheduler: one without stop ids, for nothing but the target's length ends a sequence.
         refusal: why an item cannot be computed, or None when it can.
-        lookahead: most items taken before they can start.
+        lookahead: items taken at a time, before they can start.
         prefill: feed targets as a part of the prompt; the runner gives logits of every token.
     """
     intake, uids = grouped(items), count()
     active: dict[int, Forced] = {}
     more = True
     while True:
-        while more and len(scheduler.waiting) < lookahead:
+        while more and scheduler.hungry(lookahead):
             taken = list(islice(intake, lookahead))
             more = len(taken) == lookahead
             for forced in taken:
@@ -56,7 +56,7 @@ def score(
 
 def _step(runner: Runner, batch: RaggedBatch, active: dict[int, Forced]) -> list[int]:
     """Computes a pass and books the token that follows each ``last`` chunk; returns those tokens."""
-    return force(runner.logits(batch), [active[chunk.sequence.uid] for chunk in batch.chunks if chunk.last])
+    return force(runner.logits(batch), [active[sequence.uid] for sequence, _, _, last in batch.chunks if last])
 
 
 def _prefill(runner: Runner, batch: RaggedBatch, active: dict[int, Forced]) -> list[int]:
@@ -73,4 +73,4 @@ def _prefill(runner: Runner, batch: RaggedBatch, active: dict[int, Forced]) -> l
         whose += [forced] * len(new)
         begin += length
     force(runner.logits(batch, rows), whose)
-    return [active[chunk.sequence.uid].target[-1] for chunk in batch.chunks if chunk.last]
+    return [active[sequence.uid].target[-1] for sequence, _, _, last in batch.chunks if last]

@@ -15,11 +15,7 @@ found in its source (0.19.8; paths start at ``deepspeed/inference/v2``):
 * Weights. DeepSpeed keeps all of them in host memory and then holds them twice on the device to lay them out in one
   buffer. Here each goes to the device as it is read, is sharded there, and stays where it is.
 * Ranks. DeepSpeed's tensor-parallel group is the ranks from 0; here it is the one that ``EngineSettings`` brings.
-
-``put`` is called without its own checks, which raise TypeError (DeepSpeed issue 5407), and without them it would
-compute rubbish rather than fail when blocks run out. They cannot: DeepSpeed gives a sequence blocks for the tokens it
-has seen and those of the pass, ``ceil(tokens / block_size)``; the scheduler has given it at least as many, out of
-an equally large pool, before the pass; and what finishes or is preempted is freed here before the next.
+* Passes. ``put`` and ``flush`` are not called: :mod:`.deepspeed_batch` writes the buffers, and the scheduler's blocks.
 """
 
 from __future__ import annotations
@@ -37,23 +33,24 @@ from torch import Tensor
 from harness.basics.errors import UserError
 from harness.engines.base import EngineSettings
 from harness.engines.fastgen.runners import deepspeed_model
+from harness.engines.fastgen.runners.base import AtOnce
+from harness.engines.fastgen.runners.deepspeed_batch import Passes
 from harness.engines.fastgen.runners.deepspeed_weights import Weights
 from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
 from harness.engines.known_model import KnownModel
+from harness.engines.shared import deepspeed_ops
+from harness.engines.shared.device_time import DeviceTime
 from harness.engines.shared.kv_memory import kv_memory_bytes, too_little, too_much
-from harness.engines.shared.ragged_kernels import FP6, TOKENS_MOST, device_unsupported, unsupported
+from harness.engines.shared.ragged_kernels import FP6, TOKENS_MOST, attention_atoms, device_unsupported, unsupported
+from harness.engines.shared.unusable import Unusable
 from harness.machine.memory import available_memory_bytes
 from harness.models.generation import stop_ids
 
-SMALLEST_ATOM = 64  # tokens; kernels/ragged_ops/blocked_flash/blocked_flash.py, get_q_block_size
 INDEXABLE = 2**31  # elements of one layer's cache that the rotary kernel's int32 offsets reach
 
 
 def engine_config(settings: EngineSettings) -> RaggedInferenceEngineConfig:
     """Returns DeepSpeed's settings for ours, with a KV cache of one block until it is known how large it can be.
-
-    A sequence of ``n`` tokens takes at most ``1 + (n - 1) // 64`` attention atoms, so a pass takes at most
-    ``max_sequences + token_budget // 64``, and never more than it has tokens.
 
     Raises:
         UserError: the token budget is more than the kernels take.
@@ -62,7 +59,7 @@ def engine_config(settings: EngineSettings) -> RaggedInferenceEngineConfig:
     if engine.token_budget > TOKENS_MOST:
         found = f"{engine.token_budget} is more than deepspeed's kernels compute in one pass"
         raise UserError("engine.token_budget", found, f"use at most {TOKENS_MOST}, or engine.kernels=torch")
-    atoms = min(engine.token_budget, engine.max_sequences + engine.token_budget // SMALLEST_ATOM)
+    atoms = attention_atoms(engine.token_budget, engine.max_sequences)
     context = {} if settings.max_context is None else {"max_context": settings.max_context}
     return RaggedInferenceEngineConfig(
         tensor_parallel={"tp_size": settings.tp},
@@ -77,8 +74,8 @@ def engine_config(settings: EngineSettings) -> RaggedInferenceEngineConfig:
     )
 
 
-class DeepSpeedRunner:
-    """One ``put`` a pass.
+class DeepSpeedRunner(AtOnce):
+    """DeepSpeed's model over DeepSpeed's cache, for the scheduler's passes.
 
     The weights are there after :meth:`load`, the KV cache after :meth:`allocate`, when it is known how much memory
     the weights and the engine's buffers have left.
@@ -92,13 +89,14 @@ class DeepSpeedRunner:
         self.tensor = settings.tensor
         self.device = torch.device(settings.device)
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
+        self.device_time = DeviceTime(self.device)
         self.block_size = 0
-        self.fed: dict[int, int] = {}  # tokens of each sequence that the engine holds, by uid
 
     def load(self) -> None:
         """Loads this rank's share of the weights; compiles the kernels where that was never done.
 
         Raises:
+            Unusable: they cannot be compiled here.
             UserError: the kernels cannot compute this model, or the device cannot run them.
         """
         inference_logger(level=logging.ERROR)  # its progress reports are not ours
@@ -108,6 +106,7 @@ class DeepSpeedRunner:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # where DeepSpeed puts all that it allocates
             _refuse(device_unsupported(quantization, torch.cuda.get_device_capability(self.device)[0]))
+        self._build()
         # The kernels' own packing of FP6 weights runs on the host.
         place = torch.device("cpu") if quantization == FP6 else self.device
         weights = Weights(settings.source, self.dtype, self.device, place)
@@ -149,51 +148,41 @@ class DeepSpeedRunner:
             raise too_little(setting, asked, cache.block_size, block_bytes)
         self.engine_config.state_manager.memory_config.size = blocks
         self.engine = deepspeed_model.Engine(self.policy, self.engine_config, self._group)
+        self.passes = Passes(self.engine, self.block_size)
         return int(blocks)
 
     @torch.no_grad()
     def forward(self, batch: RaggedBatch) -> Tensor:
-        """Returns the greedy token ids, int64 ``[rows]`` on the CPU, one for each ``last`` chunk.
-
-        A sequence is known from its first chunk, at position 0, until it is freed; a chunk at position 0 begins
-        it anew in any case.
-        """
+        """Returns the greedy token ids, int64 ``[rows]`` on the CPU, one for each ``last`` chunk."""
         if not batch.chunks:
             return torch.empty(0, dtype=torch.int64)
-        return self._put(batch).argmax(-1).cpu()[_last(batch)]
+        return self._compute(batch).argmax(-1).cpu()[_last(batch)]
 
     @torch.no_grad()
     def logits(self, batch: RaggedBatch, rows: list[int] | None = None) -> Tensor:
         """Returns logits ``[rows, vocab]`` of the kernels' type, on the device, one row for each ``last`` chunk."""
         assert rows is None
-        return self._put(batch)[_last(batch)]
+        return self._compute(batch)[_last(batch)]
 
-    def _put(self, batch: RaggedBatch) -> Tensor:
+    def _compute(self, batch: RaggedBatch) -> Tensor:
         """Returns one row of logits for each chunk, those in the middle of a prompt too."""
-        tokens: list[int] = []
-        lengths: list[int] = []
-        for sequence, start, length, _ in batch.chunks:
-            uid = sequence.uid
-            if start == 0:
-                self._flush(uid)
-            if self.fed.get(uid, 0) != start:
-                raise RuntimeError(f"sequence {uid}: fed {self.fed.get(uid, 0)} tokens, the chunk begins at {start}")
-            self.fed[uid] = start + length
-            if length == 1:
-                tokens.append(sequence.tokens[start])
-            else:
-                tokens += sequence.tokens[start : start + length]
-            lengths.append(length)
-        uids = [chunk.sequence.uid for chunk in batch.chunks]
-        return self.engine.put(uids, torch.tensor(tokens).split(lengths), do_checks=False)
+        with self.device_time.passing():
+            return self.passes.compute(batch)
 
     def free(self, sequence: Sequence) -> None:
-        """Gives the sequence's blocks back to the engine, which need not know it."""
-        self._flush(sequence.uid)
+        """Nothing to do: the blocks are the scheduler's, and their next holder overwrites them."""
 
-    def _flush(self, uid: int) -> None:
-        if self.fed.pop(uid, None) is not None:
-            self.engine.flush(uid)
+    def _build(self) -> None:
+        """Compiles what was never compiled; raises Unusable on all ranks of the model where one cannot."""
+        reason = None
+        try:
+            deepspeed_ops.load(deepspeed_ops.RAGGED, self.settings.leads)
+        except deepspeed_ops.OpsError as error:
+            reason = f"its kernels cannot be built ({deepspeed_ops.AHEAD} shows more): {error}"
+        if self.tensor is not None and self.tensor.least(reason is None) == 0:
+            reason = reason or "another rank cannot build its kernels"
+        if reason is not None:
+            raise Unusable("deepspeed", reason)
 
     @property
     def _group(self) -> Any:
@@ -211,7 +200,7 @@ class DeepSpeedRunner:
 
 def _last(batch: RaggedBatch) -> list[int]:
     """Returns which of the pass's chunks are ``last`` ones."""
-    return [number for number, chunk in enumerate(batch.chunks) if chunk.last]
+    return [number for number, (*_, last) in enumerate(batch.chunks) if last]
 
 
 def _refuse(reason: str | None) -> None:

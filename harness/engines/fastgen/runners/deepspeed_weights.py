@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed.inference.v2.checkpoint import CheckpointEngineBase
 from torch import Tensor
 
-from harness.basics.errors import UserError, quoted
-from harness.models import loading
-from harness.models.directory import weight_files
+from harness.models import loading, made_up
 from harness.models.source import Source
-from harness.models.transformers_config import dummy_config
-from harness.models.transformers_quiet import as_user_error, quiet
+from harness.models.tensors import HEAD, files, skeleton
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-DUMMY_DEVIATION = 0.02  # as checkpoint.load_model draws them
+EMBEDDING = "model.embed_tokens.weight"
 
 
 class Weights(CheckpointEngineBase):
@@ -58,7 +49,8 @@ class Weights(CheckpointEngineBase):
         if self.tied:
             for names in (self.expected, self.state):
                 names.pop(HEAD, None)
-        self.shards = self._shards() if source.kind in ("directory", "hub") else {}
+        stored = source.kind in ("directory", "hub")
+        self.shards = files(source, self.expected, {HEAD} if self.tied else set()) if stored else {}
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yields each weight's name and value, placed and typed; a tied head follows its embedding."""
@@ -88,65 +80,4 @@ class Weights(CheckpointEngineBase):
             return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
         weight = torch.empty(shape, dtype=self.dtype, device=self.device)
-        return weight.normal_(0.0, DUMMY_DEVIATION, generator=generator)
-
-    def _shards(self) -> dict[Path, list[str]]:
-        """Returns the names to read from each file, after comparing all headers with the config."""
-        from safetensors import safe_open
-
-        directory = Path(str(self.source.path))
-        with quiet(downloads=True), as_user_error("model.path", str(self.source.path)):
-            if self.source.kind == "hub":
-                from huggingface_hub import snapshot_download
-
-                patterns = ["*.safetensors", "*.json"]
-                directory = Path(snapshot_download(str(self.source.path), allow_patterns=patterns))
-            found: dict[str, tuple[int, ...]] = {}
-            shards: dict[Path, list[str]] = {}
-            for path in weight_files(directory):
-                with safe_open(path, framework="pt") as shard:
-                    # Older LLaMA checkpoints also hold rotary frequencies, some tied ones the head a second time.
-                    names = [name for name in shard.keys() if not name.endswith("rotary_emb.inv_freq")]  # noqa: SIM118
-                    shards[path] = [name for name in names if not (self.tied and name == HEAD)]
-                    found |= {name: tuple(shard.get_slice(name).get_shape()) for name in shards[path]}
-        if not shards:
-            raise UserError(
-                "model.path",
-                f"{self.source.path} holds neither model.safetensors nor its index",
-                "convert the weights to safetensors (transformers' save_pretrained does)",
-            )
-        both = self.expected.keys() & found.keys()
-        loading.refuse_other_weights(
-            self.source,
-            missing=self.expected.keys() - found.keys(),
-            mismatched={name for name in both if self.expected[name] != found[name]},
-            unexpected=found.keys() - self.expected.keys(),
-        )
-        return shards
-
-
-def skeleton(source: Source) -> PreTrainedModel:
-    """Returns the Hugging Face model without weights: its config, generation config, names and shapes.
-
-    Raises:
-        UserError: transformers cannot read the config.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
-    if source.kind == "dummy":
-        with quiet(), as_user_error("model.architecture", quoted(source.architecture.get("model_type"))):
-            return _on_meta(AutoModelForCausalLM, dummy_config(source))
-    local = source.kind != "hub"
-    with quiet(downloads=not local), as_user_error("model.path", str(source.path)):
-        config = AutoConfig.from_pretrained(source.path, local_files_only=local, trust_remote_code=False)
-        model = _on_meta(AutoModelForCausalLM, config)
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(source.path, local_files_only=local)
-        except OSError:
-            pass  # it has none, and from_config made one from the config
-    return model
-
-
-def _on_meta(auto: Any, config: Any) -> PreTrainedModel:
-    with torch.device("meta"):
-        return auto.from_config(config)
+        return weight.normal_(0.0, made_up.DEVIATION, generator=generator)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.engines.base import EngineSettings
+from harness.engines.fastgen.runners.base import AtOnce
 from harness.engines.fastgen.runners.native import build, library
 from harness.engines.fastgen.runners.native.library import HALF, LONGEST_BLOCK, PANEL, VECTOR
 from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
@@ -24,10 +25,11 @@ from harness.engines.shared.kv_memory import affordable_blocks, free_memory
 from harness.models.generation import stop_ids
 
 
-class NativeRunner:
+class NativeRunner(AtOnce):
     """One ragged forward a pass through the compiled library, on all of torch's threads."""
 
     name = "native"
+    device_time = None
     every_token = True
 
     def __init__(self, settings: EngineSettings) -> None:

@@ -5,8 +5,8 @@ in place over the cache's blocks: each block gives a partial softmax, and the pa
 combined afterwards ("flash-decoding"; Dao et al., 2023). Nothing is gathered or padded to the longest
 sequence. Prompt chunks run through ``scaled_dot_product_attention`` one by one.
 
-Measured on one core, bf16, 64 decodes of 330 tokens on average, 9 query and 3 KV heads of 64: 4.9 ms a layer,
-against 10.5 ms for one SDPA call a sequence on contiguous keys and values.
+Measured on one core, fp32, 64 decodes of 330 tokens on average, 9 query and 3 KV heads of 64: 8.7 ms a layer,
+against 10.2 ms for one SDPA call a sequence on contiguous keys and values (results/NOTES.md has more).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from harness.engines.fastgen.scheduler import RaggedBatch
+from harness.engines.shared.attention_scores import scores
 from harness.engines.shared.plain_attention import Probe
 
 MASKED = -1e30  # finite, so that a block of masked scores gives weight 0 and never NaN
@@ -40,12 +41,16 @@ class Decodes:
         rows: ``[n]`` where they stand in the pass.
         blocks: the cache blocks attended over: a prefix of the pool, or the numbers ``[m]`` of single ones.
         owner: ``[m]`` which decode each block belongs to; ``n`` for a block in the prefix that is no decode's.
+        order: ``[b]`` the places, among the ``m``, of the blocks that are a decode's, one decode after the other.
+        counts: ``[n]`` how many of them each decode has.
         mask: ``[m, 1, 1, block_size]`` float32, 0 where a token stands and ``MASKED`` elsewhere.
     """
 
     rows: Tensor
     blocks: slice | Tensor
     owner: Tensor
+    order: Tensor
+    counts: Tensor
     mask: Tensor
 
 
@@ -126,10 +131,12 @@ def _plan_decodes(
     blocks: list[int] = []
     owner: list[int] = []
     filled: list[int] = []
+    counts: list[int] = []
     for decode, (tokens, own) in enumerate(zip(visible, held, strict=True)):
         count = -(-tokens // block_size)
         blocks += own[:count]
         owner += [decode] * count
+        counts.append(count)
         filled += [block_size] * (count - 1)
         filled.append(tokens - (count - 1) * block_size)
     prefix = max(blocks) + 1
@@ -138,12 +145,12 @@ def _plan_decodes(
         chosen = slice(0, prefix)
         owners = torch.full((prefix,), len(rows))
         lengths = torch.zeros(prefix, dtype=torch.int64)
-        where = torch.tensor(blocks)
+        order = where = torch.tensor(blocks)
         owners[where] = torch.tensor(owner)
         lengths[where] = torch.tensor(filled)
     else:
         chosen = torch.tensor(blocks, device=device)
-        owners, lengths = torch.tensor(owner), torch.tensor(filled)
+        owners, lengths, order = torch.tensor(owner), torch.tensor(filled), torch.arange(len(blocks))
     mask = torch.zeros(len(owners), block_size).masked_fill_(
         torch.arange(block_size)[None, :] >= lengths[:, None], MASKED
     )
@@ -151,6 +158,8 @@ def _plan_decodes(
         rows=torch.tensor(rows, device=device),
         blocks=chosen,
         owner=owners.to(device),
+        order=order.to(device),
+        counts=torch.tensor(counts, device=device),
         mask=mask[:, None, None, :].to(device),
     )
 
@@ -207,16 +216,30 @@ def _attend_decodes(query: Tensor, cache: KvCache, decodes: Decodes, scale: floa
     queries = query.new_zeros(count + 1, kv_heads, query.shape[0] // kv_heads, head_dim)
     queries[:count] = query[:, decodes.rows].transpose(0, 1).view(count, *queries.shape[1:])
     # [m, kv_heads, group, block_size], then over sequences: [n + 1, kv_heads, group]
-    scores = torch.add(decodes.mask, torch.matmul(queries[owner], keys.transpose(2, 3)), alpha=scale)
-    block_peak = scores.amax(-1)
+    scored = torch.add(decodes.mask, scores(queries[owner], keys), alpha=scale)
+    block_peak = scored.amax(-1)
     peak = block_peak.new_full((count + 1, *block_peak.shape[1:]), MASKED)
     peak.scatter_reduce_(0, owner[:, None, None].expand_as(block_peak), block_peak, "amax")
-    weights = scores.sub_(peak[owner][..., None]).exp_()
-    total = torch.zeros_like(peak).index_add_(0, owner, weights.sum(-1))
-    partial = torch.matmul(weights.to(values.dtype), values).float()
-    attended = partial.new_zeros(count + 1, *partial.shape[1:]).index_add_(0, owner, partial)
-    attended = attended[:count] / total[:count, ..., None]
-    return attended.to(query.dtype).flatten(1, 2)
+    weights = scored.sub_(peak[owner][..., None]).exp_()
+    summed = by_segment if query.is_cuda else by_index
+    total = summed(weights.sum(-1), decodes)
+    attended = summed(torch.matmul(weights.to(values.dtype), values).float(), decodes)
+    return (attended / total[..., None]).to(query.dtype).flatten(1, 2)
+
+
+def by_index(parts: Tensor, decodes: Decodes) -> Tensor:
+    """Returns the sum of each decode's blocks, ``[n, ...]`` of ``[m, ...]``: on a CPU, block after block."""
+    count = len(decodes.rows)
+    return parts.new_zeros(count + 1, *parts.shape[1:]).index_add_(0, decodes.owner, parts)[:count]
+
+
+def by_segment(parts: Tensor, decodes: Decodes) -> Tensor:
+    """Returns the same on CUDA, where ``index_add_`` would add by atomics, and so in another order in every run.
+
+    ``segment_reduce`` goes through a segment in its order; it is told not to check the counts, which would wait for
+    the device.
+    """
+    return torch.segment_reduce(parts[decodes.order], "sum", lengths=decodes.counts, axis=0, unsafe=True)
 
 
 def _attend_prompt(query: Tensor, key: Tensor, value: Tensor, cache: KvCache, prompt: Prompt, scale: float) -> Tensor:

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
 
-from harness.engines.fastgen.runners.base import Runner
+from harness.engines.fastgen.runners.base import Runner, Wait
 from harness.engines.fastgen.scheduler import Chunk, RaggedBatch, Sequence
 from harness.ranks.tensor_parallel import TensorParallel
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class _Told(NamedTuple):
+    """What the leader tells the others of a pass; they keep what they were told before.
+
+    Attributes:
+        freed: uids of sequences to forget first.
+        grown: uid, slot and blocks of each sequence whose blocks have changed.
+        chunks: uid, start, last and token ids; none where there are no more passes.
+        logits: whether the leader calls :meth:`Runner.logits`, and they with it.
+    """
+
+    freed: list[int]
+    grown: list[tuple[int, int, list[int]]]
+    chunks: list[tuple[int, int, bool, list[int]]]
+    decode_tokens: int = 0
+    logits: bool = False
 
 
 class ShardedRunner:
@@ -22,6 +40,8 @@ class ShardedRunner:
         self.runner = runner
         self.tensor = tensor
         self.name = runner.name
+        self.depth = runner.depth
+        self.device_time = runner.device_time
         self.every_token = False
         self._freed: list[int] = []
         self._followed: dict[int, Sequence] = {}
@@ -43,23 +63,24 @@ class ShardedRunner:
         """Makes this rank's cache; returns the blocks of the rank that has the fewest."""
         return self.tensor.least(self.runner.allocate(max_blocks))
 
-    def forward(self, batch: RaggedBatch) -> Tensor:
-        """Computes ``batch`` with the followers; the leader's."""
-        self._tell(batch)
-        return self.runner.forward(batch)
+    def launch(self, batch: RaggedBatch) -> Wait:
+        """Starts ``batch`` with the followers; the leader's."""
+        self._tell(batch, logits=False)
+        return self.runner.launch(batch)
 
     def logits(self, batch: RaggedBatch, rows: list[int] | None = None) -> Tensor:
-        """Computes ``batch`` with the followers, to whom all passes are alike; the leader's."""
-        assert rows is None  # the followers reduce the logits of the last tokens
-        self._tell(batch)
+        """Computes ``batch`` with the followers, the logits of its last tokens alone; the leader's."""
+        assert rows is None
+        self._tell(batch, logits=True)
         return self.runner.logits(batch)
 
-    def _tell(self, batch: RaggedBatch) -> None:
+    def _tell(self, batch: RaggedBatch, logits: bool) -> None:
+        grown = [(sequence.uid, sequence.slot, sequence.blocks) for sequence in batch.grown]
         chunks = [
-            (sequence.uid, start, last, sequence.tokens[start : start + length], sequence.blocks)
+            (sequence.uid, start, last, sequence.tokens[start : start + length])
             for sequence, start, length, last in batch.chunks
         ]
-        self.tensor.share((self._freed, chunks))
+        self.tensor.share(_Told(self._freed, grown, chunks, batch.decode_tokens, logits))
         self._freed = []
 
     def free(self, sequence: Sequence) -> None:
@@ -69,27 +90,40 @@ class ShardedRunner:
 
     def release(self) -> None:
         """Ends the followers' :meth:`follow`; the leader's."""
-        self.tensor.share((self._freed, []))
+        self.tensor.share(_Told(self._freed, [], []))
         self._freed = []
 
     def follow(self) -> None:
         """Computes the leader's passes until it calls :meth:`release`."""
+        launched: deque[Wait] = deque()
         while True:
-            freed, chunks = self.tensor.share()
-            for uid in freed:
-                self.runner.free(self._followed.pop(uid))
-            if not chunks:
+            told: _Told = self.tensor.share()
+            for uid in told.freed:
+                if (sequence := self._followed.pop(uid, None)) is not None:
+                    self.runner.free(sequence)
+            if told.chunks:
+                batch = self._batch(told)
+                if told.logits:
+                    self.runner.logits(batch)
+                else:
+                    launched.append(self.runner.launch(batch))
+            while len(launched) > (self.depth if told.chunks else 0):
+                launched.popleft()()
+            if not told.chunks:
                 return
-            self.runner.forward(self._batch(chunks))
 
-    def _batch(self, chunks: list[tuple[int, int, bool, list[int], list[int]]]) -> RaggedBatch:
+    def _batch(self, told: _Told) -> RaggedBatch:
         """Returns the leader's batch, over this rank's own copies of the sequences."""
-        own: list[Chunk] = []
-        decodes = 0
-        for uid, start, last, tokens, blocks in chunks:
-            sequence = self._followed.setdefault(uid, Sequence(uid, [], 0, 0))
+        followed = self._followed
+        grown = []
+        for uid, slot, blocks in told.grown:
+            sequence = followed.setdefault(uid, Sequence(uid, [], 0, 0))
+            sequence.slot, sequence.blocks = slot, blocks
+            grown.append(sequence)
+        chunks: list[Chunk] = []
+        for uid, start, last, tokens in told.chunks:
+            sequence = followed[uid]
             sequence.tokens[start:] = tokens  # a preempted sequence starts anew
-            sequence.blocks = blocks
-            own.append(Chunk(sequence, start, len(tokens), last))
-            decodes += len(tokens) == 1
-        return RaggedBatch(own, decodes, sum(chunk.length for chunk in own) - decodes)
+            chunks.append((sequence, start, len(tokens), last))
+        prompt_tokens = sum(length for _, _, length, _ in chunks) - told.decode_tokens
+        return RaggedBatch(chunks, told.decode_tokens, prompt_tokens, grown)

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from harness.engines.base import EngineSettings
+from harness.engines.fastgen.runners.base import AtOnce
 from harness.engines.fastgen.runners.paged_attention import KvCache, build_plan, ragged_attention
 from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
 from harness.engines.shared import auto_tp
+from harness.engines.shared.device_time import DeviceTime
 from harness.engines.shared.kv_memory import affordable_blocks, free_memory
 from harness.engines.shared.packed_linear import can_pack, pack_linears
 from harness.engines.shared.plain_attention import probe
@@ -24,7 +26,7 @@ from harness.models.generation import stop_ids
 ATTENTION = "harness_ragged"
 
 
-class TorchRunner:
+class TorchRunner(AtOnce):
     """One ragged forward a pass through a Hugging Face model."""
 
     name = "torch"
@@ -34,6 +36,7 @@ class TorchRunner:
         self.settings = settings
         self.device = torch.device(settings.device)
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
+        self.device_time = DeviceTime(self.device)
         self.block_size = settings.engine.kv_block_size
         self.caches: list[KvCache] = []
         self.kv_shapes: list[tuple[int, int]] = []  # key-value heads of this rank and their size, for each layer
@@ -86,14 +89,14 @@ class TorchRunner:
                 positions += range(start, start + length)
             if last:
                 last_rows.append(len(tokens) - 1)
-        output = self.model(
-            input_ids=torch.tensor([tokens], device=self.device),
-            position_ids=torch.tensor([positions], device=self.device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(last_rows if rows is None else rows, dtype=torch.int64, device=self.device),
-            ragged=build_plan(batch, self.caches, self.device),
-        )
-        return output.logits[0]
+        inputs = {
+            "input_ids": torch.tensor([tokens], device=self.device),
+            "position_ids": torch.tensor([positions], device=self.device),
+            "logits_to_keep": torch.tensor(last_rows if rows is None else rows, dtype=torch.int64, device=self.device),
+            "ragged": build_plan(batch, self.caches, self.device),
+        }
+        with self.device_time.passing():
+            return self.model(use_cache=False, **inputs).logits[0]
 
     def free(self, sequence: Sequence) -> None:
         """Nothing to do: the blocks are the scheduler's, and their next holder overwrites them."""

@@ -11,16 +11,20 @@ import os
 import shlex
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 from harness.basics.cache import cache_root
 from harness.basics.errors import UserError, one_line
+from harness.basics.files import can_write
 from harness.engines.fastgen.runners.native.checks import BFLOAT16, INSTRUCTIONS
 from harness.machine.device import cpu_flags
 
 SOURCES = Path(__file__).parent
 OPTIONS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-w")
 LIMIT_S = 300
+# What stands for the sources where a compiler is only tried: the headers and the library that they need.
+TRIAL = '#include <immintrin.h>\n#include <omp.h>\nextern "C" int threads() { return omp_get_max_threads(); }\n'
 
 
 class BuildError(Exception):
@@ -37,6 +41,41 @@ def library() -> Path:
     """
     from filelock import FileLock, Timeout
 
+    command, final = _wanted()
+    if final.exists():
+        return final
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(final.with_suffix(".lock"), timeout=LIMIT_S):
+            if not final.exists():
+                _compile(command, SOURCES / "model.cpp", final)
+    except (OSError, Timeout) as error:
+        raise _no_room(final, error) from error
+    return final
+
+
+def ready() -> bool:
+    """Returns whether the library is compiled already; where it is not, has the compiler try a few lines instead.
+
+    Raises:
+        BuildError: as :func:`library`, as far as it shows without compiling the sources.
+    """
+    command, final = _wanted()
+    if final.exists():
+        return True
+    try:
+        can_write(final.parent)
+        with tempfile.TemporaryDirectory(prefix="harness-native-") as name:
+            source = Path(name) / "trial.cpp"
+            source.write_text(TRIAL)
+            _compile(command, source, source.with_suffix(".so"))
+    except OSError as error:
+        raise _no_room(final, error) from error
+    return False
+
+
+def _wanted() -> tuple[list[str], Path]:
+    """Returns the compiler with its options, and the file that the library is kept in; raises BuildError."""
     wish = shlex.split(os.environ.get("CXX") or "g++")
     program = shutil.which(wish[0]) if wish else None
     if program is None:
@@ -45,19 +84,13 @@ def library() -> Path:
     names = [*INSTRUCTIONS, *([BFLOAT16] if BFLOAT16 in cpu_flags() else [])]
     command = [program, *wish[1:], *OPTIONS, *(f"-m{name.replace('_', '')}" for name in names)]
     try:
-        final = cache_root() / "native" / f"{_fingerprint(command)}.so"
+        return command, cache_root() / "native" / f"{_fingerprint(command)}.so"
     except UserError as error:
         raise BuildError(f"no directory for the compiled kernels: {error}") from error
-    if final.exists():
-        return final
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(final.with_suffix(".lock"), timeout=LIMIT_S):
-            if not final.exists():
-                _compile(command, final)
-    except (OSError, Timeout) as error:
-        raise BuildError(f"{final.parent} cannot hold the compiled kernels: {one_line(str(error), 200)}") from error
-    return final
+
+
+def _no_room(final: Path, error: Exception) -> BuildError:
+    return BuildError(f"{final.parent} cannot hold the compiled kernels: {one_line(str(error), 200)}")
 
 
 def _fingerprint(command: list[str]) -> str:
@@ -68,10 +101,10 @@ def _fingerprint(command: list[str]) -> str:
     return digest.hexdigest()[:20]
 
 
-def _compile(command: list[str], final: Path) -> None:
+def _compile(command: list[str], source: Path, final: Path) -> None:
     unfinished = final.with_suffix(f".{os.getpid()}.tmp")
     try:
-        done = _run([*command, str(SOURCES / "model.cpp"), "-o", str(unfinished)])
+        done = _run([*command, str(source), "-o", str(unfinished)])
         if done.returncode:
             complaint = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr)
             reason = one_line(complaint, 200) or f"it ended with status {done.returncode}"
