@@ -27,6 +27,8 @@ class Fitted:
         sizes: of the model, by :data:`SIZES`.
         factors: by the number of ranks on a host.
         ranges: the smallest and the largest of what the runs had, by :data:`RANGES`.
+        error: of the time of a run, relative: the largest that the fit found, of runs left out of it where there were
+            several; None where the section says none.
         eos_hazard: (first position, chance that an output token there is an end-of-sequence token), ascending.
     """
 
@@ -38,6 +40,7 @@ class Fitted:
     factors: dict[int, Factors]
     ranges: dict[str, tuple[float, float]]
     eos_hazard: tuple[tuple[int, float], ...]
+    error: float | None = None
 
     @classmethod
     def of(cls, section: Mapping[str, Any]) -> Fitted | None:
@@ -68,6 +71,7 @@ class Fitted:
             factors=factors,
             ranges={name: _pair(ranges, name) for name in RANGES},
             eos_hazard=_hazard(section.get("eos_hazard", [])),
+            error=_error(section.get("errors", {})),
         )
 
     def is_of(self, shape: ModelShape) -> bool:
@@ -147,6 +151,15 @@ def _pair(section: Mapping[str, Any], key: str) -> tuple[float, float]:
     if value[0] > value[1]:
         raise _nonsense(f"range.{key}", value)
     return float(value[0]), float(value[1])
+
+
+def _error(section: Any) -> float | None:
+    if not isinstance(section, Mapping):
+        raise _nonsense("errors", section)
+    found = section.get("left_out") or section.get("runs") or {}
+    if not isinstance(found, Mapping) or not all(_is_number(error, -math.inf) for error in found.values()):
+        raise _nonsense("errors", found)
+    return max((abs(float(error)) for error in found.values()), default=None)
 
 
 def _host(value: Any) -> Host | None:

@@ -8,9 +8,11 @@ from functools import cached_property
 from typing import NamedTuple
 
 from harness.costs.work import PassWork
+from harness.workload.lengths import fitted
 from harness.workload.records import Request
 
 CHARACTERS_A_TOKEN = 3  # of a text that is not tokenized yet
+MESSAGE_TOKENS = 5  # of a chat, that the template adds to each message: its role, its begin and end
 CLAIMED = "as the dataset states them"
 GUESSED = f"guessed: {CHARACTERS_A_TOKEN} characters a token"
 
@@ -94,6 +96,7 @@ def of(requests: Sequence[Request], context: int | None = None, most_output: int
         length, guess = _length(request)
         if most_output is not None:
             length = Length(length.prompt, min(length.output, most_output))
+        length = Length(*fitted(*length, request.drawn, context))
         if context is not None and sum(length) > context:
             rejected += 1
             continue
@@ -111,7 +114,15 @@ def uncounted_tokens(request: Request) -> int:
     """Returns how many tokens a prompt has without a tokenizer: those given, or what the dataset claims, or a guess."""
     if request.prompt_ids is not None:
         return len(request.prompt_ids)
-    return request.claimed_prompt_len or guessed_tokens(request.prompt)
+    turns = MESSAGE_TOKENS * len(request.messages or ())
+    return request.claimed_prompt_len or guessed_tokens(text_of(request)) + turns
+
+
+def text_of(request: Request) -> str:
+    """Returns the text of a prompt that is not tokenized yet; empty where there is none."""
+    if request.messages is not None:
+        return "".join(message.content for message in request.messages)
+    return request.prompt or request.like or ""
 
 
 def _length(request: Request) -> tuple[Length, bool]:

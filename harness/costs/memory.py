@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from harness.costs.lengths import CHARACTERS_A_TOKEN
+from harness.costs.lengths import CHARACTERS_A_TOKEN, text_of
 from harness.costs.shape import ModelShape
 from harness.workload.records import Request
 
@@ -154,7 +154,7 @@ def useful_tokens(requests: Sequence[Request], context: int | None, most: int) -
     lengths = []
     for request in requests:
         prompt = len(request.prompt_ids or ()) or request.claimed_prompt_len
-        length = (prompt or len(request.prompt) // CHARACTERS_A_TOKEN) + 1
+        length = (prompt or len(text_of(request)) // CHARACTERS_A_TOKEN) + 1
         length += request.output_len or len(request.reply or "") // CHARACTERS_A_TOKEN
         lengths.append(length if context is None else min(length, context))
     longest = max(lengths, default=1)

@@ -92,6 +92,12 @@ class ModelShape:
         return self.matmul * self.weight_bytes
 
     @property
+    def head_bytes(self) -> float:
+        """Bytes of the output projection, none where it is the embedding: what ranks that share a model split too."""
+        tied = self.total - self.matmul < 2 * self.head
+        return 0.0 if tied else self.head * self.element_bytes
+
+    @property
     def other_bytes(self) -> float:
         """Bytes of what is never packed: embeddings, output projection, norms, biases."""
         return (self.total - self.matmul) * self.element_bytes

@@ -13,10 +13,13 @@ from harness.basics.errors import UserError
 from harness.config.schema import EngineConfig, GenerationConfig, HardwareConfig
 from harness.costs.memory import Memory, Needs
 from harness.engines.scoring import Forced, Score, Scored
+from harness.engines.statistics import EngineStatistics
 from harness.machine import memory
+from harness.models.ends import Ends
 from harness.workload.records import Completion, PassRecord, Request
 
 if TYPE_CHECKING:
+    from harness.engines.shared.kv_blocks import KvPool
     from harness.models.source import Source
     from harness.models.token_counts import Counter
     from harness.ranks.tensor_parallel import TensorParallel
@@ -47,14 +50,6 @@ class Described:
     seed: int
 
 
-def lookahead(replicas: int) -> int:
-    """Returns how many requests a replica takes before they can start.
-
-    What one replica has taken, no other can: only a lone one may take many at a time.
-    """
-    return 256 if replicas == 1 else 4
-
-
 @dataclass(frozen=True, slots=True)
 class EngineSettings(Generic[C]):
     """All an engine is told.
@@ -63,7 +58,7 @@ class EngineSettings(Generic[C]):
         dtype: name of the torch type of weights and activations, resolved (never ``auto``).
         device: torch device of this rank, ``cpu`` or ``cuda:N``.
         max_context: longest prompt plus output in tokens; None where the model states none.
-        lookahead: most requests taken from the queue before they can start.
+        lookahead: requests taken from the queue at a time, before they can start.
         tensor: the ranks that share this engine's model; None when it has the model to itself.
         host_ranks: ranks on this host, which share its memory where the device is the CPU.
         described: of a run that is simulated; None where this process computes.
@@ -96,45 +91,6 @@ class EngineSettings(Generic[C]):
         return self.tensor is None or self.tensor.leads
 
 
-@dataclass(slots=True)
-class EngineStatistics:
-    """Where the time of :meth:`Engine.generate` went and how full the passes were.
-
-    All times in seconds. ``prefill_s`` and ``decode_s`` are forward time, shared out by tokens where one
-    pass held both; ``host_s`` is the rest: scheduling, building batches, bookkeeping.
-    """
-
-    steps: int | None = None
-    preemptions: int | None = None
-    recomputed_tokens: int | None = None
-    kv_blocks: int | None = None
-    kv_peak_utilisation: float | None = None
-    peak_sequences: int | None = None
-    mean_tokens_per_pass: float | None = None
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    tokenize_s: float = 0.0
-    detokenize_s: float = 0.0
-
-
-def merged_statistics(all_ranks: Sequence[EngineStatistics]) -> EngineStatistics:
-    """Returns the statistics of several replicas as one: counts add up, peaks are the highest, times the mean."""
-    whole = EngineStatistics()
-    count = len(all_ranks)
-    for name in ("steps", "preemptions", "recomputed_tokens", "kv_blocks"):
-        values = [getattr(rank, name) for rank in all_ranks]
-        setattr(whole, name, None if None in values else sum(values))
-    for name in ("kv_peak_utilisation", "peak_sequences"):
-        values = [getattr(rank, name) for rank in all_ranks]
-        setattr(whole, name, None if None in values else max(values))
-    for name in ("prefill_s", "decode_s", "tokenize_s", "detokenize_s"):
-        setattr(whole, name, sum(getattr(rank, name) for rank in all_ranks) / count)
-    if whole.steps and all(rank.mean_tokens_per_pass is not None for rank in all_ranks if rank.steps):
-        tokens = sum((rank.mean_tokens_per_pass or 0) * (rank.steps or 0) for rank in all_ranks)
-        whole.mean_tokens_per_pass = tokens / whole.steps
-    return whole
-
-
 @dataclass(frozen=True, slots=True)
 class Progress:
     """The state of a run between two passes, for whoever watches."""
@@ -152,7 +108,10 @@ class Engine(ABC, Generic[C]):
     def __init__(self, settings: EngineSettings[C]) -> None:
         self.settings = settings
         self.tokenizer: Any = None
+        self.ends = Ends()  # of a request; load() makes them
         self.statistics = EngineStatistics()
+        # Where this process plays several replicas: when each ended, in seconds of the clock, and what it did.
+        self.played: list[tuple[float, EngineStatistics]] = []
         self.phase = "load"  # "cache" while load() makes the KV cache: what to lower if memory runs out
         self.notes: list[str] = []  # what the record should say about choices made while loading
         self.proof: dict[str, Any] | None = None  # how it was compared with the model (harness.engines.proof.proof)
@@ -187,6 +146,11 @@ class Engine(ABC, Generic[C]):
         return {}
 
     @property
+    def kv_pool(self) -> KvPool | None:
+        """The blocks of the KV cache that this rank has loaded; None where there are none."""
+        return None
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What else the record should say of what was loaded."""
         return {}
@@ -217,12 +181,21 @@ class Engine(ABC, Generic[C]):
         """Returns the requests in the order in which they should be handed to :meth:`generate`."""
         return list(requests)
 
-    def tokenize(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Returns the prompts' ids, and books the time; prompts that came as ids stay what they are."""
-        started = time.perf_counter()
+    def encode(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Returns the prompts' ids; prompts that came as ids stay what they are."""
         texts = [request.prompt for request in requests if request.prompt_ids is None]
         encoded = iter(self.tokenizer(texts).input_ids if texts else [])
-        prompts = [next(encoded) if request.prompt_ids is None else list(request.prompt_ids) for request in requests]
+        return [next(encoded) if request.prompt_ids is None else list(request.prompt_ids) for request in requests]
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Returns the text of ids, special tokens left out."""
+        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
+
+    def tokenize(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Does what :meth:`encode` does, and books the time."""
+        started = time.perf_counter()
+        prompts = self.encode(requests)
         self.statistics.tokenize_s += time.perf_counter() - started
         return prompts
 
@@ -234,11 +207,18 @@ class Engine(ABC, Generic[C]):
         finish_reason: str,
         first_token_s: float | None,
         clock: Clock,
+        booked: bool = True,
+        prompt: Sequence[int] = (),
     ) -> Completion:
-        """Returns what came of a request, its text made from ``token_ids``; books the time."""
+        """Returns what came of a request, its text made from ``token_ids``; books the time, unless the caller does.
+
+        Args:
+            prompt: its ids, where a stop string may have begun in them.
+        """
         started = time.perf_counter()
-        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        self.statistics.detokenize_s += time.perf_counter() - started
+        text = self.ends.text(self.decode, prompt, token_ids)
+        if booked:
+            self.statistics.detokenize_s += time.perf_counter() - started
         return Completion(
             index=index,
             prompt_tokens=prompt_tokens,

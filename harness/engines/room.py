@@ -6,13 +6,16 @@ Whoever must know something of an engine asks its room; no one else tests engine
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.config.engine_schemas import keys_of
 from harness.config.schema import Config, EngineConfig
 from harness.engines.known_model import KnownModel
+
+if TYPE_CHECKING:
+    from harness.engines.base import EngineSettings
 
 Change = tuple[str, object, object]  # of a setting: its key, the value to try, the value now
 
@@ -49,6 +52,19 @@ class Share:
     rows: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class Here:
+    """What an engine would compute a model with on this machine.
+
+    Attributes:
+        kernels: as ``Engine.kernels`` calls them.
+        passed_over: why not those that it would rather have taken, by name.
+    """
+
+    kernels: str
+    passed_over: Mapping[str, str] = field(default_factory=dict)
+
+
 class Room:
     """One engine. A subclass sets what is not as here; an instance of it, ``ROOM``, is the declaration.
 
@@ -56,6 +72,8 @@ class Room:
         name: what ``engine=NAME`` chooses.
         config: its keys, a dataclass that needs no torch.
         engine: its class as ``module:Class``, imported by the rank alone.
+        packages: that its module imports, beside torch and transformers.
+        install: how to come by those that the set-up does not install.
         scores: whether it can score given tokens.
         replicas: whether a launch may have several of it.
         shards: whether several ranks may share its model.
@@ -69,6 +87,8 @@ class Room:
     name = ""
     config: type[EngineConfig] = EngineConfig
     engine = ""
+    packages: tuple[str, ...] = ()
+    install = ""
     scores = True
     replicas = True
     shards = True
@@ -96,9 +116,24 @@ class Room:
     def check_shards(self, config: Config, known: KnownModel, accelerator: str) -> None:
         """Raises UserError for a model that ``known.tp`` ranks cannot share, or not with the kernels asked for."""
 
+    def here(self, settings: EngineSettings[Any], capability: tuple[int, int] | None) -> Here:
+        """Returns what it would compute with on this machine, as far as it can be told without loading the model.
+
+        Args:
+            capability: the CUDA device's compute capability; None on a CPU, or where nobody can tell.
+
+        Raises:
+            UserError: it lacks something here.
+        """
+        return Here("torch")
+
     def share(self, config: Config) -> Share:
         """Returns what the engine makes of the memory."""
         return Share()
+
+    def loads_whole(self, config: Config, accelerator: str) -> bool:
+        """Whether each rank of those that share a model certainly loads all of it on the host, to keep its part."""
+        return False
 
     def less_memory(self, engine: Mapping[str, Any], phase: object) -> list[Change] | None:
         """Returns which of its settings to lower when memory ran out; None where none of them has to do with it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from harness.config.key import key
 from harness.config.schema import EngineConfig
 
 
@@ -11,4 +12,4 @@ from harness.config.schema import EngineConfig
 class BaselineConfig(EngineConfig):
     """None: it is the committee's loop as it is."""
 
-    name: str = "baseline"
+    name: str = key("baseline", "set by the option")

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from harness.basics.clock import Clock
-from harness.engines.base import Engine, EngineStatistics, Progress, rejection
+from harness.engines.base import Engine, Progress, rejection
 from harness.engines.baseline.config import BaselineConfig
 from harness.engines.scoring import Score, Scored, force, grouped
+from harness.engines.statistics import EngineStatistics
 from harness.models import architecture, loading, tokenizer
-from harness.models.generation import greedy, stop_ids
+from harness.models.ends import Ends
+from harness.models.generation import greedy, stop_ids, stopping_criteria
 from harness.workload.records import Completion, PassRecord, Request
 
 
@@ -38,7 +40,8 @@ class BaselineEngine(Engine[BaselineConfig]):
             device=settings.device,
             device_map=self._device_map(),
         )
-        self.stop_ids = stop_ids(self.model, settings.generation)
+        self.ends = Ends.of(stop_ids(self.model, settings.generation), settings.generation, self.tokenizer)
+        self.criteria = stopping_criteria(settings.generation, self.tokenizer)
 
     def _device_map(self) -> str | None:
         if not self.settings.device.startswith("cuda"):
@@ -73,8 +76,9 @@ class BaselineEngine(Engine[BaselineConfig]):
             ended = clock()
             decoding = time.perf_counter()
             self.tokenizer.decode(ids, skip_special_tokens=True)  # the committee decodes the prompt as well
-            output = ids[length:].tolist()
-            text = self.tokenizer.decode(output, skip_special_tokens=True)
+            tokens = ids.tolist()
+            output = tokens[length:]
+            text = self.ends.text(self.decode, tokens[:length], output)
             statistics.detokenize_s += time.perf_counter() - decoding
             first = timer.first_s if timer.first_s is not None else ended
             statistics.prefill_s += first - begun
@@ -101,7 +105,7 @@ class BaselineEngine(Engine[BaselineConfig]):
                 index=request.index,
                 prompt_tokens=length,
                 output_tokens=len(output),
-                finish_reason="eos" if output[-1] in self.stop_ids else "length",
+                finish_reason=self.ends.reason(tokens, len(tokens) - 1) or "length",
                 token_ids=output,
                 text=text,
                 first_token_s=first,
@@ -123,7 +127,9 @@ class BaselineEngine(Engine[BaselineConfig]):
 
     def _generate(self, input_ids: torch.Tensor, output_len: int, streamer: Any) -> torch.Tensor:
         """Returns prompt and output ids ``[tokens]`` on the CPU."""
-        return greedy(self.model, input_ids.to(self.model.device), output_len, self.stop_ids, streamer=streamer).cpu()
+        prompt, stop = input_ids.to(self.model.device), self.ends.ids
+        options = {"streamer": streamer, "stopping_criteria": self.criteria}
+        return greedy(self.model, prompt, output_len, stop, **options).cpu()
 
 
 class _FirstToken:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from harness.basics.clock import Clock
 from harness.basics.errors import UserError, one_line
-from harness.engines.base import Engine, EngineStatistics, Progress, rejection
+from harness.engines.base import Engine, Progress, rejection
 from harness.engines.mii.config import MiiConfig
 from harness.engines.mii.pipeline import RequestPipeline, TokenIds, load_inference_engine
 from harness.engines.mii.settings import (
@@ -27,8 +27,11 @@ from harness.engines.mii.settings import (
     model_settings,
     refuse_unsupported,
 )
+from harness.engines.shared import deepspeed_ops
 from harness.engines.shared.kv_blocks import refusal
 from harness.engines.shared.order import arranged
+from harness.engines.statistics import EngineStatistics
+from harness.models.ends import Ends
 from harness.models.tokenizer import load_tokenizer
 from harness.ranks.rank import free_port
 from harness.workload.records import Completion, PassRecord, Request
@@ -38,7 +41,6 @@ class MiiEngine(Engine[MiiConfig]):
     """Requests through :class:`RequestPipeline`, admitted only while the KV cache can hold them to their ends."""
 
     pipeline: RequestPipeline
-    stops: frozenset[int]
 
     @property
     def kernels(self) -> str:
@@ -60,8 +62,12 @@ class MiiEngine(Engine[MiiConfig]):
         settings, tensor = self.settings, self.settings.tensor
         source = local_checkpoint(settings)
         refuse_unsupported(settings, source)
+        try:
+            deepspeed_ops.load(deepspeed_ops.RAGGED, settings.leads)
+        except deepspeed_ops.OpsError as error:
+            raise UserError("engine", f"mii: DeepSpeed's kernels cannot be built: {error}", USE_FASTGEN) from error
         self.tokenizer = load_tokenizer(settings.source)
-        self.stops = end_of_sequence(source, settings)
+        self.ends = Ends.of(end_of_sequence(source, settings), settings.generation, self.tokenizer)
         port = free_port()
         port = tensor.share(port) if tensor else port
         tokens = TokenIds(source.architecture["vocab_size"])
@@ -77,7 +83,7 @@ class MiiEngine(Engine[MiiConfig]):
                     raise MemoryError(str(error)) from error
                 found = f"mii cannot load {source.path}: {one_line(str(error) or type(error).__name__, 300)}"
                 raise UserError("engine", found, USE_FASTGEN) from error
-        self.pipeline = RequestPipeline(inference_engine, tokens, config)
+        self.pipeline = RequestPipeline(inference_engine, tokens, config, settings.engine.max_sequences)
         if tensor is not None:
             self.pipeline.meet(tensor)
         self.notes.append("mii: MII's top-p pass left out, prompts admitted as the KV cache has room to their ends")
@@ -99,7 +105,7 @@ class MiiEngine(Engine[MiiConfig]):
 
     def generate(self, requests: Iterable[Request], clock: Clock) -> Iterator[Completion]:
         """Yields completions as MII finishes them; see :meth:`Engine.generate`."""
-        return self._run(requests, clock, self.stops)
+        return self._run(requests, clock, self.ends.ids)
 
     def follow(self) -> None:
         """Computes the leader's batches, which MII itself sends, until the leader says that it is done."""
@@ -109,7 +115,12 @@ class MiiEngine(Engine[MiiConfig]):
     def _run(self, requests: Iterable[Request], clock: Clock, stops: frozenset[int]) -> Iterator[Completion]:
         pipeline, settings = self.pipeline, self.settings
         self.statistics = EngineStatistics(
-            steps=0, preemptions=0, recomputed_tokens=0, kv_blocks=pipeline.total_blocks, kv_peak_utilisation=0.0
+            steps=0,
+            preemptions=0,
+            recomputed_tokens=0,
+            dropped_tokens=0,
+            kv_blocks=pipeline.total_blocks,
+            kv_peak_utilisation=0.0,
         )
         pipeline.clock, pipeline.on_pass = clock, self._account
         pipeline.steps = pipeline.prompt_tokens = pipeline.output_tokens = 0
@@ -136,11 +147,12 @@ class MiiEngine(Engine[MiiConfig]):
             pipeline.backlog = len(ready)
             pipeline.generate()
             for entry in pipeline.finished:
+                last = len(entry.token_ids) - 1
                 yield self.completion(
                     entry.request.index,
                     entry.prompt_tokens,
                     entry.token_ids,
-                    entry.finish_reason,
+                    self.ends.reason(entry.token_ids, last) or "length",
                     entry.first_token_s,
                     clock,
                 )

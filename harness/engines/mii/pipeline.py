@@ -95,7 +95,6 @@ class Entry:
     begun: bool = False
     first_token_s: float | None = None
     token_ids: list[int] = field(default_factory=list)
-    finish_reason: str = ""
 
 
 class RequestPipeline(MIIPipeline):
@@ -111,6 +110,10 @@ class RequestPipeline(MIIPipeline):
       has left it out of ``generated_tokens``.
     - ``reset_request_status`` (378) moves generated tokens into the prompt when the KV cache runs dry.
     - ``make_request`` (420) always adds a top-p pass, which sorts the vocabulary, to ``post_processing``.
+    - ``_schedule_token_gen`` (256) and ``_schedule_prompts`` (279) take a pass's most sequences from
+      ``max_ragged_sequence_count``. DeepSpeed has by then made its buffers as long as that, those of attention atoms
+      among them, which long prompts need more of (:func:`attention_atoms`): they are made longer, and the limit is put
+      back to ``max_sequences`` here.
     - ``__call__`` (567): its end is :meth:`end`. The rest of it cannot be used: it has one ``max_new_tokens`` for
       all its prompts, and one prompt that is too long fails them all.
 
@@ -118,12 +121,14 @@ class RequestPipeline(MIIPipeline):
         inference_engine: DeepSpeed's ``InferenceEngineV2``.
         tokenizer: a :class:`TokenIds`.
         model_config: a ``mii.config.ModelConfig``.
+        max_sequences: most sequences of a pass.
     """
 
     scheduled_requests: Any
 
-    def __init__(self, inference_engine: Any, tokenizer: TokenIds, model_config: Any) -> None:
+    def __init__(self, inference_engine: Any, tokenizer: TokenIds, model_config: Any, max_sequences: int) -> None:
         super().__init__(inference_engine=inference_engine, tokenizer=tokenizer, model_config=model_config)
+        inference_engine._config.state_manager.max_ragged_sequence_count = max_sequences
         self.clock: Callable[[], float] = time.perf_counter  # gives the times of passes and first tokens
         self.on_pass: Callable[[PassRecord], None] = lambda record: None
         self.block_size = min(group.block_size for group in inference_engine.model().kv_cache_config())
@@ -205,10 +210,8 @@ class RequestPipeline(MIIPipeline):
         """Keeps a finished request's ids, in place of putting them into a result queue."""
         entry = self.active.pop(r.uid)
         entry.token_ids = [int(token) for token in r.generated_tokens]
-        entry.finish_reason = "length"
         if r.finish_reason == GenerationFinishReason.STOP:
             entry.token_ids.append(int(r.next_token))
-            entry.finish_reason = "eos"
         if r.prompt_length != entry.prompt_tokens or r.num_generated_tokens != len(entry.token_ids):
             raise RuntimeError(
                 f"request {r.uid}: {entry.prompt_tokens} prompt tokens were fed and {len(entry.token_ids)} came back, "

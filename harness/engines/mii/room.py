@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from harness.basics.errors import UserError
 from harness.config.schema import Config
 from harness.engines.mii import checks
 from harness.engines.mii.config import MiiConfig
-from harness.engines.room import Change, Passes, Room, Share, Unrecorded
+from harness.engines.room import Change, Here, Passes, Room, Share, Unrecorded
 from harness.engines.shared import less_memory, paged
+
+if TYPE_CHECKING:
+    from harness.engines.base import EngineSettings
 
 
 class MiiRoom(Room):
@@ -18,6 +23,8 @@ class MiiRoom(Room):
     name = "mii"
     config = MiiConfig
     engine = "harness.engines.mii.engine:MiiEngine"
+    packages = ("deepspeed", "mii")
+    install = "run bash launch/install_mii.sh"
     scores = False
     replicas = False
     passes = Passes.steps
@@ -27,6 +34,17 @@ class MiiRoom(Room):
     def check(self, config: Config, accelerator: str) -> None:
         """See :func:`checks.check`."""
         checks.check(config, accelerator)
+
+    def here(self, settings: EngineSettings[Any], capability: tuple[int, int] | None) -> Here:
+        """Reads the checkpoint's headers as the engine does; a hub's is not fetched for it."""
+        if importlib.util.find_spec("mii") is None:
+            raise UserError("engine", "mii is not installed", self.install)
+        if settings.source.architecture:
+            from harness.engines.mii.settings import local_checkpoint, refuse_unsupported
+
+            source = settings.source if settings.source.kind in ("hub", "described") else local_checkpoint(settings)
+            refuse_unsupported(settings, source, capability)
+        return Here("mii")
 
     def share(self, config: Config) -> Share:
         """A paged KV cache."""

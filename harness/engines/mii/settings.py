@@ -15,6 +15,7 @@ from harness.config.checks import parse_bytes
 from harness.engines.base import EngineSettings
 from harness.engines.known_model import KnownModel
 from harness.engines.shared.kv_memory import is_fraction, too_little, too_much
+from harness.engines.shared.ragged_kernels import attention_atoms
 from harness.models.architecture import LLAMA_LIKE, attention_heads, kv_bytes_per_token
 from harness.models.directory import find, weight_files
 from harness.models.generation import stop_ids
@@ -41,7 +42,8 @@ def model_settings(
     engine = settings.engine
     manager: dict[str, Any] = {
         "max_ragged_batch_size": engine.token_budget,
-        "max_ragged_sequence_count": engine.max_sequences,
+        # Room for attention atoms; RequestPipeline keeps passes to max_sequences.
+        "max_ragged_sequence_count": attention_atoms(engine.token_budget, engine.max_sequences),
         # Finished sequences stay tracked until the next pass.
         "max_tracked_sequences": max(2048, 2 * engine.max_sequences),
         "memory_config": memory,
@@ -153,10 +155,12 @@ def stored_weights(source: Source) -> dict[str, tuple[int, str]]:
     return weights
 
 
-def refuse_unsupported(settings: EngineSettings, source: Source) -> None:
-    """Raises UserError for a model or a launch that would end in one of MII's tracebacks."""
-    import torch
+def refuse_unsupported(settings: EngineSettings, source: Source, capability: tuple[int, int] | None = None) -> None:
+    """Raises UserError for a model or a launch that would end in one of MII's tracebacks.
 
+    Args:
+        capability: the CUDA device's compute capability; None asks torch, which takes the device.
+    """
     from harness.engines.shared.ragged_kernels import device_unsupported, not_installed, unsupported
 
     tp, quantization = settings.tp, settings.engine.quantization
@@ -165,12 +169,20 @@ def refuse_unsupported(settings: EngineSettings, source: Source) -> None:
         raise UserError("parallel.tp", found, USE_FASTGEN)
     known = KnownModel(source.architecture, settings.dtype, tp, settings.max_context)
     reason = unsupported(known, quantization)
-    reason = reason or next(_beyond_mii(source, quantization), None)
+    if source.kind == "directory":  # a plan has no files to look into
+        reason = reason or next(_beyond_mii(source, quantization), None)
     if reason is None and settings.device.startswith("cuda"):
-        major = torch.cuda.get_device_capability(settings.device)[0]
-        reason = not_installed(quantization) or device_unsupported(quantization, major)
+        reason = not_installed(quantization) or device_unsupported(
+            quantization, (capability or _capability(settings))[0]
+        )
     if reason is not None:
-        raise UserError("engine", f"mii cannot run {source.path}: {reason}", USE_FASTGEN)
+        raise UserError("engine", f"mii cannot run {source.path or 'this model'}: {reason}", USE_FASTGEN)
+
+
+def _capability(settings: EngineSettings) -> tuple[int, int]:
+    import torch
+
+    return torch.cuda.get_device_capability(settings.device)
 
 
 def _beyond_mii(source: Source, quantization: str | None) -> Iterator[str]:

@@ -30,6 +30,7 @@ from harness.engines.base import Engine, EngineSettings
 from harness.engines.proof import cache, shortened
 from harness.engines.scoring import Scored
 from harness.engines.shared.plain_attention import computed
+from harness.engines.shared.unusable import Unusable
 from harness.machine.memory import forget_peak_memory
 from harness.models.architecture import positive_integer, rotary_threshold
 from harness.models.loading import load_model
@@ -91,13 +92,13 @@ def load(engine: Engine, say: Callable[[str], None] = lambda line: None) -> Engi
 
     Raises:
         Differs: its passes are not the model's, and there are no other kernels to take.
-        UserError: the model cannot be loaded, or not be computed by this engine.
+        UserError: the model cannot be loaded, or not be computed by this engine, or its kernels not be had here.
     """
     while True:
         try:
             _load(engine, say)
             return engine
-        except Differs as failure:
+        except (Differs, Unusable) as failure:
             other = engine.instead(failure.reason)
             if other is None:
                 raise

@@ -26,3 +26,8 @@ def check(config: Config) -> None:
     if config.verify:
         found = f"{config.verify}: the tokens of a simulation are made up, and there is nothing to check them with"
         raise UserError("verify", found, "leave it out")
+    if config.export is not None:
+        found = f"{config.export.value}: a simulation makes no text that could be written"
+        raise UserError("export", found, "leave it out")
+    if config.power_limit_w is not None:
+        raise UserError("power_limit_w", f"{config.power_limit_w:g}: a simulation draws no power", "leave it out")

@@ -13,20 +13,13 @@ from harness.costs.lengths import CHARACTERS_A_TOKEN, guessed_tokens, uncounted_
 from harness.costs.memory import gib
 from harness.costs.pass_time import PassTime
 from harness.costs.shape import ModelShape
-from harness.engines.base import (
-    Described,
-    Engine,
-    EngineSettings,
-    EngineStatistics,
-    Progress,
-    merged_statistics,
-    rejection,
-)
+from harness.engines.base import Described, Engine, EngineSettings, Progress, rejection
 from harness.engines.shared.kv_memory import affordable_blocks
 from harness.engines.shared.order import arranged
 from harness.engines.simulate.config import SimulateConfig
 from harness.engines.simulate.replay import Finished, Item, Pass, Replay, Replica, Setup
 from harness.engines.simulate.tokens import drawn_length, stop_ids, token_ids
+from harness.engines.statistics import EngineStatistics, merged_statistics
 from harness.models.tokenizer import Encoding
 from harness.workload.records import Completion, PassRecord, Request
 
@@ -102,6 +95,8 @@ class SimulateEngine(Engine[SimulateConfig]):
             )
         if not self.hazard and settings.generation.stop is Stop.eos:
             self.notes.append("no engine.eos_rate is given, or fitted for this model: every output runs to output_len")
+        if settings.generation.stop_strings or settings.generation.stop_token_ids:
+            self.notes.append("a simulation has no text: stop_strings and stop_token_ids end none of its outputs")
 
     def warm_up(self) -> None:
         """Nothing has to be warm."""
@@ -145,9 +140,11 @@ class SimulateEngine(Engine[SimulateConfig]):
             else:
                 yield rejection(by_index[event.uid], event.reason, clock)
         clock.now_s = max([clock.now_s, *(replica.ended_s for replica in replay.replicas)])
-        self.statistics = merged_statistics(
-            [_statistics(one, *times) for one, *times in zip(replay.replicas, prefill_s, decode_s, strict=True)]
-        )
+        self.played = [
+            (one.ended_s, _statistics(one, *times))
+            for one, *times in zip(replay.replicas, prefill_s, decode_s, strict=True)
+        ]
+        self.statistics = merged_statistics([statistics for _, statistics in self.played])
 
     def _completed(self, event: Finished, item: Item) -> Completion:
         architecture = self.settings.source.architecture
@@ -266,6 +263,7 @@ def _statistics(replica: Replica, prefill_s: float, decode_s: float) -> EngineSt
         steps=replica.steps,
         preemptions=scheduler.preemptions,
         recomputed_tokens=scheduler.recomputed_tokens,
+        dropped_tokens=scheduler.dropped_tokens,
         kv_blocks=scheduler.blocks.total,
         kv_peak_utilisation=scheduler.blocks.peak / scheduler.blocks.total,
         peak_sequences=scheduler.peak_sequences,

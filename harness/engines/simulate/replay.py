@@ -15,10 +15,11 @@ from typing import NamedTuple, Protocol
 from harness.costs.work import PassWork
 from harness.engines.fastgen.scheduler import RaggedBatch, Scheduler, Sequence
 from harness.engines.shared.kv_blocks import KvBlocks
+from harness.models.ends import Ends
 
 ENGINE = "fastgen"  # whose scheduler it is
 STOP, OTHER = 1, 0  # the only ids that the scheduler is shown
-STOPS = frozenset({STOP})
+ENDS = Ends(frozenset({STOP}))
 
 
 class Times(Protocol):
@@ -54,7 +55,7 @@ class Setup:
         token_budget, max_sequences: most tokens in a pass, most sequences running at a time, of a replica.
         block_size, blocks: tokens in a block of the KV cache, and the blocks of a replica.
         replicas: that pull from one queue.
-        lookahead: most requests that a replica takes before they can start.
+        lookahead: requests that a replica takes at a time, before they can start.
         slow: by replica, the factor on its time; those that are not named have 1.
         started_s: the clock at the beginning.
     """
@@ -113,7 +114,7 @@ class Replica:
         self.factor = setup.slow[number] if number < len(setup.slow) else 1.0
         self.lookahead = setup.lookahead
         blocks = KvBlocks(setup.blocks, setup.block_size)
-        self.scheduler = Scheduler(setup.token_budget, min(setup.max_sequences, setup.token_budget), blocks, STOPS)
+        self.scheduler = Scheduler(setup.token_budget, min(setup.max_sequences, setup.token_budget), blocks, ENDS)
         self.clock_s = setup.started_s
         self.ended_s = setup.started_s  # of its last pass, or of its last look at the queue
         self.steps = self.tokens = 0
@@ -160,7 +161,7 @@ class Replica:
     def _take(self, queue: Iterator[Item], events: list[Event]) -> int:
         """Takes requests as FastGen's loop does; returns how many prompt tokens they have."""
         scheduler, admitted = self.scheduler, 0
-        while self._more and len(scheduler.waiting) < self.lookahead:
+        while self._more and scheduler.hungry(self.lookahead):
             taken = list(islice(queue, self.lookahead))
             self._more = len(taken) == self.lookahead
             for uid, prompt_tokens, max_new_tokens, output_tokens in taken:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from harness.config.schema import Config
 from harness.engines.fastgen.config import FastGenConfig
 from harness.engines.fastgen.room import FastGenRoom
 from harness.engines.fastgen.runners import choice
 from harness.engines.known_model import KnownModel
+from harness.engines.room import Here
 from harness.engines.simulate import checks
 from harness.engines.simulate.config import SimulateConfig
+
+if TYPE_CHECKING:
+    from harness.engines.base import EngineSettings
 
 
 class SimulateRoom(FastGenRoom):
@@ -29,6 +35,10 @@ class SimulateRoom(FastGenRoom):
     def check_shards(self, config: Config, known: KnownModel, accelerator: str) -> None:
         """As FastGen with the kernels that it would choose."""
         choice.check(FastGenConfig(), known, accelerator)
+
+    def here(self, settings: EngineSettings[Any], capability: tuple[int, int] | None) -> Here:
+        """It computes nothing."""
+        return Here("simulated")
 
 
 ROOM = SimulateRoom()
