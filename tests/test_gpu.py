@@ -1,111 +1,90 @@
 """What needs a CUDA device: collected everywhere, run where there is one.
 
-DeepSpeed's ragged kernels and MII have files of their own: test_gpu_deepspeed.py and test_gpu_mii.py.
+Most of it is what the acceptance suite checks (launch/acceptance), in the same words: each test here is a group of its
+findings. Triton's kernels and DeepSpeed's have files of their own, with the same checks in small.
 """
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.runs import SAMPLE, Run
+from support.runs import ROOT, Run
 
 from harness.machine import device
+
+sys.path.insert(0, str(ROOT / "launch"))
+
+from acceptance import on_engines, on_failures, on_injected, on_mii
+from acceptance.cases import check_judged, possible
+from acceptance.findings import Outcome
+from acceptance.stage import Stage
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(device.accelerator() != "cuda", reason="needs a GPU"),
 ]
-# As LLaMA-2-7B, four layers of it: heads that kernel injection takes, weights that any device has room for.
-SMALL_7B = ["model=llama2_7b", "model.weights=dummy", "model.architecture.num_hidden_layers=4"]
 
 
-def needs_devices(count: int) -> None:
-    """Skips the test on a machine with fewer GPUs."""
-    import torch
-
-    if torch.cuda.device_count() < count:
-        pytest.skip(f"needs {count} GPUs")
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    return Stage("gpu", tmp_path)
 
 
-@pytest.fixture(scope="module")
-def on_the_device(demo_model: Path) -> dict[int, list[int]]:
-    """Returns what Hugging Face's ``generate`` gives on the device in fp32, by index, for 16 prompts of the sample."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(demo_model)
-    model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32).cuda().eval()
-    answers = {}
-    for index, entry in enumerate(map(json.loads, SAMPLE.read_text().splitlines()[:16])):
-        inputs = tokenizer(entry["prompt"], return_tensors="pt").to("cuda")
-        with torch.inference_mode():
-            output = model.generate(**inputs, do_sample=False, max_new_tokens=entry["output_len"])
-        answers[index] = output[0, inputs.input_ids.shape[1] :].tolist()
-    return answers
+def assert_nothing_failed(stage: Stage) -> None:
+    found = stage.other(stage.name)
+    assert found
+    assert not [finding.line() for finding in found if finding.outcome is Outcome.failed]
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["engine=fastgen", "engine.kernels=torch"],
-        ["engine=fastgen"],  # auto: three query heads to a key-value head are not among the kernels' ratios
-        ["engine=baseline"],
-        ["engine=ds_inference"],
-        ["engine=ds_inference", "engine.cuda_graph=true"],
-    ],
-    ids=lambda overrides: " ".join(overrides),
-)
-def test_sample_in_fp32_on_cuda_gives_hugging_face_ids(
-    harness: Callable[..., Run], on_the_device: dict[int, list[int]], overrides: list[str]
-) -> None:
-    run = harness(*overrides, "model.dtype=float32", "dataset.num_samples=16", DS_ACCELERATOR="cuda")
-    assert run.status == 0, run.stderr
-    assert run.row["device"] == "cuda"
-    assert int(run.row["peak_memory_bytes"]) > 2**29  # the weights alone
-    assert run.token_ids == on_the_device
+def test_engines_in_float32_give_hugging_faces_ids(stage: Stage) -> None:
+    """On the demo model; tp=2 and dp=2 where there are two GPUs."""
+    on_engines.check_exact(stage, possible(stage, (*on_engines.EXACT, *on_engines.ON_TWO)))
+    assert_nothing_failed(stage)
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["engine=fastgen", "parallel.tp=2"],
-        ["engine=fastgen", "parallel.dp=2"],
-        ["engine=ds_inference", "parallel.tp=2"],
-    ],
-    ids=lambda overrides: " ".join(overrides),
-)
-def test_two_gpus_give_the_same_ids(
-    harness: Callable[..., Run], on_the_device: dict[int, list[int]], overrides: list[str]
-) -> None:
-    needs_devices(2)
-    run = harness(*overrides, "model.dtype=float32", "dataset.num_samples=16", DS_ACCELERATOR="cuda")
-    assert run.status == 0, run.stderr
-    assert run.token_ids == on_the_device
+def test_engines_in_16_bits_give_tokens_that_verify_finds_right(stage: Stage) -> None:
+    check_judged(stage, possible(stage, on_engines.JUDGED), stage.folder)
+    assert_nothing_failed(stage)
+
+
+def test_triton_computes_every_family(stage: Stage) -> None:
+    check_judged(stage, possible(stage, on_engines.FAMILIES), stage.folder)
+    assert_nothing_failed(stage)
+
+
+def test_mii_and_deepspeeds_kernels_give_tokens_that_verify_finds_right(stage: Stage) -> None:
+    on_mii.run(stage)
+    assert_nothing_failed(stage)
+
+
+def test_runs_that_fail_or_are_killed_say_so_and_can_be_resumed(stage: Stage) -> None:
+    """Memory that runs out, SIGTERM and SIGKILL, a timeout; telemetry, and GPUs by their UUIDs."""
+    on_failures.run(stage)
+    assert_nothing_failed(stage)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_injected_kernels_compute_the_model_or_are_refused_in_one_line(stage: Stage, dtype: str) -> None:
+    on_injected.injected(stage, dtype, dtype)
+    assert_nothing_failed(stage)
 
 
 @pytest.mark.parametrize("engine", ["fastgen", "ds_inference"])
-def test_bfloat16_on_cuda_completes(harness: Callable[..., Run], engine: str) -> None:
+def test_bfloat16_is_proven_before_the_clock_and_its_share_of_the_peak_is_known(
+    harness: Callable[..., Run], engine: str
+) -> None:
     run = harness(f"engine={engine}", "hardware=h100_80g", "dataset.num_samples=16", DS_ACCELERATOR="cuda")
     assert run.status == 0, run.stderr
     assert run.row["dtype"] == "bfloat16"
     assert 0 < float(run.row["model_flops_utilisation"]) < 1
     proof = run.record["proof"]
     assert proof["layers"] is None and proof["largest_distance"] <= proof["bound"]
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_injected_kernels_pass_their_check_or_are_refused_in_one_line(harness: Callable[..., Run], dtype: str) -> None:
-    """Whether they compute the model is for the check to say; a wrong answer or a traceback is not allowed."""
-    overrides = [*SMALL_7B, f"model.dtype={dtype}", "dataset.num_samples=16"]
-    run = harness("engine=ds_inference", "engine.kernel_inject=true", *overrides, DS_ACCELERATOR="cuda")
-    if run.status == 0:
-        assert (run.row["kernels"], run.row["completed"]) == ("injected", "16")
-    else:
-        assert run.status == 2
-        assert run.stderr.startswith("error: engine.kernel_inject: true: DeepSpeed") and run.stderr.count("\n") == 1
+    statistics = run.record["engine_statistics"]
+    if engine == "fastgen":
+        assert statistics["device_busy_s"] + statistics["device_gap_s"] <= float(run.row["elapsed_s"])
 
 
 def test_llama2_7b_with_made_up_weights_runs(harness: Callable[..., Run]) -> None:
