@@ -1,0 +1,1 @@
+"""What this machine can run, and what the given config would take: from the checks that a run makes itself."""
