@@ -190,7 +190,7 @@ def test_resolve_names_the_argument_it_lacks(write: Callable[..., str]) -> None:
     loaded = read(DatasetConfig(name="sharegpt", path=write([chat("a", "A")])))
     with pytest.raises(ValueError, match="count_tokens"):
         resolve(loaded, NO_CAP)
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="0 counts of 1 texts"):
         resolve(loaded, NO_CAP, count_tokens=lambda texts: [])
     config = DatasetConfig(name="synthetic", num_samples=1, input_len=2, output_len=1, prompt=SyntheticPrompt.random)
     for vocab_size in (None, 0, -1):
@@ -210,6 +210,7 @@ def test_completion_fields_in_the_order_of_the_file() -> None:
         "first_token_s",
         "finished_s",
         "error",
+        "id",
     ]
 
 
@@ -254,10 +255,10 @@ def test_sample_is_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.
     [
         (
             '{"prompt": "a", "prompt_len": 1, "output_len": 1}\n{"prompt": "b", "prompt_len": 1}\n',
-            "record 1 (",
+            "line 2, output_len: null",
         ),
         ('{"prompt": "a", "prompt_len": 1, "output_len": 1}\n{"prompt": "b\n', "line 2, column 14"),
-        ("[]\n", "record 0 (counting from 0): a list of length 0"),
+        ("[]\n", "line 1: a list of length 0"),
         ("\n", "dataset=sample: empty file"),
     ],
 )
@@ -305,11 +306,14 @@ def test_path_is_required(name: str, path: str | None) -> None:
 def test_path_is_refused(name: str) -> None:
     line = refusal(name, "mine.json", num_samples=1)
     assert line.startswith(f"dataset.path: 'mine.json' given with dataset={name}")
-    assert "use dataset=asc24 or dataset=sharegpt" in line
+    assert "use dataset=asc24, dataset=csv, dataset=huggingface, " in line
 
 
 def test_unknown_dataset() -> None:
-    assert refusal("asc25") == ("dataset.name: unknown dataset 'asc25'; use sample, asc24, sharegpt or synthetic")
+    assert refusal("asc25") == (
+        "dataset.name: unknown dataset 'asc25'; use "
+        "sample, asc24, csv, huggingface, jsonl, openai_batch, parquet, sharegpt, text or synthetic"
+    )
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from support.datasets import NO_CAP, TRIPLES, chat, refusal
 
 from harness.basics.errors import UserError
 from harness.config.schema import DatasetConfig
-from harness.workload import json_file
+from harness.workload import stored_file
 from harness.workload.reading import read, resolve
 
 write = datasets.write
@@ -73,7 +73,7 @@ def test_huge_files_are_refused_before_they_fill_the_memory(
     path = write(b"")
     os.truncate(path, 2**31 + 1)  # sparse: takes no space
     assert "more than 2,147,483,648 bytes" in refusal("asc24", path)
-    monkeypatch.setattr(json_file, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(stored_file, "MAX_FILE_BYTES", 1000)
     assert "more than 1,000 bytes when uncompressed" in refusal("asc24", write(gzip.compress(b" " * 1001)))
 
 
@@ -148,8 +148,8 @@ def test_deep_nesting(write: Callable[..., str], text: str) -> None:
     ],
 )
 def test_not_a_list(write: Callable[..., str], value: Any, found: str) -> None:
-    for name in ("asc24", "sharegpt"):
-        assert refusal(name, write(json.dumps(value))).startswith(f"dataset.path: {found}, not a list: ")
+    assert refusal("asc24", write(json.dumps(value))).startswith(f"dataset.path: {found}, not a list: ")
+    assert refusal("sharegpt", write(json.dumps(value))).startswith(f"dataset.path, line 1: {found}, not {{")
 
 
 @pytest.mark.parametrize("name", ["asc24", "sharegpt"])
@@ -236,8 +236,10 @@ def test_the_other_dataset_is_recognised(write: Callable[..., str]) -> None:
     assert line.startswith(
         "dataset.path, record 0 (counting from 0): an object with the keys ['id', 'conversations'], not ["
     )
-    assert line.endswith("; use dataset=sharegpt for this file")
-    assert refusal("sharegpt", write(TRIPLES)).endswith("; use dataset=asc24 for this file")
+    assert line.endswith('"value": ...}, ...]}: use dataset=sharegpt')
+    assert refusal("sharegpt", write(TRIPLES)).endswith(
+        "; this is a JSON list of [prompt, prompt_len, output_len]: use dataset=asc24"
+    )
 
 
 @pytest.mark.parametrize(

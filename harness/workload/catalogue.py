@@ -38,9 +38,5 @@ def settings_of(name: str) -> list[str]:
 
 def taking(key: str) -> str:
     """Returns the options that take a key of ``conf/dataset``, for an error message."""
-    return " or ".join(f"dataset={name}" for name, one in known().items() if one.takes(key))
-
-
-def recognising(value: object, besides: Format) -> str | None:
-    """Returns the name of another format that a record is surely of; None where none knows it."""
-    return next((name for name, one in known().items() if name != besides.name and one.recognises(value)), None)
+    *others, last = [f"dataset={name}" for name, one in known().items() if one.takes(key)]
+    return f"{', '.join(others)} or {last}" if others else last

@@ -6,8 +6,8 @@ from typing import Any
 
 from harness.config.schema import DatasetConfig
 from harness.workload.formats.base import FileFormat
-from harness.workload.json_file import Record
 from harness.workload.records import Request
+from harness.workload.stored_file import Record
 
 
 class Asc24(FileFormat):
@@ -29,9 +29,7 @@ def request_of(record: Record, fields: Any) -> Request:
     """Returns the request of a record with the fields prompt, prompt_len and output_len; raises UserError."""
     if not isinstance(fields, list) or len(fields) != 3:
         raise record.misshapen()
-    prompt = record.text("prompt", fields[0])
-    if not prompt:
-        raise record.error("prompt", "the string is empty")
+    prompt = record.prompt("prompt", fields[0])
     prompt_len = record.length("prompt_len", fields[1])
     return Request(record.index, prompt, record.length("output_len", fields[2]), prompt_len)
 

@@ -9,8 +9,9 @@ from typing import ClassVar
 from harness.config.schema import DatasetConfig
 from harness.workload.formats.asc24 import request_of
 from harness.workload.formats.base import FileFormat
-from harness.workload.json_file import JsonFile, Record
+from harness.workload.json_file import JsonFile, Layout
 from harness.workload.records import Request
+from harness.workload.stored_file import Record, StoredFile
 
 SAMPLE_PATH = Path(__file__).resolve().parents[1] / "data" / "sample.jsonl"
 FIELDS = ("prompt", "prompt_len", "output_len")
@@ -27,10 +28,10 @@ class Sample(FileFormat):
         """Returns the shipped file, whatever the directory of the run."""
         return str(SAMPLE_PATH)
 
-    def file(self, path: str) -> JsonFile:
+    def file(self, path: str) -> StoredFile:
         """Returns the shipped file, unread."""
         remedy = "restore harness/workload/data/sample.jsonl from the repository"
-        return JsonFile(path, f"dataset={self.name}", self.record, remedy, in_a_row=True, shipped=True)
+        return JsonFile(path, f"dataset={self.name}", self.record, remedy, shipped=True, layout=Layout.in_a_row)
 
     def parse(self, record: Record, dataset: DatasetConfig) -> Request:
         """Returns the request of one line."""

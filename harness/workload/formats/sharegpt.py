@@ -6,19 +6,22 @@ from typing import Any
 
 from harness.config.schema import DatasetConfig
 from harness.workload.formats.base import FileFormat
-from harness.workload.json_file import Record, describe
+from harness.workload.json_file import Layout
 from harness.workload.records import Request
+from harness.workload.stored_file import Record, describe
 
 
 class ShareGpt(FileFormat):
     """The first turn is the prompt; the second, the reply, is as long as the output unless ``output_len`` is given.
 
     A conversation is left out, and counted, when it has fewer than two turns, an empty prompt, or an empty reply that
-    should give the output length. vLLM shuffles the file; here nothing is shuffled, so that runs are repeatable.
+    should give the output length. vLLM shuffles the file; here dataset.shuffle does, the same way each time.
     """
 
     name = "sharegpt"
     optional = ("output_len",)
+    layout = Layout.either
+    what = "ShareGPT"
     record = '{"conversations": [{"from": ..., "value": ...}, ...]}'
     records = "conversations"
 
@@ -39,7 +42,7 @@ class ShareGpt(FileFormat):
         prompt, reply = texts
         if not prompt or (dataset.output_len is None and not reply):
             return None
-        return Request(record.index, prompt, dataset.output_len, reply=reply)
+        return Request(record.index, prompt, None, reply=reply)
 
     def recognises(self, value: Any) -> bool:
         """Returns whether ``value`` is an object with conversations."""
