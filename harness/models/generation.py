@@ -23,6 +23,15 @@ def stop_ids(model: PreTrainedModel, generation: GenerationConfig) -> frozenset[
     return frozenset([ids] if isinstance(ids, int) else ids)
 
 
+def stopping_criteria(generation: GenerationConfig, tokenizer: Any) -> list[Any] | None:
+    """Returns what ``generate`` makes of ``stop_strings`` and ``tokenizer``, made once; None without stop strings."""
+    from transformers import StoppingCriteriaList, StopStringCriteria
+
+    if not generation.stop_strings:
+        return None
+    return StoppingCriteriaList([StopStringCriteria(tokenizer, list(generation.stop_strings))])
+
+
 def greedy(
     model: Any, input_ids: torch.Tensor, output_len: int, stop_ids: frozenset[int], **options: Any
 ) -> torch.Tensor:
@@ -33,7 +42,8 @@ def greedy(
             and an end of sequence under ``stop=length``. :func:`stop_ids` reads it, and comes first.
         input_ids: ``[1, tokens]``, on the model's device.
         output_len: ids to generate at most.
-        options: of ``generate``, such as a ``streamer``.
+        stop_ids: that end it.
+        options: of ``generate``, such as a ``streamer``, or :func:`stopping_criteria`.
 
     Returns:
         Prompt and output ids, ``[tokens]``, on the model's device.

@@ -29,17 +29,7 @@ KEYS = {
 
 def gguf_source(path: Path, trust_remote_code: bool) -> Source:
     """Returns the source of one GGUF file, its metadata as config.json's keys; checks that it is whole."""
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise UserError("model.path", f"{path} is a file, but no GGUF file", GIVE_PATH)
-        try:
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                fields, tensors, end = _header(data)
-                size = len(data)
-        except (struct.error, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
-            raise UserError(
-                "model.path", f"{path} is cut short, or not GGUF version 2 or 3", "copy it again"
-            ) from error
+    fields, tensors, end, size = _read(path)
     if end > size:
         raise UserError("model.path", f"{path} should have {end} bytes and has {size}", "copy it again")
     if positive_integer(fields.get("split.count")) > 1:
@@ -55,6 +45,25 @@ def gguf_source(path: Path, trust_remote_code: bool) -> Source:
     architecture["tie_word_embeddings"] = "output.weight" not in tensors
     check_architecture(architecture, f"model.path, {path}, ")
     return Source("gguf", str(path.parent), path.name, str(path), architecture, trust_remote_code)
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    """Returns what a GGUF file says of its model beside its tensors, arrays left out."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, list[int]], int, int]:
+    """Returns metadata, shapes, and the bytes that are expected and there; raises UserError for a damaged file."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError("model.path", f"{path} is a file, but no GGUF file", GIVE_PATH)
+        try:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return *_header(data), len(data)
+        except (struct.error, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
+            raise UserError(
+                "model.path", f"{path} is cut short, or not GGUF version 2 or 3", "copy it again"
+            ) from error
 
 
 def _header(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, list[int]], int]:

@@ -8,10 +8,10 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from harness.basics.errors import UserError, quoted
-from harness.models.architecture import first_layers
+from harness.models.architecture import LLAMA_LIKE, first_layers
 from harness.models.directory import refuse_kernels
 from harness.models.source import Source
-from harness.models.transformers_config import dummy_config, refuse_encoders
+from harness.models.transformers_config import dummy_config, refuse_encoders, take_special_ids
 from harness.models.transformers_quiet import as_user_error, quiet
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def load_model(
         attention: a name that transformers' ``attn_implementation`` takes; None for its own choice.
         device: where the weights go, if ``device_map`` is None.
         device_map: accelerate's, e.g. ``"auto"`` for a model larger than one device.
-        seed: of dummy weights; the same seed gives the same weights on the same kind of device.
+        seed: of dummy weights; the same seed gives the same weights, of :data:`LLAMA_LIKE` families on any device.
         layers: load the first so many alone, of a checkpoint.
 
     Raises:
@@ -131,10 +131,12 @@ def _load_dummy(source: Source, seed: int, kwargs: dict[str, Any]) -> PreTrained
     import torch
     from transformers import AutoModelForCausalLM
 
+    from harness.models import made_up
+
     architecture = source.architecture
     with quiet(), as_user_error("model.architecture", quoted(architecture.get("model_type"))):
         config = dummy_config(source)
-        config.initializer_range = 0.02  # small enough for activations to stay finite in half precision
+        config.initializer_range = made_up.DEVIATION
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
         # Loading "nothing" allocates each weight once, on its own device, and has transformers initialise
@@ -142,7 +144,8 @@ def _load_dummy(source: Source, seed: int, kwargs: dict[str, Any]) -> PreTrained
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = type(skeleton).from_pretrained(None, config=config, state_dict={}, **kwargs)
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if (value := architecture.get(key)) is not None:
-            setattr(model.generation_config, key, value)
+    if config.model_type in LLAMA_LIKE:  # whose weights a rank may draw in parts
+        for name, weight in model.named_parameters():
+            made_up.draw(name, weight.data, tuple(weight.shape), seed=seed)
+    take_special_ids(model, architecture)
     return model

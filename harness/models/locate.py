@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import Any
+
+from omegaconf import OmegaConf
 
 from harness.basics.errors import UserError
+from harness.basics.places import CONF
 from harness.config.schema import ModelConfig, Weights
 from harness.models.architecture import check_architecture, positive_integer, sizes
 from harness.models.directory import find, find_tokenizer
@@ -32,7 +36,7 @@ def locate(model: ModelConfig) -> Source:
     tokenizer = found.tokenizer if model.tokenizer is None else find_tokenizer(model.tokenizer)
     architecture = found.architecture
     if dummy:
-        conf = {key: value for key, value in model.architecture.items() if value is not None}
+        conf = {key: value for key, value in _described(model).items() if value is not None}
         architecture = {**architecture, **conf}
         check_architecture(architecture, "model.architecture, ")
         if tokenizer is None and positive_integer(architecture.get("vocab_size")) < ByteTokenizer.vocab_size:
@@ -56,6 +60,20 @@ def locate(model: ModelConfig) -> Source:
         model.trust_remote_code,
         found.pickled and not dummy,
     )
+
+
+def _described(model: ModelConfig) -> dict[str, Any]:
+    """Returns what ``model.architecture`` says of the model that is to be drawn.
+
+    Where nobody has chosen an option, it describes the demo model; of the one that ``path`` names instead it says what
+    differs from that, as given on the command line.
+    """
+    option = CONF / "model" / f"{model.name}.yaml"
+    if not model.demo or model.path is None or not option.is_file():
+        return model.architecture
+    demo = OmegaConf.to_container(OmegaConf.load(option))
+    assert isinstance(demo, dict)
+    return {key: value for key, value in model.architecture.items() if value != demo["architecture"].get(key)}
 
 
 def described(model: ModelConfig) -> Source:
@@ -82,11 +100,12 @@ def model_name(model: ModelConfig, source: Source) -> str:
     Returns:
         ``model.name`` for dummy weights and for a checkpoint whose sizes are those of ``model.architecture``
         (as far as both state them); else the last part of the checkpoint's path: the name of the directory,
-        of the GGUF file without ``.gguf``, or of the hub id.
+        of the GGUF file without ``.gguf``, or of the hub id. The demo model's option names no other checkpoint.
     """
-    if source.path is None or source.kind == "dummy":  # as it is described
+    chosen = not model.demo or model.path is None
+    if source.path is None or (chosen and source.kind == "dummy"):  # as it is described
         return model.name
-    if source.architecture:
+    if chosen and source.architecture:
         conf, found = sizes(model.architecture), sizes(source.architecture)
         if all(conf[key] == found[key] for key in conf.keys() & found.keys()):
             return model.name

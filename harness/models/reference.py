@@ -14,9 +14,11 @@ from harness.config.schema import GenerationConfig
 from harness.machine.memory import available_memory_bytes
 from harness.models import loading
 from harness.models.architecture import required_bytes, rotary_threshold
-from harness.models.generation import greedy, stop_ids
+from harness.models.ends import Ends
+from harness.models.generation import greedy, stop_ids, stopping_criteria
 from harness.models.judging import BOUNDS, Scores
 from harness.models.source import Source
+from harness.models.tokenizer import load_tokenizer
 
 MOST_LOGITS = 2**27  # of one forward pass; half a GiB in float32
 PASS_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -40,7 +42,7 @@ class Reference:
     Args:
         source: the checkpoint.
         dtype: the run's type. Dummy weights are drawn in it, and then made float32: others would be drawn otherwise.
-        generation: for the stop rule.
+        generation: for what ends a request.
         device: ``cpu``, or ``cuda:N``; a model too large for it is spread over all devices by accelerate.
         sharded: whether the run's ranks shared the model; dummy weights are then drawn on the host.
 
@@ -65,7 +67,9 @@ class Reference:
             if sharded and device != "cpu":
                 self.model = self.model.to(device)
         self.exact = self.dtype == "float32"
-        self.stop_ids = stop_ids(self.model, generation)
+        tokenizer = load_tokenizer(source) if generation.stop_strings else None
+        self.ends = Ends.of(stop_ids(self.model, generation), generation, tokenizer)
+        self._criteria = stopping_criteria(generation, tokenizer)
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
         self.threshold = rotary_threshold(self.model.config.to_dict())
         self._keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
@@ -76,9 +80,10 @@ class Reference:
         return f"Hugging Face {self.dtype}"
 
     def generate(self, prompt: Sequence[int], output_len: int) -> list[int]:
-        """Returns the ids of Hugging Face's greedy ``generate``, EOS included."""
+        """Returns the ids of Hugging Face's greedy ``generate``, EOS and stop strings included."""
         ids = torch.tensor([list(prompt)], device=self.model.device)
-        output: list[int] = greedy(self.model, ids, output_len, self.stop_ids)[len(prompt) :].tolist()
+        found = greedy(self.model, ids, output_len, self.ends.ids, stopping_criteria=self._criteria)
+        output: list[int] = found[len(prompt) :].tolist()
         return output
 
     def scores(self, answers: Sequence[Answer], progress: Progress = lambda done, of: None) -> Iterator[Scores]:

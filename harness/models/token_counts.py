@@ -16,6 +16,13 @@ FILE = "tokenizer.json"
 Counter = Callable[[Sequence[str]], list[int]]
 
 
+def place_of(model: ModelConfig, source: Source) -> str | None:
+    """Returns where a model's tokenizer lies; nothing is fetched, the demo model's is taken where it is there."""
+    if source.tokenizer is None and model.path is None and model.demo and demo.complete(cache_root() / demo.NAME):
+        return str(cache_root() / demo.NAME)
+    return source.tokenizer
+
+
 def counter(model: ModelConfig, source: Source) -> Counter | None:
     """Returns what counts tokens as the model's tokenizer would, special tokens among them; None without its file.
 
@@ -24,9 +31,7 @@ def counter(model: ModelConfig, source: Source) -> Counter | None:
     Raises:
         UserError: the file is there and cannot be read.
     """
-    place = source.tokenizer
-    if place is None and model.path is None and model.demo and demo.complete(cache_root() / demo.NAME):
-        place = str(cache_root() / demo.NAME)
+    place = place_of(model, source)
     if place is None or not (file := Path(place) / FILE).is_file():
         return None
     from tokenizers import Tokenizer

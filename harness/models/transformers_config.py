@@ -35,6 +35,13 @@ def dummy_config(source: Source) -> Any:
     return config
 
 
+def take_special_ids(model: Any, architecture: dict[str, Any]) -> None:
+    """Gives a made-up model's generation config the ids that its architecture names."""
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if (value := architecture.get(key)) is not None:
+            setattr(model.generation_config, key, value)
+
+
 def refuse_encoders(config: Any) -> None:
     """Raises UserError for a model whose tokens see those after them: it predicts no next one."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
