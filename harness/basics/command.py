@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from harness.basics.errors import UserError, quoted, report
@@ -15,7 +16,17 @@ class Parser(argparse.ArgumentParser):
     """A parser that raises UserError in place of printing its usage, and takes no abbreviated options."""
 
     def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
+        called = Path(sys.argv[0]).name
+        prog = called if called.startswith("llama-harness-") else prog  # as an installed command
         super().__init__(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Ends the command after its help, which a reader may have seen enough of."""
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            status = output_ended(error)
+        super().exit(status, message)
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError."""

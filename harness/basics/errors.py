@@ -11,6 +11,7 @@ from contextlib import contextmanager
 FULL_ERROR = "HYDRA_FULL_ERROR"
 REFUSED = 2  # exit status
 INTERRUPTED = 130  # exit status
+PAUSED = 75  # exit status: what sysexits.h calls a temporary failure, to be tried again
 
 
 class UserError(Exception):

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import tempfile
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
@@ -59,6 +60,21 @@ def cannot_write(path: str | Path, error: Exception) -> UserError:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         remedy = "free space, then run again"
     return UserError(str(path), f"cannot be written: {getattr(error, 'strerror', None) or error}", remedy)
+
+
+def can_write(directory: Path) -> Path:
+    """Returns the nearest directory that is there, ``directory`` or one above it, once a file could be made in it.
+
+    The file has no name and leaves nothing behind.
+
+    Raises:
+        OSError: none can be made there, or what is there is no directory.
+    """
+    place = directory
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    with tempfile.TemporaryFile(dir=place):
+        return place
 
 
 def write_all(descriptor: int, data: bytes) -> None:

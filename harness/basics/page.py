@@ -41,8 +41,8 @@ def filled(template: Path, parts: Mapping[str, str]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template.read_text(encoding="utf-8"))
 
 
-def writable(name: str) -> Path:
-    """Returns the file to write a page to.
+def writable(name: str, option: str = "--html") -> Path:
+    """Returns the file to write a page to, or what else an ``option`` of a command names one for.
 
     Raises:
         UserError: no file can be made there.
@@ -51,20 +51,20 @@ def writable(name: str) -> Path:
     try:
         path = Path(os.path.realpath(name)) if name.strip() else None
         if path is None:
-            raise UserError("--html", "names no file", remedy)
+            raise UserError(option, "names no file", remedy)
         if path.exists() and not path.is_file():
-            raise UserError("--html", f"{name} is {'a directory' if path.is_dir() else 'not a plain file'}", remedy)
+            raise UserError(option, f"{name} is {'a directory' if path.is_dir() else 'not a plain file'}", remedy)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         found = f"{name} cannot be written: {getattr(error, 'strerror', None) or error}"
-        raise UserError("--html", found, remedy) from error
+        raise UserError(option, found, remedy) from error
     return path
 
 
-def write(path: Path, page: str) -> None:
-    """Writes a page to the file of :func:`writable`; raises UserError."""
+def write(path: Path, page: str | bytes, option: str = "--html") -> None:
+    """Writes to the file of :func:`writable`; raises UserError."""
     try:
-        replace(path, page.encode("utf-8", errors="replace"))
+        replace(path, page if isinstance(page, bytes) else page.encode("utf-8", errors="replace"))
     except UserError as error:
-        raise UserError("--html", f"{error.field} {error.found}", "free space, or name another file") from error
+        raise UserError(option, f"{error.field} {error.found}", "free space, or name another file") from error

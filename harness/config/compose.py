@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.basics.errors import UserError
+from harness.basics.places import CONF
 from harness.config import engine_schemas
 from harness.config.engine_schemas import keys_of, owners
 from harness.config.explain import explain, foreign_key, not_one
 from harness.config.identity import GROUPS
+from harness.config.own import USUAL_RESULTS, results_of
 from harness.config.schema import Config, EngineConfig
 
-ROOT = Path(__file__).resolve().parents[2]
+results_dir = USUAL_RESULTS  # of the command line that is composed: searches have left options there
+
+
+def look_in_results_of(words: Sequence[str]) -> None:
+    """Has Hydra find the experiments that lie in the ``results_dir`` of a command line."""
+    global results_dir
+    results_dir = results_of(words)
 
 
 def compose(overrides: list[str]) -> DictConfig:
@@ -25,8 +33,9 @@ def compose(overrides: list[str]) -> DictConfig:
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
 
+    look_in_results_of(overrides)
     try:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
             composed = hydra_compose("config", overrides, return_hydra_config=True)
         check_choices(composed.hydra.runtime.choices)
         return without_hydra(composed)
@@ -43,6 +52,16 @@ def register(engines: Mapping[str, type[EngineConfig]]) -> None:
         sys.path.append(plugins)  # Hydra takes plugins from a package hydra_plugins alone, wherever parts of it lie
     ConfigStore.instance().store(name="schema", node=Config)
     engine_schemas.register(engines)
+
+
+def compose_once() -> None:
+    """Has Hydra compose a command line once, not twice: the first time is but to read ``hydra.mode``.
+
+    That is a quarter of a second of every process. Whether there are several jobs is for the flag ``-m`` alone to say.
+    """
+    from hydra._internal.hydra import Hydra
+
+    Hydra.get_mode = lambda self, config_name, overrides: None  # what Hydra takes for "as the flags say"
 
 
 def search_path() -> list[str]:

@@ -1,11 +1,24 @@
-"""Which option of ``conf/hardware`` describes a device, by what its driver calls it."""
+"""The options of ``conf/hardware``, and which of them describes a device, by what its driver calls it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from omegaconf import OmegaConf
 
-from harness.config.compose import ROOT
+from harness.basics.places import CONF
 from harness.config.schema import HardwareConfig
+
+
+def options() -> Iterator[HardwareConfig]:
+    """Yields the options that describe a device, by name."""
+    schema = OmegaConf.structured(HardwareConfig)
+    for path in sorted((CONF / "hardware").glob("*.yaml")):
+        if path.stem == "local":  # a fit, of whatever it was made on
+            continue
+        found = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.load(path)))
+        assert isinstance(found, HardwareConfig)
+        yield found
 
 
 def option_of(device_name: str) -> HardwareConfig | None:
@@ -13,12 +26,4 @@ def option_of(device_name: str) -> HardwareConfig | None:
 
     Part of a name says too little: other cards of the same chip have other figures, and so has a part of a card.
     """
-    schema = OmegaConf.structured(HardwareConfig)
-    for path in sorted((ROOT / "conf" / "hardware").glob("*.yaml")):
-        if path.stem == "local":  # a fit, of whatever it was made on
-            continue
-        found = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.load(path)))
-        assert isinstance(found, HardwareConfig)
-        if device_name and device_name in found.device_names:
-            return found
-    return None
+    return next((found for found in options() if device_name and device_name in found.device_names), None)

@@ -9,14 +9,19 @@ from typing import Any
 from harness.basics.files import plain
 
 PLACES = ("model.path", "model.tokenizer", "dataset.path")  # hosts may keep the same files in different places
-GROUPS = ("engine", "model", "dataset", "generation", "parallel", "hardware")
+GROUPS = ("engine", "model", "dataset", "generation", "parallel", "hardware", "tracking")
 # Keys that change where and how often a job runs, not what it computes.
-UNHASHED_KEYS = ("results_dir", "resume", "sweep", "repeat", "timeout_s", "verify", "preflight")
+UNHASHED_KEYS = (
+    *("results_dir", "resume", "requeue", "tracking", "sweep", "repeat", "repeat_until"),
+    *("timeout_s", "verify", "export", "preflight", "power_limit_w"),
+)
 
 
 def config_hash(config: dict[str, Any]) -> str:
     """Returns 12 hex digits that are equal for equal jobs, wherever and however often they run."""
     job = {key: value for key, value in config.items() if key not in UNHASHED_KEYS}
+    if isinstance(hardware := job.get("hardware"), dict):
+        job["hardware"] = {key: value for key, value in hardware.items() if key != "price_per_hour"}
     canonical = json.dumps(plain(job), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
