@@ -48,10 +48,7 @@ def memory_hierarchies(membership: str, mount: Path = MOUNT) -> Iterator[Hierarc
             version, root = 1, mount / "memory"
         else:
             continue
-        # A container often sees its own group mounted as the root, and not the path it has on the host.
-        parts = [part for part in path.split("/") if part]
-        parts = [] if ".." in parts else parts
-        yield Hierarchy(version, [root.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)])
+        yield Hierarchy(version, _groups(root, path))
 
 
 def headroom(membership: str, mount: Path = MOUNT) -> int | None:
@@ -76,6 +73,42 @@ def headroom(membership: str, mount: Path = MOUNT) -> int | None:
             if bounds and used is not None and min(bounds) < NO_LIMIT:
                 left.append(max(0, min(bounds) - max(0, used - _stat_value(group / "memory.stat", cache))))
     return min(left, default=None)
+
+
+def throttled_s(membership: str, mount: Path = MOUNT) -> float | None:
+    """Returns for how long a limit on CPU time has held this process's control groups back, in seconds of a core.
+
+    Args:
+        membership: the text of ``/proc/self/cgroup``.
+        mount: where the control groups are mounted.
+
+    Returns:
+        Of the groups that it is in, the longest; None where no group counts it.
+    """
+    found = []
+    for line in membership.splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            roots, key, unit_s = [mount], "throttled_usec", 1e-6
+        elif "cpu" in controllers.split(","):
+            roots, key, unit_s = [mount / controllers, mount / "cpu"], "throttled_time", 1e-9
+        else:
+            continue
+        for root in roots:
+            for group in _groups(root, path):
+                with contextlib.suppress(OSError):
+                    if key in (group / "cpu.stat").read_text(encoding="utf-8"):
+                        found.append(_stat_value(group / "cpu.stat", key) * unit_s)
+    return max(found, default=None)
+
+
+def _groups(root: Path, path: str) -> list[Path]:
+    """Returns a group of a hierarchy, then those around it, up to the root."""
+    # A container often sees its own group mounted as the root, and not the path it has on the host.
+    parts = [part for part in path.split("/") if part]
+    parts = [] if ".." in parts else parts
+    return [root.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
 
 
 def _read_int(path: Path) -> int | None:

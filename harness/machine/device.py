@@ -77,6 +77,24 @@ def cuda_devices() -> int:
     return count.value
 
 
+def compute_capabilities() -> list[str]:
+    """Returns the compute capabilities of this host's GPUs, each once, such as ``["8.0", "9.0"]``.
+
+    Those that ``CUDA_VISIBLE_DEVICES`` hides are among them; none where NVML does not tell.
+    """
+    found = set()
+    with contextlib.suppress(Exception):  # pynvml is missing or too old, or raises classes of its own
+        nvml = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+        try:
+            for index in range(nvml.nvmlDeviceGetCount()):
+                handle = nvml.nvmlDeviceGetHandleByIndex(index)
+                found.add(tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle)))
+        finally:
+            nvml.nvmlShutdown()
+    return [f"{major}.{minor}" for major, minor in sorted(found)]
+
+
 def supports_bfloat16_on_cpu() -> bool:
     """Returns whether the CPU multiplies bfloat16 in hardware; False where /proc/cpuinfo is missing."""
     return not cpu_flags().isdisjoint(("avx512_bf16", "amx_bf16"))

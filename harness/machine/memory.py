@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,13 @@ def forget_peak_memory(device: str) -> None:
         return
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")  # proc(5): resets VmHWM
+
+
+def give_back(device: str) -> None:
+    """Gives back what nothing refers to any more: to the system, and from torch's own pools to the device."""
+    gc.collect()
+    if device.startswith("cuda") and (torch := sys.modules.get("torch")) is not None:
+        torch.cuda.empty_cache()
 
 
 class OomKills:

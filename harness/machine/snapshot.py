@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import socket
@@ -20,6 +21,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
+from harness.basics.places import CHECKOUT, ROOT
 from harness.machine.device import CPU_FLAGS, cores, cpu_flags, cpuinfo, cuda_devices, cuda_driver, device_name
 
 PACKAGES = (
@@ -37,6 +39,8 @@ PACKAGES = (
 )
 VARIABLES = (
     "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
     "KMP_AFFINITY",
     "GOMP_CPU_AFFINITY",
     "MKL_NUM_THREADS",
@@ -109,6 +113,16 @@ def git_state(directory: str | Path) -> dict[str, Any] | None:
     return {"commit": commit.strip(), "dirty": bool(changes.strip())}
 
 
+def code_state() -> dict[str, Any] | None:
+    """Returns :func:`git_state` of this checkout, or what it was of the one that this package was built from."""
+    if CHECKOUT:
+        return git_state(ROOT)
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((ROOT / "harness" / "built.json").read_bytes())
+        return found if isinstance(found, dict) else None
+    return None
+
+
 def code_fingerprint() -> str:
     """Returns the SHA-256 of the harness's own source, committed or not; documentation and data do not count."""
     digest, root = hashlib.sha256(), Path(__file__).resolve().parents[1]
@@ -161,7 +175,7 @@ def snapshot(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": package_versions(),
-        "git": git_state(Path(__file__).resolve().parents[2]),
+        "git": code_state(),
         "device": device,
         "device_name": device_name(device),
         "cpu": {

@@ -21,6 +21,8 @@ from harness.basics.errors import one_line
 from harness.basics.files import cannot_write
 from harness.machine.energy import POWERCAP, Gpus, Packages
 from harness.machine.meters import GPU_COLUMNS, HOST_COLUMNS, GpuMeter, HostMeter
+from harness.machine.others import OthersMeter
+from harness.machine.power import PowerSeries
 from harness.machine.series import Series
 
 log = logging.getLogger("harness")
@@ -36,6 +38,7 @@ class Sampler:
         series: the file that gets a line a sample, appended to if it exists; None for none.
         gpus: PCI bus ids of the GPUs whose state is taken, in the order of ``cuda:N``.
         processes: the run's ranks on this host.
+        launchers: what has started them, as far as it is the run's.
         interval_s: seconds from one sample to the next.
         powercap: where the kernel shows what the processors draw.
     """
@@ -45,6 +48,7 @@ class Sampler:
         series: Path | None = None,
         gpus: Sequence[str] = (),
         processes: Sequence[psutil.Process] = (),
+        launchers: Sequence[psutil.Process] = (),
         interval_s: float = INTERVAL_S,
         powercap: Path = POWERCAP,
     ) -> None:
@@ -53,7 +57,10 @@ class Sampler:
         self._series: Series | None = None
         self._buses = list(gpus)
         self._nvml: Gpus | None = None
-        self._host = HostMeter(processes, Packages(powercap))
+        packages = Packages(powercap)
+        self._host = HostMeter(processes, packages)
+        self._power = PowerSeries(len(packages))
+        self._others = OthersMeter(processes, launchers)
         self._gpus: list[GpuMeter] = []
         self._interval_s = interval_s
         self._clock: Callable[[], float] | None = None
@@ -93,7 +100,7 @@ class Sampler:
             while True:
                 self._wake.clear()
                 last = self._over.is_set()
-                self._sample()
+                self._sample(last)
                 if last:
                     self._complete = True
                     return
@@ -140,19 +147,26 @@ class Sampler:
             self._series.close()
         self._series = None
 
-    def _sample(self) -> None:
+    def _sample(self, last: bool) -> None:
         clock = self._clock
         time_s = None if clock is None else clock()
         values: dict[str, Any] = dict(self._host.sample(time_s))
         for number, gpu in enumerate(self._gpus):
             values |= {_gpu_column(number, name): value for name, value in gpu.sample(time_s).items()}
         if time_s is not None:
+            self._others.sample(time_s, ends=last or not self._samples)
+            powers = [values[_gpu_column(number, "power_w")] for number in range(len(self._gpus))]
+            self._power.add(time_s, powers, values["cpu_energy_j"])
             self._samples += 1
             # The first sample's own cost is not in the difference; one of many.
             self._times[1:], self._cpu_at[1:] = [time_s], [time.thread_time()]
         if self._series is not None:
             with self._writing():
                 self._series.write(time_s, values)
+
+    def power(self) -> dict[str, Any] | None:
+        """Returns :meth:`PowerSeries.summary`; None where the samples are not whole."""
+        return self._power.summary() if self._complete and len(self._gpus) == len(self._buses) else None
 
     def summary(self, clock_s: float | None = None) -> dict[str, Any]:
         """Returns what was seen, ready for JSON: peaks over all samples, means and joules over the clock alone.
@@ -173,6 +187,7 @@ class Sampler:
             "samples": self._samples,
             "sampler_cpu_share": (self._cpu_at[1] - self._cpu_at[0]) / sampled_s if sampled_s > 0 else None,
             **self._host.summary(scale),
+            "others_cpu": self._others.summary(),
             "gpus": [gpu.summary(self._samples, scale) for gpu in self._gpus],
             "gpus_expected": len(self._buses),
             "notes": list(self.notes),
@@ -206,9 +221,12 @@ def across_hosts(hosts: Sequence[dict[str, Any] | None], accelerator: str) -> di
     if not energy:  # a counter that never moved tells nothing
         energy = None
     shares = [host["sampler_cpu_share"] for host in hosts if host is not None]
+    others = [None if host is None else host["others_cpu"]["share"] for host in hosts]
     return {
         "energy_j": energy,
         "energy_source": ", ".join(sorted(filter(None, sources))) if energy is not None else None,
         "sampler_cpu_share": max((share for share in shares if share is not None), default=None),
+        # The slowest host sets the pace of all, so that a mean would hide what happened.
+        "others_cpu_share": None if None in others else max((one for one in others if one is not None), default=None),
         "hosts": [host for host in hosts if host is not None],
     }
