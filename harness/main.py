@@ -8,31 +8,37 @@ Several hosts: launch/NODES.md.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-ROOT = Path(__file__).resolve().parent.parent
-# A script's own directory comes first on sys.path, where our modules would shadow installed packages.
-sys.path[0] = str(ROOT)
-# Ninja and the deepspeed command are installed beside the interpreter, which may be called by its path.
-os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+if __name__ == "__main__":
+    # A script's own directory comes first on sys.path, where our modules would shadow installed packages.
+    root = Path(__file__).resolve().parents[1]
+    sys.path[:1] = [] if (root / "harness" / "conf").is_dir() else [str(root)]
 
-import hydra  # noqa: E402
-from hydra.errors import HydraException  # noqa: E402
-from omegaconf import DictConfig  # noqa: E402
-from omegaconf.errors import OmegaConfBaseException  # noqa: E402
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from harness.basics.errors import FULL_ERROR, INTERRUPTED, REFUSED, UserError, complain, full_error, report  # noqa: E402
-from harness.basics.outcome import leave  # noqa: E402
-from harness.config import flags  # noqa: E402
-from harness.config.explain import explain  # noqa: E402
-from harness.engines import catalogue  # noqa: E402
-from harness.ranks.rank import Rank, current, decoded, without_local_rank  # noqa: E402
-from harness.running import command  # noqa: E402
+from harness.basics.command import output_ended
+from harness.basics.errors import FULL_ERROR, INTERRUPTED, REFUSED, UserError, complain, full_error, report
+from harness.basics.outcome import leave
+from harness.basics.places import CONF
+from harness.basics.programs import beside_the_interpreter
+from harness.config import compose, flags, help
+from harness.config.explain import explain
+from harness.engines import catalogue
+from harness.machine.version import version
+from harness.ranks.rank import Rank, current, decoded, without_local_rank
+from harness.running import command
 
 if TYPE_CHECKING:
     from harness.running.sweep import Sweep
@@ -41,11 +47,17 @@ if TYPE_CHECKING:
 def main() -> int:
     """Composes the config and runs the job, or the jobs of a sweep; returns the exit status."""
     rank: Rank | None = None
+    beside_the_interpreter()
     try:
         rank = current()
         sys.argv[1:] = decoded(without_local_rank(sys.argv[1:]))
         catalogue.register()
-        if flags.parse(sys.argv[1:]).multirun:
+        compose.compose_once()
+        given = flags.parse(sys.argv[1:])
+        compose.look_in_results_of(sys.argv[1:])
+        if flags.only_prints(given):
+            return _answer(given) if rank is None or rank.first else 0
+        if given.multirun:
             return _sweep(rank)
         if rank is not None:
             # Until the worker can write down an interruption, a rank leaves silently (and without a traceback).
@@ -56,6 +68,24 @@ def main() -> int:
         return INTERRUPTED
     except (UserError, HydraException, OmegaConfBaseException) as error:
         return _refuse(error, rank)
+
+
+def _answer(given: argparse.Namespace) -> int:
+    """Prints what a flag such as ``--help`` asks for; returns the exit status."""
+    status, said = 0, io.StringIO()
+    if given.version:
+        said.write(f"{version()}\n")
+    else:
+        help.answer()
+        # Printed below, so that a reader who has left is no error of Hydra's, which exits after some of these.
+        with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+            status = _with_hydra(None, lambda composed: 0)
+    try:
+        sys.stdout.write(said.getvalue())
+        sys.stdout.flush()
+    except OSError as error:
+        return output_ended(error)
+    return status
 
 
 def _sweep(rank: Rank | None) -> int:
@@ -91,7 +121,7 @@ def _with_hydra(rank: Rank | None, run: Callable[[DictConfig], int], sweep: Swee
     vars(job)["sweep"] = sweep  # the launcher is made by Hydra, and given this function
     try:
         with full_error("1"):  # Hydra's own short form is several lines and exit status 1
-            hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")(job)()
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
     except (UserError, HydraException, OmegaConfBaseException):
         raise
     except Exception as error:
@@ -112,5 +142,10 @@ def _refuse(error: Exception, rank: Rank | None) -> int:
     return report(explained)
 
 
-if __name__ == "__main__":
+def entry() -> NoReturn:
+    """The command ``llama-harness``."""
     leave(main())
+
+
+if __name__ == "__main__":
+    entry()

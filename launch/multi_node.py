@@ -28,6 +28,7 @@ VARIABLES = (
     "CUDA_HOME",
     "DS_ACCELERATOR",
     "GLOO_",
+    "GOMP_",
     "HARNESS_CACHE",
     "HF_HOME",
     "HF_HUB_OFFLINE",

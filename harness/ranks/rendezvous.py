@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from harness.basics.errors import INTERRUPTED, UserError, quoted
+from harness.basics.errors import INTERRUPTED, PAUSED, UserError, quoted
 from harness.basics.outcome import STATUSES
 from harness.ranks.network import place, use_interface
 from harness.ranks.rank import GUIDE, Rank
@@ -264,7 +264,7 @@ class Rendezvous:
             status: how the run ended, as in ``runs.csv``.
         """
         self._over = True
-        patience_s = TELL_S if self.rank.world > 1 and exit_status != INTERRUPTED else 0.0
+        patience_s = TELL_S if self.rank.world > 1 and exit_status not in (INTERRUPTED, PAUSED) else 0.0
         news: dict[str, Any] = {"failure": message, "exit_status": exit_status, "status": status}
         if self.rank.first:
             if self.failure is None:

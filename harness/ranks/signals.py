@@ -17,7 +17,8 @@ import psutil
 from harness.ranks.rank import PARENT_VARIABLE
 
 ORPHANED = signal.SIGRTMIN  # sent by a rank to itself; of those that wait, Python handles the lowest number first
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, ORPHANED)
+PAUSE = signal.SIGUSR1  # from a job system that wants the machine back, or whose time is nearly over
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, PAUSE, ORPHANED)
 PATIENCE_S = 15.0  # for the main thread to come back from a library and notice a signal
 
 

@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from harness.basics.errors import FULL_ERROR, INTERRUPTED, UserError, complain
+from harness.basics.places import RUN
 from harness.config import compose
 from harness.ranks.rank import RUN_ID_VARIABLE, Rank
 
@@ -29,6 +30,15 @@ def run(composed: DictConfig, rank: Rank | None) -> int:
     hydra_config = HydraConfig.get()
     compose.check_choices(hydra_config.runtime.choices)
     overrides = list(hydra_config.overrides.task)
+    if rank is None and hydra_config.runtime.choices.get("hydra/launcher") == "slurm":
+        raise UserError("hydra/launcher", "slurm is for the jobs of a sweep", "add -m; one job is a sweep too")
+    if composed.requeue and RUN_ID_VARIABLE not in os.environ:
+        from harness.running.slurm import restart
+
+        again = restart.taken_up(composed, overrides, rank)
+        if again is None:
+            return 0
+        overrides = again
     if composed.resume is not None:
         from harness.running import resume
 
@@ -36,9 +46,11 @@ def run(composed: DictConfig, rank: Rank | None) -> int:
     # A rank that our own launcher started has one of several runs to do already.
     if rank is None or RUN_ID_VARIABLE not in os.environ:
         if composed.sweep.confirm or composed.sweep.save_as is not None:
-            raise UserError("experiment", "a search has several jobs", "add -m: python harness/main.py -m ...")
-        if (composed.repeat > 1 or composed.sweep.resume) and _can_run(composed):
-            return _repeat(composed, overrides) if drives(rank, f"repeat={composed.repeat}") else 0
+            raise UserError("experiment", "a search has several jobs", f"add -m: {' '.join(RUN)} -m ...")
+        several = composed.repeat > 1 or composed.repeat_until is not None
+        if (several or composed.sweep.resume) and _can_run(composed):
+            key = "repeat" if composed.repeat_until is None else "repeat_until"
+            return _repeat(composed, overrides) if drives(rank, f"{key}={composed[key]}") else 0
     if rank is None:
         from harness.running import start
 
@@ -57,7 +69,7 @@ def _repeat(composed: DictConfig, overrides: list[str]) -> int:
     sweep.plan(jobs=1, fixed={word.partition("=")[0] for word in overrides})
 
     def jobs() -> int:
-        sweep.run(overrides, composed)
+        sweep.run([sweep.add(overrides, composed)])
         return 0
 
     return concluded(sweep, jobs)
@@ -93,7 +105,7 @@ def drives(rank: Rank | None, what: str) -> bool:
         raise UserError(
             what,
             f"several runs need several launches, and this one spans {rank.world // rank.local_world} hosts",
-            "use python harness/main.py -m ... on one host, or a shell loop over launch/multi_node.py",
+            f"use {' '.join(RUN)} -m ... on one host, or a shell loop over launch/multi_node.py",
         )
     return rank is None or rank.first
 

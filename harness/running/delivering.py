@@ -39,6 +39,7 @@ class Delivery:
         self.others: list[dict[str, Any]] = []
         self.claims = PromptLengths({request.index: request.claimed_prompt_len for request in loaded.workload.requests})
         self.flops = ModelFlops(run.job, run.peak_flops)
+        self._ids = {request.index: request.id for request in loaded.workload.requests if request.id is not None}
         self._run = run
         self._booking = threading.Lock()
         self._clock: Clock | None = None
@@ -115,6 +116,7 @@ class Delivery:
             assert run.recorder is not None
             if run.replicas is not None and not elsewhere:
                 run.replicas.check()
+            completion.id = self._ids.get(completion.index)
             run.recorder.add(completion)
             self._book(completion)
             self._display.request_done(completion, elsewhere)
@@ -152,4 +154,6 @@ class Delivery:
         if run.telemetry is not None:
             run.telemetry.stop()
             figures["telemetry"] = run.telemetry.summary(elapsed_s)
+            if run.job.config.power_limit_w is not None:
+                figures["power"] = run.telemetry.power()
         run.replicas.finish(figures)

@@ -7,12 +7,15 @@ import dataclasses
 from typing import Any
 
 from harness.basics.errors import REFUSED, UserError, complain, one_line
-from harness.engines.base import EngineStatistics, merged_statistics
+from harness.engines.statistics import EngineStatistics, merged_statistics
 from harness.machine import memory
-from harness.machine.telemetry import across_hosts
+from harness.machine.telemetry import INTERVAL_S, across_hosts
 from harness.ranks import signals
+from harness.results import batch_output
+from harness.results.power_limit import judged
 from harness.results.recorder import RunRecorder
 from harness.results.summary import summary
+from harness.running import tracking
 from harness.running.context import RunContext
 from harness.running.delivering import Delivery
 from harness.running.log import log
@@ -24,6 +27,8 @@ def conclude(run: RunContext, delivery: Delivery) -> int:
     assert recorder is not None
     status, error = _verdict(delivery)
     row = recorder.finish(status, error, expected=len(delivery.loaded.workload.requests), **_figures(run, delivery))
+    if run.job.config.export is not None and row["status"] in ("ok", "invalid"):
+        row = _export(run, delivery, recorder, row)
     status, error = row["status"], row["error"]
     if run.job.config.verify and status == "ok":
         row, error = _verify(run, delivery, recorder)
@@ -32,6 +37,8 @@ def conclude(run: RunContext, delivery: Delivery) -> int:
     log.info("%s: %s total tokens/s", row["status"], row["total_tokens_per_s"])
     if error is not None:
         complain(error)
+    if (line := tracking.send(run.job.config.tracking, recorder)) is not None:
+        run.say(line)
     return {"ok": 0, "invalid": REFUSED}.get(row["status"], 1)
 
 
@@ -44,6 +51,8 @@ def of_an_early_end(run: RunContext, clock_s: float | None) -> dict[str, Any]:
     if run.telemetry is not None:
         run.telemetry.stop()
         figures["telemetry"] = across_hosts([run.telemetry.summary()], run.job.accelerator)
+        figures["others_cpu_share"] = figures["telemetry"]["others_cpu_share"]
+        figures |= _power(run, [None] if run.rank.several_hosts else [])
     return figures
 
 
@@ -70,6 +79,7 @@ def _figures(run: RunContext, delivery: Delivery) -> dict[str, Any]:
     statistics = dataclasses.asdict(merged_statistics([engine.statistics, *elsewhere]))
     times = {key: statistics.pop(key) for key in ("prefill_s", "decode_s", "tokenize_s", "detokenize_s")}
     times["host_s"] = elapsed_s - run.recorder.clock_s - sum(times.values())
+    busy_s = statistics["device_busy_s"]
     hosts = [None if run.telemetry is None else run.telemetry.summary(elapsed_s)]
     hosts += [other["telemetry"] for other in others if "telemetry" in other]
     telemetry = across_hosts(hosts, run.job.accelerator)
@@ -79,22 +89,42 @@ def _figures(run: RunContext, delivery: Delivery) -> dict[str, Any]:
         "preemptions": statistics["preemptions"],
         "kv_peak_utilisation": statistics["kv_peak_utilisation"],
         "peak_memory_bytes": max(peak_memory),
+        "device_busy_share": None if busy_s is None else busy_s / (elapsed_s - run.recorder.clock_s),
         "model_flops_utilisation": delivery.flops.utilisation(elapsed_s),
         "model_flops": delivery.flops.total or None,
         "time": times,
         "engine_statistics": statistics,
-        "replicas": _replicas(delivery),
+        "replicas": _replicas(delivery, run.job.tp),
         "prompt_len_check": delivery.claims.record(),
         "notes": _notes(run, delivery),
         "energy_j": telemetry["energy_j"],
+        "others_cpu_share": telemetry["others_cpu_share"],
         "telemetry": telemetry,
+        **_power(run, [other["power"] for other in others if "power" in other]),
     }
 
 
-def _replicas(delivery: Delivery) -> list[dict[str, Any]]:
+def _power(run: RunContext, elsewhere: list[dict[str, Any] | None]) -> dict[str, Any]:
+    """Returns the verdict on the power limit, where there is one.
+
+    Args:
+        elsewhere: what the samplers of the other hosts say.
+    """
+    if (limit_w := run.job.config.power_limit_w) is None:
+        return {}
+    hosts = [None if run.telemetry is None else run.telemetry.power(), *elsewhere]
+    return {"power": judged(limit_w, hosts, INTERVAL_S)}
+
+
+def _replicas(delivery: Delivery, tp: int) -> list[dict[str, Any]]:
     """Returns what each replica did, by the rank that led it; none for an engine whose passes are not counted."""
     assert delivery.elapsed_s is not None
-    first = {"rank": 0, "elapsed_s": delivery.elapsed_s, "statistics": delivery.loaded.engine.statistics}
+    engine = delivery.loaded.engine
+    played = engine.played or [(delivery.elapsed_s, engine.statistics)]
+    here = [
+        {"rank": number * tp, "elapsed_s": ended_s, "statistics": statistics}
+        for number, (ended_s, statistics) in enumerate(played)
+    ]
     others = [
         {**one, "statistics": EngineStatistics(**one["statistics"])} for one in delivery.others if one["statistics"]
     ]
@@ -106,7 +136,7 @@ def _replicas(delivery: Delivery) -> list[dict[str, Any]]:
             "tokens": round((statistics.steps or 0) * (statistics.mean_tokens_per_pass or 0)),
             "forward_s": statistics.prefill_s + statistics.decode_s,
         }
-        for one in (first, *others)
+        for one in (*here, *others)
         if (statistics := one["statistics"]).mean_tokens_per_pass is not None
     ]
 
@@ -117,7 +147,26 @@ def _notes(run: RunContext, delivery: Delivery) -> list[str]:
         notes.append(delivery.claims.note())
     if (cap := run.job.config.generation.max_output_len) is not None:
         notes.append(f"generation.max_output_len={cap} caps output_len")
+    if any("\\n" in string for string in run.job.config.generation.stop_strings):
+        how = "for a line break write $'generation.stop_strings=[\"\\n\"]' in bash"
+        notes.append(f"a stop string has a backslash and an n in it: {how}")
     return notes
+
+
+def _export(run: RunContext, delivery: Delivery, recorder: RunRecorder, row: dict[str, Any]) -> dict[str, Any]:
+    """Writes the completions in another format too; returns the row then.
+
+    A run whose file was asked for and is not there has failed: ``resume`` writes it.
+    """
+    config, requests = run.job.config, delivery.loaded.workload.requests
+    assert config.export is not None
+    try:
+        batch_output.write(recorder.directory, recorder.record, requests, config.dataset.chat_template)
+        return row
+    except UserError as failure:
+        error = f"export={config.export.value}: {failure}; the completions are all there"
+        log.info(error)
+        return recorder.amend("failed", error)
 
 
 def _verify(run: RunContext, delivery: Delivery, recorder: RunRecorder) -> tuple[dict[str, Any], str | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from harness.basics.errors import UserError
 from harness.config.schema import Stop
+from harness.costs.fitted import Fitted
 from harness.costs.lengths import uncounted_tokens
 from harness.costs.pass_time import PassTime
 from harness.costs.shape import ModelShape
@@ -22,8 +23,8 @@ def elapsed_s(job: Job, engine: Engine, workload: Workload) -> float | None:
 
     Prompts are as long as the dataset says, or guessed; outputs run to their ends, or to where the fit's runs ended.
     """
-    hardware, limits, blocks = job.config.hardware, engine.limits, getattr(engine, "total_blocks", 0)
-    if not hardware.fit or not limits or not blocks or job.simulated:
+    hardware, limits, pool = job.config.hardware, engine.limits, engine.kv_pool
+    if not hardware.fit or not limits or pool is None or job.simulated:
         return None
     settings = engine.settings
     weight_bytes = catalogue.find(job.config.engine.name).share(job.config).weight_bytes
@@ -42,13 +43,19 @@ def elapsed_s(job: Job, engine: Engine, workload: Workload) -> float | None:
     setup = Setup(
         token_budget=budget,
         max_sequences=sequences,
-        block_size=engine.runner.block_size,  # type: ignore[attr-defined]
-        blocks=blocks,
+        block_size=pool.block_size,
+        blocks=pool.blocks,
         replicas=job.dp,
         lookahead=settings.lookahead,
     )
     ends = [event.started_s + event.seconds for event in replay(items, setup, times) if isinstance(event, Pass)]
     return max(ends, default=0.0) * len(requests) / max(1, len(items))
+
+
+def fit_error(job: Job) -> float | None:
+    """Returns how far the job's fit was off the times of real runs, relative, at most; None where it does not say."""
+    fitted = Fitted.of(job.config.hardware.fit)
+    return None if fitted is None else fitted.error
 
 
 def _item(request: Request, hazard: tuple[tuple[int, float], ...]) -> Item:

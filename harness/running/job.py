@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.basics.errors import UserError
+from harness.basics.places import LAUNCHED
 from harness.config import checks
 from harness.config.checks import check_kv_heads
 from harness.config.compose import to_config
@@ -22,14 +23,16 @@ from harness.config.identity import config_hash
 from harness.config.schema import Config, DType, ParallelConfig
 from harness.costs import memory as costs
 from harness.costs.fitted import Fitted
+from harness.costs.pass_sizes import PassSizes
 from harness.engines import catalogue
 from harness.engines.known_model import KnownModel
 from harness.machine import device, snapshot
-from harness.models import locate
+from harness.models import chat, ends, locate
 from harness.models.architecture import context_length
 from harness.models.source import Source
 from harness.ranks.rank import Rank
-from harness.running import preflight, split, target
+from harness.results import batch_output
+from harness.running import preflight, sizes, split, target, tracking
 from harness.running.preflight import memory_needs
 from harness.running.split import Split
 from harness.running.target import Target
@@ -42,7 +45,7 @@ class Job:
     """What a run needs to know before anything heavy is imported.
 
     Attributes:
-        config: with numbers for ``parallel``, whatever was asked.
+        config: with numbers for ``parallel`` and the engine's sizes, whatever was asked.
         settings: the same as plain data, for ``config.yaml`` and the record.
         split: what the ranks were asked to be, and why they are what they are.
         dtype: torch type of weights and activations, ``auto`` resolved.
@@ -50,6 +53,7 @@ class Job:
         job_hash: 12 hex digits, equal for runs of the same config on the same dataset, kind of device and code.
         prediction: what the record says of the run beforehand: ``peak_memory_bytes`` of a rank, where it can be told.
         simulated: whether one process here plays all ranks, on the machine that ``config.hardware`` describes.
+        sizes: how large the engine's passes are and why, where the config left it open; else None.
     """
 
     config: Config
@@ -63,6 +67,12 @@ class Job:
     job_hash: str
     prediction: dict[str, Any] = field(default_factory=dict)
     simulated: bool = False
+    sizes: PassSizes | None = None
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """What the record says of the choices that were made: the split, and the engine's sizes where they were."""
+        return {"split": self.split.record} | ({} if self.sizes is None else {"sizes": self.sizes.record})
 
     @property
     def tp(self) -> int:
@@ -125,15 +135,25 @@ def prepare(composed: DictConfig, rank: Rank | None = None, planned: Target | No
     if simulated:
         planned = target.described(config.hardware, rank.world if rank is not None and rank.world > 1 else None)
     accelerator = device.accelerator() if planned is None else planned.accelerator
+    config, settings = sizes.with_cache(config, resolved(composed), accelerator)
     check(config, accelerator)
+    if (planned is None or simulated) and (rank is None or rank.first):
+        tracking.check(config.tracking, config.results_dir)
     requests = reading.read(config.dataset)
+    if config.export is not None:
+        batch_output.check_ids(requests.requests)
     source = locate.locate(config.model) if planned is None else locate.described(config.model)
+    if planned is None:
+        reading.check_stop(requests, config.generation.stop_strings)
+        ends.check(config.generation, source)
+    if config.dataset.chat_template:
+        chat.check(config.model, source)
     dtype = resolve_dtype(config.model.dtype, accelerator)
     max_context = context_length(source.architecture, config.model.max_context)
     catalogue.find(config.engine.name).check_model(KnownModel.of(source, dtype, max_context=max_context))
     job = Job(
         config=config,
-        settings=resolved(composed),
+        settings=settings,
         split=Split((config.parallel.tp, config.parallel.dp), 1, 1, ""),
         accelerator=accelerator,
         dtype=dtype,
@@ -145,17 +165,18 @@ def prepare(composed: DictConfig, rank: Rank | None = None, planned: Target | No
     )
     machine = planned or target.this_machine(config, accelerator, rank)
     chosen = choose(job, machine)
-    config = _with_split(config, chosen.tp, chosen.dp)
-    check(config, accelerator)
-    settings = job.settings | {"parallel": asdict(config.parallel)}
-    job_hash = _job_hash(settings, accelerator, requests)
-    job = replace(job, config=config, settings=settings, split=chosen, job_hash=job_hash)
+    job = sizes.settle(replace(job, config=_with_split(config, chosen.tp, chosen.dp), split=chosen), machine)
+    check(job.config, accelerator)
+    settings = job.settings | {"parallel": asdict(job.config.parallel)}
+    job = replace(job, settings=settings, job_hash=_job_hash(settings, accelerator, requests))
     _check_sharding(job)
     return job if planned else _preflight(job, machine, job.ranks if rank is None else rank.local_world)
 
 
 def _preflight(job: Job, machine: Target, local_ranks: int) -> Job:
     """Returns the job with what is predicted of it; raises UserError where its memory certainly does not suffice."""
+    if job.config.preflight:
+        preflight.check_copies(job, local_ranks)
     if job.config.preflight and job.accelerator == "cpu":
         preflight.check_host(job, local_ranks)
     elif job.config.preflight:
@@ -193,7 +214,7 @@ def _idle(machine: Target, chosen: Split) -> str:
         return ""
     devices = device.cuda_devices()
     idle = devices - chosen.tp * chosen.dp
-    return f"; deepspeed --num_gpus {devices} harness/main.py uses the other {idle} GPUs too" if idle > 0 else ""
+    return f"; deepspeed --num_gpus {devices} {LAUNCHED} uses the other {idle} GPUs too" if idle > 0 else ""
 
 
 def refusal(job: Job, tp: int, dp: int) -> UserError | None:
@@ -227,19 +248,42 @@ def check(config: Config, accelerator: str) -> None:
     catalogue.check(config, accelerator)
 
 
+def hash_of(composed: DictConfig) -> str | None:
+    """Returns what tells a job from others; None of one that is refused: its row will say why."""
+    try:
+        return prepare(composed).job_hash
+    except UserError:
+        return None
+
+
 def _job_hash(data: dict[str, Any], accelerator: str, requests: Workload) -> str:
     facts = [config_hash(data), requests.sha256, accelerator, snapshot.code_fingerprint()]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
 
 def resolve_requests(job: Job, tokenizer: Any) -> Workload:
-    """Returns the job's requests, settled by its model's tokenizer and vocabulary; raises UserError."""
+    """Returns the job's requests, settled by its model's tokenizer, vocabulary and context; raises UserError."""
     return reading.resolve(
         job.workload,
         job.config.generation,
         vocab_size=job.source.architecture.get("vocab_size"),
         count_tokens=lambda texts: [len(ids) for ids in tokenizer(texts).input_ids],
+        render=lambda chats: chat.rendered(tokenizer, chats),
+        max_context=job.max_context,
     )
+
+
+def resolve_chats(job: Job) -> Workload | None:
+    """Returns the job's requests where they are chats, before anything is loaded: a template may refuse one.
+
+    Raises:
+        UserError: it does, or the tokenizer cannot be read.
+    """
+    if not job.config.dataset.chat_template:
+        return None
+    from harness.models.tokenizer import load_tokenizer
+
+    return resolve_requests(job, load_tokenizer(chat.tokenizer_of(job.config.model, job.source)))
 
 
 def resolve_dtype(dtype: DType, accelerator: str) -> str:

@@ -5,28 +5,35 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from harness.basics.errors import INTERRUPTED, REFUSED, UserError, complain, report
+from harness.basics.errors import INTERRUPTED, PAUSED, REFUSED, UserError, complain, report
 from harness.basics.outcome import Fault
+from harness.basics.places import LAUNCHED
 from harness.config.compose import search_path
-from harness.machine import device, memory
+from harness.machine import device, memory, slurm
 from harness.ranks.rank import PARENT_VARIABLE, RANK_VARIABLES, RUN_ID_VARIABLE, free_port
 from harness.results.closing import close_unfinished
 from harness.results.directory import LAUNCH_LOG, new_run_id, read_record
 from harness.results.lock import LOCK
 from harness.results.recorder import RunRecorder
-from harness.running import faults
+from harness.running import faults, sampling
 from harness.running import job as jobs
+from harness.running.sizes import SETTLED
 from harness.running.watch import MAIN, Watched, watch
+
+# How CUDA_VISIBLE_DEVICES names a GPU: by its number, or by the UUID of a whole one or of a MIG slice.
+GPU_NAME = re.compile(r"[0-9]+|(GPU|MIG)-[0-9A-Za-z/-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +59,12 @@ def report_outcome(outcome: LaunchOutcome) -> int:
     return outcome.exit_status
 
 
-def launch(composed: DictConfig, overrides: list[str], watcher: Callable[[Path], None] | None = None) -> LaunchOutcome:
+def launch(
+    composed: DictConfig,
+    overrides: list[str],
+    watcher: Callable[[Path], None] | None = None,
+    facts: dict[str, Any] | None = None,
+) -> LaunchOutcome:
     """Runs one job in processes of its own: one rank as it is, several in a ``deepspeed`` launch.
 
     Args:
@@ -60,15 +72,16 @@ def launch(composed: DictConfig, overrides: list[str], watcher: Callable[[Path],
         overrides: the command line that composed it; the ranks compose the same.
         watcher: called several times a second with the file (:data:`LAUNCH_LOG`, in the run's directory) that
             then gets what the launch prints. None leaves it on the terminal.
+        facts: what else its record is to say.
 
     Raises:
         UserError: the results cannot be written; anything else that is wrong is an outcome, and a row.
     """
-    begun = begin(composed)
+    begun = begin(composed, facts)
     return begun if isinstance(begun, LaunchOutcome) else launched(*begun, overrides, watcher)
 
 
-def begin(composed: DictConfig) -> tuple[RunRecorder, jobs.Job] | LaunchOutcome:
+def begin(composed: DictConfig, facts: dict[str, Any] | None = None) -> tuple[RunRecorder, jobs.Job] | LaunchOutcome:
     """Checks a job and begins its record, so that nobody else takes the run over; or says why it cannot run.
 
     Raises:
@@ -80,6 +93,7 @@ def begin(composed: DictConfig) -> tuple[RunRecorder, jobs.Job] | LaunchOutcome:
     else:
         run_id = new_run_id(str(resolved["engine"].get("name")))
         recorder = RunRecorder.create(str(resolved["results_dir"]), run_id, resolved, sys.argv, claim=True)
+        slurm.remember(recorder.results_dir, run_id)
         try:
             job = _checked(composed)
         except UserError as error:
@@ -91,7 +105,7 @@ def begin(composed: DictConfig) -> tuple[RunRecorder, jobs.Job] | LaunchOutcome:
         except BaseException as error:
             recorder.finish("failed", f"{type(error).__name__}: {error}")
             raise
-        recorder.settle(job.settings, launcher=myself(), split=job.split.record)
+        recorder.settle(job.settings, launcher=myself(), **job.choices, **(facts or {}))
     return recorder, job
 
 
@@ -139,7 +153,7 @@ def _launched(
         if exit_status == 1 and unreported is None:
             unreported = f"the run was complete when a rank ended with status {ending.returncode}"
     elif status == "interrupted":
-        exit_status = INTERRUPTED
+        exit_status = PAUSED if ending.returncode == PAUSED else INTERRUPTED
     else:
         exit_status = REFUSED if ending.returncode == REFUSED or status == "oom" else 1
     return LaunchOutcome(exit_status, record, unreported)
@@ -148,6 +162,7 @@ def _launched(
 def _checked(composed: DictConfig) -> jobs.Job:
     job = jobs.prepare(composed)
     check_devices(job.tp, job.dp, job.runs_on)
+    sampling.check_power(job, None)
     return job
 
 
@@ -160,17 +175,21 @@ def _taken_up(composed: DictConfig, resolved: dict[str, Any]) -> tuple[RunRecord
     recorder = RunRecorder.resume(str(resolved["results_dir"]), str(composed.resume), job.settings, sys.argv)
     try:
         recorder.check_work(**job.work)
-        recorder.note(launcher=myself(), split=job.split.record)
+        recorder.note(launcher=myself(), **job.choices)
     except BaseException:
         recorder.release()
         raise
+    slurm.remember(recorder.results_dir, recorder.run_id)
     recorder.release(LOCK)  # rank 0 is the one to write
     return recorder, job
 
 
 def split_words(job: jobs.Job) -> list[str]:
-    """Returns the overrides that tell the ranks how they are split, and where further options are."""
-    return [f"parallel.tp={job.tp}", f"parallel.dp={job.dp}", *search_path()]
+    """Returns the overrides that tell the ranks what was chosen for them, and where further options are."""
+    chosen = [f"parallel.tp={job.tp}", f"parallel.dp={job.dp}"]
+    sizes = {key: getattr(job.config.engine, key, None) for key in SETTLED}
+    chosen += [f"engine.{key}={size}" for key, size in sizes.items() if isinstance(size, int | float)]
+    return [*chosen, *search_path()]
 
 
 def myself(pid: int | None = None) -> list[Any]:
@@ -199,7 +218,7 @@ def check_devices(tp: int, dp: int, accelerator: str) -> None:
     raise UserError(
         "parallel",
         f"tp={tp} x dp={dp} needs {tp * dp} GPUs, this machine shows {found}",
-        "ask for fewer, or launch on several machines: deepspeed --hostfile FILE harness/main.py ... (launch/NODES.md)",
+        f"ask for fewer, or launch on several machines: deepspeed --hostfile FILE {LAUNCHED} ... (launch/NODES.md)",
     )
 
 
@@ -211,7 +230,8 @@ def command(ranks: int, accelerator: str, overrides: list[str], program: Path = 
     """
     if ranks == 1:
         return [sys.executable, "-u", str(program), *overrides]
-    devices = [int(number) for number in visible_devices(ranks, accelerator) or range(ranks)]
+    chosen = visible_devices(ranks, accelerator) or map(str, range(ranks))
+    devices = [int(name) if name.isdecimal() else name for name in chosen]  # the launcher joins them as they are
     hosts = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
     # What DeepSpeed's runner would start on one host, without the seconds that its own imports take.
     return [
@@ -225,11 +245,13 @@ def command(ranks: int, accelerator: str, overrides: list[str], program: Path = 
 
 
 def visible_devices(ranks: int, accelerator: str) -> list[str] | None:
-    """Returns the numbers of the GPUs that the user chose, one a rank; None where there is no such choice."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")
-    if accelerator == "cuda" and len(visible) >= ranks and all(number.isdecimal() for number in visible):
-        return visible[:ranks]
-    return None
+    """Returns the GPUs that the user chose, one a rank, as :data:`GPU_NAME`; None where there is no such choice.
+
+    CUDA takes the list up to the first word that names none.
+    """
+    words = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")
+    visible = list(takewhile(GPU_NAME.fullmatch, words))
+    return visible[:ranks] if accelerator == "cuda" and len(visible) >= ranks else None
 
 
 def variables(ranks: int, accelerator: str) -> dict[str, str]:

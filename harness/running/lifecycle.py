@@ -10,10 +10,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from harness.basics.errors import INTERRUPTED, REFUSED, UserError, show_traceback
+from harness.basics.errors import INTERRUPTED, PAUSED, REFUSED, UserError, show_traceback
 from harness.basics.outcome import Fault
 from harness.config.identity import PLACES, UNHASHED_KEYS
-from harness.machine import memory
+from harness.machine import memory, slurm
 from harness.ranks import signals
 from harness.ranks.rank import Rank, check_world
 from harness.ranks.rendezvous import RankFailed, Rendezvous
@@ -69,6 +69,14 @@ class RankWork(ABC):
             heard: whether another rank has said why it could not go on.
         """
 
+    def afterwards(self) -> None:
+        """Called once the other ranks have been told, unless the run is only paused."""
+        return
+
+    def leave(self, fault: Fault) -> None:
+        """Called last."""
+        return
+
 
 class Lifecycle:
     """Takes a rank through its work, and makes one :class:`Fault` of whatever ends it early.
@@ -99,6 +107,9 @@ class Lifecycle:
         self.work.stop()
         fault = self.work.close(fault, self.rendezvous.failure is not None)
         self._tell(fault)
+        if fault.exit_status != PAUSED:
+            self.work.afterwards()
+        self.work.leave(fault)
         return fault.exit_status
 
     def _meet(self, composed: DictConfig) -> Job:
@@ -134,16 +145,32 @@ class Lifecycle:
             return faults.timed_out(self.work.config["timeout_s"])
         if signum == signals.ORPHANED:
             return Fault("failed", ORPHANED, INTERRUPTED)
+        here = slurm.current()
         if self.rank.world > 1 and signum == signal.SIGTERM:
             # So the launcher ends the others when a rank has died; a user's Ctrl-C comes as SIGINT.
-            died = RankFailed(
-                "another rank died, or the launcher was ended", died="another rank of this host", host=self.rank.host
-            )
-            return self._elsewhere(self.rendezvous.heard(LAST_WORDS_S) or died)
+            heard = self.rendezvous.heard(LAST_WORDS_S)
+            if heard is not None or here is None:
+                died, host = "another rank of this host", self.rank.host
+                gone = RankFailed("another rank died, or the launcher was ended", died=died, host=host)
+                return self._elsewhere(heard or gone)
+        if signum == signals.PAUSE or (signum == signal.SIGTERM and here is not None):
+            return self._paused(f"paused by {signal.Signals(signum).name}")
         return Fault("interrupted", "interrupted", INTERRUPTED)
+
+    def _paused(self, error: str) -> Fault:
+        """Returns how a run ended that a job system has told to end; of a Slurm job rank 0 asks for the reason."""
+        job = slurm.current() if self.rank.first else None
+        fate = None if job is None else job.fate()
+        if job is not None and fate is slurm.Fate.TIME_LIMIT:
+            return Fault("timeout", f"not finished within the time limit of its Slurm job {job.name}; raise --time", 1)
+        if job is not None and fate is slurm.Fate.ENDED:
+            return Fault("interrupted", f"its Slurm job {job.name} was cancelled", INTERRUPTED)
+        return Fault("interrupted", error, PAUSED)
 
     def _elsewhere(self, failure: RankFailed) -> Fault:
         """Returns how the run ended of which another rank could not go on."""
+        if failure.exit_status == PAUSED:
+            return self._paused(str(failure))
         if failure.status is not None:
             return Fault(failure.status, str(failure), failure.exit_status)
         if failure.died is not None and failure.host == self.rank.host and self.kills:
@@ -159,14 +186,16 @@ class Lifecycle:
             fault = self.work.close(fault, self.rendezvous.failure is not None)
         finally:
             self.rendezvous.fail(fault.error, fault.exit_status, fault.status)
+            self.work.leave(fault)
             os._exit(fault.exit_status)
 
     def _tell(self, fault: Fault) -> None:
         """Tells the other ranks; meanwhile a signal ends this one, since there is nothing left to write down."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
+        if fault.exit_status != PAUSED:  # a job system may send several, and the job is still to be queued again
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
         self.rendezvous.fail(fault.error, fault.exit_status, fault.status)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signals.PAUSE):
             signal.signal(number, signal.SIG_IGN)
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from dataclasses import dataclass
 
+from harness.basics.clock import duration
 from harness.costs.fitted import rank_peak
 from harness.engines import catalogue
 from harness.engines.base import Engine, EngineSettings
-from harness.machine import snapshot
+from harness.machine import device, snapshot
+from harness.models import chat
 from harness.models.loaded import identity
 from harness.ranks.rank import RUN_ID_VARIABLE
-from harness.running import foreseen, peaks, setup
+from harness.running import foreseen, peaks, setup, target
 from harness.running.context import RunContext
-from harness.running.job import Job, resolve_requests
+from harness.running.job import Job, resolve_chats, resolve_requests
 from harness.running.sampling import of_rank
+from harness.workload import catalogue as workloads
 from harness.workload.records import Workload
 
 
@@ -67,13 +69,13 @@ def _begin_record(run: RunContext) -> None:
     job, model = run.job, run.job.config.model
     if model.dtype.value == "auto" and job.dtype == "float32":
         run.notes.append("this machine does not compute bfloat16: model.dtype=auto took float32")
-    chosen = any(word.startswith("model=") for word in sys.argv)  # else nobody has said what it should be
-    if chosen and job.work["model"] != model.name:
+    if not model.demo and job.work["model"] != model.name:  # else nobody has said what it should be
         run.notes.append(f"model={model.name} describes another model: using the checkpoint's own config")
+    _note_template(run)
     if run.recorder is not None:
         run.recorder.check_work(**job.work)
         if RUN_ID_VARIABLE not in os.environ:  # else the launching parent has done it
-            run.recorder.settle(job.settings, split=job.split.record)
+            run.recorder.settle(job.settings, **job.choices)
     environment = snapshot.snapshot(job.runs_on)
     if job.simulated:
         name = f"{job.config.hardware.name} (simulated)"
@@ -84,6 +86,7 @@ def _begin_record(run: RunContext) -> None:
         job_hash=job.job_hash,
         prediction=job.prediction,
         requests=len(job.workload.requests),
+        devices=_devices(run),
         device=environment["device"],
         device_name=environment["device_name"],
         environment=environment,
@@ -91,8 +94,32 @@ def _begin_record(run: RunContext) -> None:
     )
 
 
+def _devices(run: RunContext) -> int:
+    """Returns how many devices the run has to itself, which is what ``hardware.price_per_hour`` is of."""
+    job = run.job
+    if job.accelerator == "cuda":
+        spreads = catalogue.find(job.config.engine.name).spreads
+        return device.cuda_devices() if spreads and not job.simulated else job.ranks
+    hardware = job.config.hardware
+    here = target.described(hardware, job.ranks).launch.host_ranks if job.simulated else run.rank.local_world
+    return -(-job.ranks // here)  # a CPU's price is a host's
+
+
+def _note_template(run: RunContext) -> None:
+    """Says in the record whether prompts become chats, and to a user whose own prompts do not though they could."""
+    job = run.job
+    dataset = workloads.find(job.workload.name)
+    if not dataset.takes("chat_template"):
+        return
+    applied, known = job.config.dataset.chat_template, chat.has_template(job.config.model, job.source)
+    run.note(chat_template={"applied": applied, "known": known})
+    if known and not applied and dataset.takes("path"):
+        run.notes.append("the model has a chat template, and prompts are fed as they are: see dataset.chat_template")
+
+
 def _load(run: RunContext, settings: EngineSettings) -> Loaded:
     job = run.job
+    chats = resolve_chats(job)
     engine = catalogue.create(settings)
     run.say(f"loading {job.work['model']} ({job.dtype}) for {job.config.engine.name} on {_where(job, settings.device)}")
     started = time.perf_counter()
@@ -103,7 +130,7 @@ def _load(run: RunContext, settings: EngineSettings) -> Loaded:
     load_s = time.perf_counter() - started - (engine.proof or {}).get("seconds", 0.0)
     run.facts["phase"] = "run"
     run.note(load_s=load_s, proof=engine.proof, phase="run", **engine.facts)
-    return Loaded(engine, resolve_requests(job, engine.tokenizer))
+    return Loaded(engine, chats or resolve_requests(job, engine.tokenizer))
 
 
 def _where(job: Job, device: str) -> str:
@@ -126,7 +153,7 @@ def _warm_up(run: RunContext, loaded: Loaded) -> None:
     started = time.perf_counter()
     engine.warm_up()
     warmup_s = time.perf_counter() - started
-    run.notes += engine.notes
+    run.notes += [*engine.notes, *workload.notes]
     run.note(
         requests=len(workload.requests),
         kernels=engine.kernels,
@@ -134,9 +161,14 @@ def _warm_up(run: RunContext, loaded: Loaded) -> None:
         warmup_s=warmup_s,
         left_out=workload.left_out or None,
     )
+    takes = ""
     if run.recorder is not None:
         if (foreseen_s := foreseen.elapsed_s(run.job, engine, workload)) is not None:
             loaded.foreseen_s = foreseen_s
-            run.note(prediction={**run.recorder.record.get("prediction", {}), "elapsed_s": foreseen_s})
+            error = foreseen.fit_error(run.job)
+            found = {"elapsed_s": foreseen_s, "elapsed_error": error}
+            run.note(prediction={**run.recorder.record.get("prediction", {}), **found})
+            takes = f", {duration(foreseen_s)} by a fit"
+            takes += "" if error is None else f" that was at most {error:.1%} off"
         run.note(loaded=identity(run.recorder.record, run.job.source))
-    run.say(f"running {len(workload.requests)} requests of {workload.name}")
+    run.say(f"running {len(workload.requests)} requests of {workload.name}{takes}")

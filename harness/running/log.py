@@ -29,5 +29,6 @@ def log_to(path: str) -> None:
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     log.setLevel(logging.INFO)
+    log.disabled = False  # Hydra, told to log nothing, disables all loggers that it finds
     logging.captureWarnings(True)
     warnings.simplefilter("default")

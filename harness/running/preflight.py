@@ -15,6 +15,7 @@ from harness.engines.room import Share
 from harness.engines.shared.kv_memory import too_much
 from harness.machine.memory import available_memory_bytes
 from harness.models.architecture import parameters, required_bytes
+from harness.models.directory import copied_from
 from harness.running.target import RANK_BYTES, Target
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ def memory_needs(job: Job, weight_bits: float | None = None, kv_bits: float | No
     shape, engine = model_shape(job, weight_bits, kv_bits), share(job)
     useful = costs.useful_tokens(job.workload.requests, job.max_context, engine.tokens)
     return Needs(
-        sharded=int(shape.matrix_bytes),
-        whole=int(shape.other_bytes),
+        sharded=int(shape.matrix_bytes + shape.head_bytes),
+        whole=int(shape.other_bytes - shape.head_bytes),
         token=int(shape.kv_token_bytes),
         kv_heads=shape.kv_heads,
         tokens=useful,
@@ -94,6 +95,31 @@ def check_host(job: Job, local_ranks: int) -> None:
         setting = getattr(job.config.engine, "kv_memory", given)
         where = f" for each of {local_ranks} ranks" if local_ranks > 1 else ""
         raise too_much(setting, given, free // local_ranks, where)
+
+
+def check_copies(job: Job, local_ranks: int) -> None:
+    """Refuses ranks that share a model where each would copy all of it into the host's memory first; raises UserError.
+
+    Weights that are stored in the run's own type are mapped from their files, and take memory only as it is there.
+    """
+    room = catalogue.find(job.config.engine.name)
+    needed = required_bytes(job.source.architecture, ELEMENT_BYTES[job.dtype]) if job.source.architecture else None
+    if job.tp == 1 or needed is None or not room.loads_whole(job.config, job.accelerator):
+        return
+    free = available_memory_bytes()
+    if needed * local_ranks <= free or not (stored := copied_from(job.source, job.dtype)):
+        return
+    remedy = "use more hosts, or fewer ranks"
+    if stored in ELEMENT_BYTES:
+        remedy = f"use model.dtype={stored}, in which they are stored and need not be copied"
+    if job.accelerator == "cuda":
+        remedy += ", or engine=fastgen with engine.kernels=auto, whose ranks read their own part"
+    raise UserError(
+        "parallel.tp",
+        f"{job.tp}: each of {local_ranks} ranks here loads all {gib(needed)} of weights into the host's memory before "
+        f"it keeps its part, {gib(needed * local_ranks)} together, and {gib(free)} are free",
+        f"{remedy}; {FORCE}",
+    )
 
 
 def _check_weights(job: Job, replicas: int, free: int) -> None:

@@ -34,7 +34,8 @@ def compose(typed: DictConfig, overrides: list[str], rank: Rank | None) -> DictC
         UserError: there is no such run, its config cannot be read, or the command line asks for other work.
     """
     run_id, results_dir = str(typed.resume), str(typed.results_dir)
-    if typed.repeat != 1 or typed.sweep.resume or typed.sweep.confirm or typed.sweep.save_as is not None:
+    repeated = typed.repeat != 1 or typed.repeat_until is not None
+    if repeated or typed.sweep.resume or typed.sweep.confirm or typed.sweep.save_as is not None:
         raise UserError("resume", f"{quoted(run_id)} is one run, with repeat=1 and no sweep", "leave those keys out")
     directory = run_directory(results_dir, run_id)
     path = directory / "config.yaml"
@@ -50,10 +51,11 @@ def compose(typed: DictConfig, overrides: list[str], rank: Rank | None) -> DictC
         assert isinstance(recorded, DictConfig)
         before = catalogue.typed(recorded)
         config = before.copy()
-        config.repeat, config.sweep = typed.repeat, typed.sweep
+        config.repeat, config.repeat_until = typed.repeat, typed.repeat_until
+        config.sweep, config.requeue = typed.sweep, typed.requeue
         if rank is not None:  # by itself a run has the ranks that it had; a launch may bring another number
             config.parallel.update(_asked(results_dir, run_id))
-        if not _apply(overrides, config):
+        if not _apply(overrides, config, typed):
             config = typed.copy()
     except (OmegaConfBaseException, OSError, ValueError, AssertionError) as error:
         found = f"the config.yaml of {run_id} cannot be used ({type(error).__name__}: {error})"
@@ -71,10 +73,13 @@ def _asked(results_dir: str, run_id: str) -> dict[str, Any]:
     return {name: None for name in ("tp", "dp") if name in asked and asked[name] is None}
 
 
-def _apply(overrides: list[str], config: DictConfig) -> bool:
+def _apply(overrides: list[str], config: DictConfig, typed: DictConfig) -> bool:
     """Sets the keys of a command line in ``config``; returns False where it does more than that."""
     parsed: list[Override] = OverridesParser.create().parse_overrides(overrides)
     for override in parsed:
+        if override.key_or_group == "tracking":  # a group that changes nothing of the work
+            config.tracking = typed.tracking
+            continue
         group = override.key_or_group.partition("/")[0]
         if override.is_delete() or override.package is not None or group in (*GROUPS, "experiment", "hydra"):
             return False

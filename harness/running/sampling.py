@@ -8,9 +8,13 @@ from pathlib import Path
 
 import psutil
 
+from harness.basics.errors import UserError
+from harness.engines import catalogue
 from harness.machine.energy import bus_ids
+from harness.machine.power import unmeasured
 from harness.machine.telemetry import SERIES, Sampler
-from harness.ranks.rank import Rank
+from harness.ranks.rank import PARENT_VARIABLE, Rank
+from harness.running.job import Job
 
 
 def of_rank(rank: Rank, accelerator: str, all_gpus: bool, directory: Path | None) -> Sampler | None:
@@ -24,7 +28,8 @@ def of_rank(rank: Rank, accelerator: str, all_gpus: bool, directory: Path | None
     if rank.local_rank != 0:
         return None
     gpus = bus_ids(None if all_gpus else rank.local_world) if accelerator == "cuda" else []
-    sampler = Sampler(directory / SERIES if directory is not None else None, gpus, ranks_here(rank))
+    series = directory / SERIES if directory is not None else None
+    sampler = Sampler(series, gpus, ranks_here(rank), launchers_here())
     sampler.start()
     return sampler
 
@@ -43,3 +48,28 @@ def ranks_here(rank: Rank) -> list[psutil.Process]:
                 if "LOCAL_RANK" in variables and variables.get("MASTER_PORT") == port:
                     found.append(process)
     return found or [me]
+
+
+def launchers_here() -> list[psutil.Process]:
+    """Returns the processes between this rank and the command of ours that has started it, which is the last."""
+    with contextlib.suppress(psutil.Error):
+        above = psutil.Process().parents()
+        for place, process in enumerate(above, start=1):
+            if str(process.pid) == os.environ.get(PARENT_VARIABLE):
+                return above[:place]
+    return []
+
+
+def check_power(job: Job, rank: Rank | None) -> None:
+    """Raises UserError where the run has a power limit that nothing on this host can tell it from having kept.
+
+    Args:
+        rank: None where this process is to start the ranks, on this host.
+    """
+    limit_w = job.config.power_limit_w
+    if limit_w is None or (rank is not None and rank.local_rank != 0):
+        return
+    here = job.ranks if rank is None else rank.local_world
+    count = None if catalogue.find(job.config.engine.name).spreads else here
+    if (why := unmeasured(job.accelerator, count)) is not None:
+        raise UserError("power_limit_w", f"{limit_w:g}: nothing here measures power: {why}", "leave it out")

@@ -52,7 +52,8 @@ def engine_settings(job: Job, rank: Rank, replicas: Replicas | None) -> EngineSe
     Args:
         replicas: the ranks of the launch, which have met; None for a lone one.
     """
-    from harness.engines.base import EngineSettings, lookahead
+    from harness.engines.base import EngineSettings
+    from harness.engines.shared.order import lookahead
 
     config = job.config
     if job.simulated:

@@ -2,45 +2,37 @@
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
-import shlex
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from harness.basics import files
-from harness.basics.errors import UserError, printable
+from harness.basics.errors import UserError
 from harness.config import checks, compose
 from harness.config.compose import without_hydra
 from harness.config.engine_schemas import owners
+from harness.config.own import own_option
 from harness.engines import catalogue as engines
-from harness.machine.device import accelerator, cores, cuda_devices, device_name
+from harness.machine.device import accelerator, cores, cuda_devices
 from harness.models import locate
-from harness.running import target
+from harness.running import confirming, target, winner
 from harness.running.sweep import Sweep
-from harness.running.sweep_table import SweepJob, choices
-from harness.workload import catalogue, reading
+from harness.running.sweep_table import SweepJob
+from harness.workload import reading
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
 
-MARK = "# Found by a search on "  # in the first lines of what is written there
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "conf" / "experiment"
 MORE = 4  # times as many requests confirm the best as searched for them
-# Of the search alone: what it finds is not to be run on few requests.
-SEARCH_KEYS = ("dataset.num_samples", "repeat", "timeout_s")
 
 
 def check(composed: DictConfig) -> None:
     """Refuses, before the first trial, a search whose winner could not be confirmed or written down."""
-    checks.check_sweep(sweep := compose.to_config(composed).sweep)
-    path = EXPERIMENTS / f"{sweep.save_as}.yaml"
-    if sweep.save_as is not None and path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
-        found = f"{sweep.save_as} is an experiment that no search has written"
+    config = compose.to_config(composed)
+    checks.check_sweep(config.sweep)
+    checks.repeat_until(config.repeat_until)
+    name = config.sweep.save_as
+    if name is not None and not winner.may_replace(own_option("experiment", name)):
+        found = f"{name} is an experiment that no search has written"
         raise UserError("sweep.save_as", found, "give another name, or null")
 
 
@@ -93,13 +85,13 @@ def parallel_splits(devices: int, cuda: bool, kv_heads: int | None) -> list[tupl
 
 
 def conclude(sweep: Sweep, composed: DictConfig) -> int:
-    """Runs the best jobs of a search and the defaults on more requests, prints the winner and writes it down.
+    """Runs the best jobs of a search in turn with the defaults, says which is shown to be faster, and writes it down.
 
     Args:
         composed: the config of the search.
 
     Returns:
-        The exit status: 0 when there is a winner, whatever became of single trials.
+        The exit status: 0 when trials ran, whatever became of single ones.
 
     Raises:
         UserError: no trial was ok, or the winner cannot be written.
@@ -110,93 +102,28 @@ def conclude(sweep: Sweep, composed: DictConfig) -> int:
     if not searched:
         found = f"none of the {len(sweep.jobs)} trials was ok"
         raise UserError("sweep", found, "their errors are above; make one of them run by itself first")
-    winner, report = searched[0], "on the requests of the search"
-    if composed.sweep.confirm:
-        requests = _confirming(composed)
-        sweep.say(f"\nthe best of them, and the defaults, on {requests} requests:")
-        final = _confirm(sweep, searched, composed.sweep.confirm, requests)
-        final.show()
-        winner = max(final.jobs, key=lambda job: job.rate)
-        if not winner.rate:
-            raise UserError("sweep.confirm", "no run of the best was ok", "their errors are above")
-        default = final.jobs[-1].rate
-        report = f"on {requests} requests" + (f", {winner.rate / default:.2f} times the defaults" if default else "")
-        report += "" if len(winner.runs) > 1 else "; one run each: repeat=3 shows how much they vary"
-    assert sweep.compose is not None
-    chosen = sweep.compose(winner.overrides)
-    found_values = {key: files.plain(OmegaConf.select(chosen, key)) for key in choices(searched[0].varied)}
-    _announce(sweep, composed, winner, found_values, f"{winner.rate:,.1f} total tokens/s {report}")
+    if not composed.sweep.confirm:
+        best = searched[0]
+        figures = f"{best.rate:,.1f} total tokens/s on the requests of the search"
+        sweep.say("\nnot compared with the defaults: sweep.confirm=3 does that")
+        winner.announce(sweep, composed, best, best.varied, figures)
+        return 0
+    requests = _confirming(composed, searched[0])
+    final = confirming.confirm(sweep, searched, composed, requests)
+    verdict = confirming.verdict(final.jobs[:-1], final.jobs[-1])
+    if verdict.winner is not None:
+        figures = f"{verdict.winner.rate:,.1f} total tokens/s on {requests} requests, {verdict.why}"
+        winner.announce(sweep, composed, verdict.winner, verdict.winner.varied, figures)
+    else:
+        sweep.say(f"\n{verdict.why}; nothing is written")
     return 0
 
 
-def _confirm(sweep: Sweep, searched: list[SweepJob], finalists: int, requests: int) -> Sweep:
-    """Runs the best of the jobs that differ, and last the one that varies nothing, on so many requests."""
-    distinct = {tuple(sorted(job.varied)): job for job in reversed(searched)}
-    best = sorted(distinct.values(), key=lambda job: -job.rate)[:finalists]
-    common = [word for word in searched[0].overrides if word not in searched[0].varied]
-    common = [word for word in common if not word.startswith("dataset.num_samples=")]
-    final = Sweep(sweep.full_error)
-    final.plan(jobs=len(best) + 1, fixed=sweep.fixed)
-    for varied in [*(job.varied for job in best), []]:
-        line = [*common, f"dataset.num_samples={requests}", *varied]
-        assert sweep.compose is not None
-        final.run(line, sweep.compose(line), varied)
-    return final
-
-
-def _confirming(composed: DictConfig) -> int:
+def _confirming(composed: DictConfig, searched: SweepJob) -> int:
     """Returns how many requests confirm the best: ``sweep.confirm_samples``, as far as the dataset has them."""
-    dataset = compose.to_config(composed).dataset
-    if catalogue.find(dataset.name).makes_requests:
-        return int(composed.sweep.confirm_samples or MORE * (dataset.num_samples or 1))
-    there = len(reading.read(replace(dataset, num_samples=None)).requests)
-    return min(there, composed.sweep.confirm_samples or MORE * (dataset.num_samples or there))
-
-
-def _announce(sweep: Sweep, composed: DictConfig, winner: SweepJob, found: dict[str, Any], figures: str) -> None:
-    """Prints the winning command line, and writes the values ``found`` as an experiment if it has a name."""
-    others = _without_search(winner.overrides, found, catalogue.find(composed.dataset.name).makes_requests)
-    command = ["python", "harness/main.py", *others]
-    values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}
-    line = shlex.join([*command, *(f"{key}={value}" for key, value in values.items())])
-    sweep.say(f"\nwinner: {figures}\n    {line}")
-    if composed.sweep.save_as is None:
-        return
-    path = EXPERIMENTS / f"{composed.sweep.save_as}.yaml"
-    simulates = engines.find(str(composed.engine.name)).simulates
-    device = f"{composed.hardware.name} (simulated)" if simulates else device_name(accelerator())
-    overlay = OmegaConf.create()
-    for key, value in found.items():
-        OmegaConf.update(overlay, key, value)
-    lines = [
-        "# @package _global_",
-        f"{MARK}{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, for {printable(composed.model.name)} and "
-        f"{printable(composed.dataset.name)} on {printable(device)}:",
-        f"# {figures}; run {winner.runs[-1].run_id}",
-        OmegaConf.to_yaml(overlay),
-    ]
-    try:
-        files.replace(path, "\n".join(lines).encode())
-    except UserError as error:
-        raise UserError("sweep.save_as", f"{path} cannot be written", "use the command line above") from error
-    beside = [word.partition("=")[2].strip("[]") for word in others if word.startswith("experiment=")]
-    names = ",".join([*beside, path.stem])
-    plain_words = [word for word in command if not word.startswith("experiment=")]
-    shown = shlex.join([*plain_words, f"experiment={f'[{names}]' if beside else names}"])
-    sweep.say(f"written to {os.path.relpath(path)}:\n    {shown}")
-
-
-def _without_search(overrides: list[str], found: dict[str, Any], makes_requests: bool) -> list[str]:
-    """Returns the overrides that a plain run keeps: not what was searched, nor what only the search needs."""
-    dropped = {*found, *SEARCH_KEYS}
-    if makes_requests:  # without a file there is no other number of them
-        dropped.discard("dataset.num_samples")
-    kept = []
-    for word in overrides:
-        key, _, value = word.partition("=")
-        if key == "experiment":
-            names = [name for name in value.strip("[]").split(",") if name != "tune"]
-            kept += [f"experiment=[{','.join(names)}]"] if names else []
-        elif key.lstrip("+") not in dropped and not key.startswith(("sweep.", "hydra")):
-            kept.append(word)
-    return kept
+    assert searched.composed is not None
+    asked = searched.composed.dataset.num_samples  # of the trials, which may have got more than the search was given
+    there = reading.there(compose.to_config(composed).dataset)
+    if there is None:
+        return int(composed.sweep.confirm_samples or MORE * (asked or 1))
+    return min(there, composed.sweep.confirm_samples or MORE * (asked or there))

@@ -15,7 +15,8 @@ from typing import IO
 
 import psutil
 
-from harness.machine import memory
+from harness.machine import memory, slurm
+from harness.ranks import signals
 from harness.results.lifeline import Witness
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
@@ -111,7 +112,7 @@ def watch(
                 if tick is not None:
                     tick()
         if process.poll() is None:
-            _end(process, DEAF_S if timed_out else GRACE_S, witness, sleepers)
+            _end(process, _passed_on(stop_asked), DEAF_S if timed_out else GRACE_S, witness, sleepers)
         _end_strays(process.pid)
         if witness is not None:
             witness.look()
@@ -120,12 +121,20 @@ def watch(
     return Watched(process.returncode, timed_out, bool(stop_asked), timeout_s, kills)
 
 
-def _end(process: subprocess.Popen[bytes], grace_s: float, witness: Witness | None, sleepers: Sleepers) -> None:
-    """Interrupts the ranks, gives them time, then kills whatever is left of the launch."""
+def _passed_on(asked: list[int]) -> int:
+    """Returns what the ranks are sent: that a job system pauses the run, or else what a Ctrl-C is."""
+    paused = asked and (asked[0] == signals.PAUSE or (asked[0] == signal.SIGTERM and slurm.current() is not None))
+    return asked[0] if paused else signal.SIGINT
+
+
+def _end(
+    process: subprocess.Popen[bytes], signum: int, grace_s: float, witness: Witness | None, sleepers: Sleepers
+) -> None:
+    """Signals the ranks, gives them time, then kills whatever is left of the launch."""
     members = tree(process.pid)
     ranks = [member for member in whole(process.pid) if is_rank(member)]
     for rank in ranks:
-        send(rank, signal.SIGINT)
+        send(rank, signum)
     if not ranks:
         send(psutil.Process(process.pid), signal.SIGTERM)
     deadline = time.monotonic() + grace_s
@@ -206,7 +215,7 @@ def _status(process: psutil.Process) -> str:
 
 @contextmanager
 def _handling(handler: object) -> Iterator[None]:
-    numbers = [signal.SIGINT, signal.SIGTERM]
+    numbers = [signal.SIGINT, signal.SIGTERM, signals.PAUSE]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's
         numbers.append(signal.SIGHUP)  # the ranks have no terminal that could be closed
     before = {number: signal.signal(number, handler) for number in numbers}  # type: ignore[arg-type]

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from harness.running.watch import Sleepers
 
-ROOT = Path(__file__).resolve().parents[2]
 ZOMBIE_S = 2.0  # for a process whose files are closed to be dead
 # linux/pidfd.h: _IOWR(0xFF, 11, struct pidfd_info) for its first 64 bytes, whose last four are the wait status.
 PIDFD_INFO_SIZE, PIDFD_INFO_EXIT, PIDFD_EXIT_AT = 64, 1 << 3, 60
@@ -189,5 +188,9 @@ if __name__ == "__main__":
     if os.fork():
         os._exit(0)
     os.setsid()
-    sys.path[0] = str(ROOT)  # our modules would shadow installed packages
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # a job system signals all that it has started
+        signal.signal(number, signal.SIG_IGN)
+    # Our modules would shadow installed packages.
+    root = Path(__file__).resolve().parents[2]
+    sys.path[:1] = [] if (root / "harness" / "conf").is_dir() else [str(root)]
     close(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]) if len(sys.argv) > 4 else None)

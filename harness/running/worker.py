@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from harness.basics.errors import REFUSED, UserError, complain, report
+from harness.basics.errors import PAUSED, REFUSED, UserError, complain, printable, report
 from harness.basics.outcome import Fault
 from harness.engines import catalogue
+from harness.machine import memory, openmp, slurm
 from harness.ranks.rank import PARENT_VARIABLE, RUN_ID_VARIABLE, Rank, check_world
 from harness.ranks.rendezvous import Rendezvous
 from harness.results.directory import new_run_id
 from harness.results.recorder import RunRecorder
-from harness.running import faults, watchdog
+from harness.running import again, faults, sampling, tracking, watchdog
 from harness.running import job as jobs
 from harness.running.context import RunContext
 from harness.running.job import Job
@@ -39,6 +40,7 @@ def run(composed: DictConfig, rank: Rank, begun: tuple[RunRecorder, Job] | None 
         begun: the record and the checked job, where this process has made them before it became the only rank.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings about lost peers would bury our own line
+    openmp.wait_briefly()
     config = jobs.resolved(composed)
     recorder, checked = begun or (None, None)
     launched = rank
@@ -52,6 +54,8 @@ def run(composed: DictConfig, rank: Rank, begun: tuple[RunRecorder, Job] | None 
             recorder = recorder or _recorder(config)
         except UserError as error:
             return report(error)
+        if begun is None and RUN_ID_VARIABLE not in os.environ:
+            slurm.remember(recorder.results_dir, recorder.run_id)
         if os.environ.get(PARENT_VARIABLE) in (None, str(os.getpid())):
             told = watchdog.watch(recorder.results_dir, recorder.run_id, config.get("timeout_s"))
         log_to(f"{recorder.directory}/run.log")
@@ -67,6 +71,19 @@ def _recorder(config: dict[str, Any]) -> RunRecorder:
     run_id = launched or new_run_id(str(config["engine"].get("name")))
     parent = None if launched is None else myself(int(os.environ[PARENT_VARIABLE]))
     return RunRecorder.create(results_dir, run_id, config, sys.argv, hold=True, launcher=parent)
+
+
+def _make_room(run: RunContext, delivery: Delivery) -> None:
+    """Has the other ranks give back what their engines hold, before rank 0 looks for the memory of its check.
+
+    Returns on every rank once all have; rank 0 tokenizes the chosen prompts with its engine first.
+    """
+    assert run.replicas is not None
+    if not run.rank.first:
+        device = delivery.loaded.engine.settings.device
+        del delivery.loaded.engine
+        memory.give_back(device)
+    run.replicas.barrier()
 
 
 class _RankRun(RankWork):
@@ -111,6 +128,7 @@ class _RankRun(RankWork):
         job = jobs.prepare(composed, self.launched)
         if job.simulated and self.launched.world > 1:
             check_world(self.launched, job.tp, job.dp)
+        sampling.check_power(job, self.rank)
         return job
 
     def run(self, job: Job, rendezvous: Rendezvous) -> int:
@@ -123,6 +141,8 @@ class _RankRun(RankWork):
         self.running = True
         self.delivery.deliver_all()
         if run.replicas is not None:
+            if job.config.verify:
+                _make_room(run, self.delivery)
             run.replicas.leave()
         return figures.conclude(run, self.delivery) if self.rank.first else 0
 
@@ -150,7 +170,33 @@ class _RankRun(RankWork):
             more = self._write_down(self.recorder, fault)
         finally:  # whatever it is that cannot be written
             complain(fault.error if gone is not None else f"{fault.error}{more}")
+        if more and self._by_hand(fault):
+            line = self.recorder.record.get("segments", [{}])[-1].get("command_line")
+            line = line or self.recorder.record["command_line"]
+            print(again.resume_run(line, self.recorder.run_id), file=sys.stderr, flush=True)
         return fault
+
+    def _by_hand(self, fault: Fault) -> bool:
+        """Whether it is the user who goes on with the run, by one command."""
+        queued = fault.exit_status == PAUSED and bool(self.config.get("requeue"))
+        return fault.status == "interrupted" and not self.rank.several_hosts and not queued
+
+    def afterwards(self) -> None:
+        """Tells of the closed run where the config says."""
+        if self.recorder is None or self.context is None or not self.recorder.closed:
+            return
+        if (line := tracking.send(self.context.job.config.tracking, self.recorder)) is not None:
+            self.context.say(line)
+
+    def leave(self, fault: Fault) -> None:
+        """Has the Slurm job of a run that was paused wait in the queue again, if the user has asked for that."""
+        job = slurm.current()
+        if self.recorder is None or job is None or fault.exit_status != PAUSED or not self.config.get("requeue"):
+            return
+        if (why := slurm.queue_again(job, self.recorder.record)) is None:
+            print(printable(f"Slurm starts job {job.name} again, which resumes run {self.recorder.run_id}"), flush=True)
+        else:
+            complain(f"requeue: job {job.name} is not queued again: {why}")
 
     def _write_down(self, recorder: RunRecorder, fault: Fault) -> str:
         """Closes the record; returns what the user is told beside how the run ended."""

@@ -20,8 +20,10 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
 from harness.basics.errors import UserError, quoted
+from harness.config.checks import check_whole_or_auto
 from harness.config.compose import check_choices, without_hydra
 from harness.running import engine_sweep
+from harness.running.sizes import KEYS as SIZES
 
 if TYPE_CHECKING:
     from hydra.types import HydraContext, TaskFunction
@@ -60,6 +62,7 @@ class DeepSpeedLauncher(Launcher):
         self.sweep: Sweep = vars(task_function)["sweep"]
         self.context = hydra_context
         self.config = config
+        self.longer: list[str] | None = None
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Runs the jobs; the value of each is its ``total_tokens_per_s``, 0 for one that failed."""
@@ -72,19 +75,45 @@ class DeepSpeedLauncher(Launcher):
         trials = self.config.hydra.sweeper.get("n_trials") or 0  # a search asks for one job after the other
         self.sweep.plan(max(initial_job_idx + len(set(jobs.same)), trials), set(map(engine_sweep.plain, keys)))
         self.sweep.composed, self.sweep.compose = without_hydra(self.config), self._compose
+        configs = [self._load(words) for words in jobs.words]  # what makes no sense is refused before the first job
+        more = self._lengthened(jobs.words[0])
+        own = {}
+        for number, words in enumerate(jobs.words):
+            if jobs.same[number] == number:
+                config = self._load([*words, *more]) if more else configs[number]
+                own[number] = self.sweep.add([*words, *more], _without_hydra(config), self.sweep.varied(words))
+        self.sweep.run(list(own.values()))
         returns: list[JobReturn] = []
         for number, words in enumerate(jobs.words):
-            if jobs.same[number] < number:
-                returns.append(returns[jobs.same[number]])
-                continue
-            job = self.sweep.run(words, self._compose(words))
             returned = JobReturn(overrides=words, status=JobStatus.COMPLETED)
-            returned.return_value = job.rate
+            returned.return_value = own[jobs.same[number]].rate
             returns.append(returned)
         return returns
 
-    def _compose(self, overrides: list[str]) -> DictConfig:
+    def _lengthened(self, words: list[str]) -> list[str]:
+        """Returns what each trial of a search gets so that it takes some time; found out before the first."""
+        if not self.config.sweep.confirm:
+            return []
+        if self.longer is None:
+            from harness.running import lengthening
+
+            varied = self.sweep.varied(words)
+            common = [word for word in words if word not in varied]
+            self.longer = lengthening.longer(self.sweep.full_error, common, self._compose, self.sweep.say)
+        return self.longer
+
+    def _load(self, overrides: list[str]) -> DictConfig:
         composed = self.context.config_loader.load_sweep_config(self.config, overrides)
         check_choices(composed.hydra.runtime.choices)
-        HydraConfig.instance().set_config(composed)
-        return without_hydra(composed)
+        sizes = {f"engine.{key}": composed.engine[key] for key in SIZES if key in composed.engine}
+        check_whole_or_auto(sizes)
+        return composed
+
+    def _compose(self, overrides: list[str]) -> DictConfig:
+        return _without_hydra(self._load(overrides))
+
+
+def _without_hydra(composed: DictConfig) -> DictConfig:
+    """Returns a job's own config; Hydra's part of it is this job's from now on."""
+    HydraConfig.instance().set_config(composed)
+    return without_hydra(composed)
