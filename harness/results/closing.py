@@ -9,11 +9,12 @@ import filelock
 
 from harness.basics.clock import utc_now
 from harness.basics.outcome import RUNNING, STATUSES
-from harness.results import lifeline, segments
+from harness.results import disturbance, lifeline, segments
 from harness.results.amending import write_row
 from harness.results.columns import COLUMNS
 from harness.results.completions import Tally
 from harness.results.directory import read_record
+from harness.results.efficiency import efficiency
 from harness.results.lock import LOCK
 from harness.results.passes import pass_figures
 
@@ -47,13 +48,16 @@ def close(
         status, error = "failed", f"completions.jsonl has {lines} lines for {expected} requests"
     unfinished = record
     record = unfinished | {"status": status, "error": error, "finished_at": utc_now()}
+    resumed = []
     if "segments" in record:
         record["segments"] = list(record["segments"])
         segments.end(record, results_dir / record["run_id"], lines)
         record |= segments.whole_run(record)
-        record["notes"] = [*(record.get("notes") or []), segments.note(record)]
+        resumed = [segments.note(record)]
     record |= dict.fromkeys(name for name in COLUMNS if name not in record)
     record |= tally.figures(record["elapsed_s"])
+    record |= efficiency(record)
+    record["notes"] = [*(record.get("notes") or []), *disturbance.notes(record), *resumed]
     record["passes"] = pass_figures(results_dir / record["run_id"] / "passes.csv")
     if record["git_commit"] is None:
         git = (record.get("environment") or {}).get("git") or {}

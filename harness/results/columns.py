@@ -29,6 +29,7 @@ class Source(Enum):
     MODEL = "the arithmetic of the model, and hardware.peak_flops"
     MACHINE = "the device or the code's repository"
     TELEMETRY = "the samples of every host"
+    EFFICIENCY = "counts, energy, clock and hardware.price_per_hour, once the run is closed"
     PARITY = "verify=N, once the clock has stopped"
 
 
@@ -41,6 +42,7 @@ class Combine(Enum):
     SAME = "equal in all, or the run is refused"
     SUM = "their sum; unknown if one of them is"
     HIGHEST = "the highest"
+    MEAN = "their mean over the clock; unknown if one of them is"
     JOINED = "all of them, where they differ"
     HASHED = "a hash of theirs, where they differ"
     WHOLE = "computed from all completions, or over the whole clock"
@@ -114,10 +116,10 @@ TABLE: tuple[Column, ...] = (
            str, Source.RECORDER, Combine.EACH),
     Column("engine", "", "who scheduled",
            str, Source.CONFIG, config="engine.name", setting="engine"),
-    Column("kernels", "", "what computed the forward pass: `native`, `torch`, `deepspeed`, `injected`, `mii`, "
-           "`huggingface`",
+    Column("kernels", "", "what computed the forward pass: `native`, `triton`, `torch`, `deepspeed`, `injected`, "
+           "`mii`, `huggingface`",
            str, Source.ENGINE, Combine.JOINED, setting="engine.kernels", repeats=True),
-    Column("model", "", "its name; the checkpoint's if that is not the one `conf/model` describes",
+    Column("model", "", "the option's name; the checkpoint's own where none was chosen, or another than it describes",
            str, Source.CONFIG, Combine.SAME, config="model.name", setting="model", repeats=True),
     Column("weights", "", "`pretrained` or `dummy`",
            str, Source.CONFIG, Combine.SAME, config="model.weights", setting="model.weights"),
@@ -127,7 +129,7 @@ TABLE: tuple[Column, ...] = (
            str, Source.CONFIG, config="engine.quantization", setting="engine.quantization", repeats=True),
     Column("dataset", "", "the option",
            str, Source.CONFIG, config="dataset.name", setting="dataset"),
-    Column("dataset_sha256", "", "fingerprint of its file as stored",
+    Column("dataset_sha256", "", "fingerprint of its file as stored, and of a file that lengths are from",
            str, Source.WORKLOAD, Combine.SAME, setting="dataset_sha256", digest=True, repeats=True),
     Column("stop", "", "the stop rule",
            str, Source.CONFIG, config="generation.stop", setting="generation.stop"),
@@ -216,6 +218,20 @@ TABLE: tuple[Column, ...] = (
            figure=Figure(14, page="outputs\nexplained (%)", digits=1, page_scale=100.0)),
     Column("simulated", "", "empty: measured; else what the times were computed from, `data sheet` or `fit`",
            str, Source.ENGINE, Combine.JOINED, setting="simulated", repeats=True),
+    Column("device_busy_share", "0 to 1", "of the clock, in which a GPU had a pass to compute, by its own clock; empty "
+           "on CPUs and where the engine does not measure it",
+           float, Source.ENGINE, Combine.EACH, Combine.WHOLE),
+    Column("tokens_per_joule", "tokens/J", "`total_tokens` / `energy_j`",
+           float, Source.EFFICIENCY, Combine.WHOLE, Combine.WHOLE,
+           figure=Figure(15, "tokens\nper J", 12, ",.2f", "tokens\nper joule")),
+    Column("cost_per_million_tokens", "currency", "`hardware.price_per_hour` x devices x hours of the clock / million "
+           "`total_tokens`; devices are GPUs, on a CPU hosts",
+           float, Source.EFFICIENCY, Combine.WHOLE, Combine.WHOLE,
+           figure=Figure(16, "cost\nper M", 11, ",.4g", "cost per\nmillion tokens", 4)),
+    Column("others_cpu_share", "0 to 1", "of the CPU time of the cores that the run may use, what other processes and "
+           "other virtual machines took during the clock; of several hosts the highest",
+           float, Source.TELEMETRY, Combine.MEAN, Combine.HIGHEST,
+           figure=Figure(17, "taken by\nothers", 13, ".1%", "CPU taken by\nothers (%)", 1, page_scale=100.0)),
 )
 # fmt: on
 COLUMNS: tuple[str, ...] = tuple(column.name for column in TABLE)

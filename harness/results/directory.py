@@ -40,3 +40,15 @@ def read_record(results_dir: str | Path, run_id: str) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) and "status" in record else None
+
+
+def round_of(record: dict[str, Any]) -> tuple[str, int] | None:
+    """Returns the series and the round of a run that a sweep, a search or ``repeat`` made; None of any other.
+
+    Runs of one round were neighbours in time: their ratio is one of the same machine.
+    """
+    found = record.get("round")
+    if not isinstance(found, dict):
+        return None
+    series, number = found.get("series"), found.get("number")
+    return (series, number) if isinstance(series, str) and isinstance(number, int) else None

@@ -92,7 +92,7 @@ def resume(results_dir: str | Path, run_id: str, config: dict[str, Any], command
     lock = _hold(root, run_id, LAUNCH_LOCK, LOCK)
     try:
         earlier = read_record(root, run_id) or {}  # what another process wrote while we waited
-        _refuse_to_resume(run_id, earlier)
+        refuse_to_resume(run_id, earlier)
         completions = CompletionsFile(directory)
         completions.mend()
         figures = columns_from_config(config) | _of_this_process(config)
@@ -141,7 +141,7 @@ def _begun_by_launcher(root: Path, run_id: str, launcher: list[Any] | None) -> d
     return earlier or {}
 
 
-def _refuse_to_resume(run_id: str, earlier: dict[str, Any]) -> None:
+def refuse_to_resume(run_id: str, earlier: dict[str, Any]) -> None:
     """Raises UserError of a run that is complete, or whose tokens or requests no further segment would mend."""
     if earlier.get("status") == "ok":
         raise UserError("resume", f"{run_id} is complete", "start a new run")

@@ -143,6 +143,11 @@ class RunRecorder:
         return float(self._record.get("segment", {}).get("clock_from_s", 0.0))
 
     @property
+    def closed(self) -> bool:
+        """Whether this process has closed the run, so that its row is written."""
+        return self._row is not None
+
+    @property
     def record(self) -> dict[str, Any]:
         """What ``record.json`` says, as far as this process wrote it."""
         return self._record

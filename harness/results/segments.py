@@ -12,19 +12,21 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import operator
 from pathlib import Path
 from typing import Any
 
 from harness.basics.clock import utc_now
 from harness.basics.files import numbered_lines
 from harness.config.identity import UNHASHED_KEYS, flat
-from harness.results import lifeline
+from harness.results import lifeline, power_limit
 from harness.results.columns import Combine, combined_over_segments
 
 TAIL_BYTES = 1 << 16
 AT_LEAST, ABOUT = "at least ", "about "
 SUMS = combined_over_segments(Combine.SUM)
 PEAKS = combined_over_segments(Combine.HIGHEST)
+MEANS = combined_over_segments(Combine.MEAN)
 HASHES = (*combined_over_segments(Combine.HASHED), "job_hash")
 # What all segments must have in common, once it is known.
 WORK = combined_over_segments(Combine.SAME)
@@ -36,9 +38,10 @@ COMMIT = "git_commit"  # which a segment has in its environment
 # What a segment keeps of the record that it had to itself.
 KEPT = (
     *combined_over_segments(Combine.EACH),
-    *(*SUMS, *PEAKS, *HASHES, *(name for name in JOINED if name != COMMIT)),
+    *(*SUMS, *PEAKS, *MEANS, *HASHES, *(name for name in JOINED if name != COMMIT)),
     *("time", "config", "environment", "hostname", "loaded", "proof"),
-    *("notes", "engine_statistics", "telemetry", "split", "hardware_measured", "hardware_known"),
+    *("notes", "engine_statistics", "telemetry", "split", "sizes", "hardware_measured", "hardware_known"),
+    *("devices", "power"),
 )
 
 
@@ -135,6 +138,11 @@ def whole_run(record: dict[str, Any]) -> dict[str, Any]:
         figures[name] = None if None in values else sum(values)
     for name in PEAKS:
         figures[name] = max((segment[name] for segment in segments if segment.get(name) is not None), default=None)
+    timed = [segment for segment in segments if segment.get("elapsed_s")]  # some end before their clock starts
+    for name in MEANS:
+        values, seconds = ([segment.get(key) for segment in timed] for key in (name, "elapsed_s"))
+        known = timed and None not in values
+        figures[name] = sum(map(operator.mul, values, seconds)) / sum(seconds) if known else None
     for name in HASHES:
         hashes = sorted({str(segment.get(name)) for segment in segments})
         figures[name] = hashes[0] if len(hashes) == 1 else hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:12]
@@ -147,6 +155,7 @@ def whole_run(record: dict[str, Any]) -> dict[str, Any]:
     for name in JOINED:
         if len(values := _distinct(segments, name)) > 1:
             figures[name] = " + ".join(values)
+    figures["power"] = power_limit.of_segments(timed, (record.get("config") or {}).get("power_limit_w"))
     figures["elapsed_is_estimated"] = any(segment.get("elapsed_is_estimated") for segment in segments)
     devices = {json.dumps(_devices(segment), sort_keys=True) for segment in segments if segment.get("device_name")}
     cores = {json.dumps(found["machine"]) for each in segments if (found := each.get("hardware_measured"))}

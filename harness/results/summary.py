@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from harness.basics.errors import printable
+from harness.results.power_limit import sentence
 
 
 def summary(screen: Console, row: dict[str, Any], record: dict[str, Any]) -> None:
@@ -35,6 +36,9 @@ def _lines(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, str]]
         lines += [("Time", text) for text in _where_time_went(row, record)]
         lines += [("Passes", text) for text in _passes(row, record)]
         lines += [("Energy", text) for text in _energy(row, record)]
+        lines += [("Cost", text) for text in _cost(row, record)]
+    if power := record.get("power"):
+        lines.append(("Power", sentence(power)))
     if row["load_s"] is not None:
         lines += _outside(row, record)
     if parity := record.get("parity"):
@@ -51,15 +55,26 @@ def _what_ran(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, st
     ranks = (row["tp"] or 1) * (row["dp"] or 1)
     weights = " with dummy weights" if row["weights"] == "dummy" else ""
     rejected = f", {row['rejected']} rejected" if row["rejected"] else ""
-    requests = f"{_count(row['completed'])} of {_count(row['requests'])} requests{rejected}, stop={row['stop']}"
+    requests = f"{_count(row['completed'])} of {_count(row['requests'])} requests{rejected}, {_stops(row, record)}"
     kernels = "" if row["simulated"] else f" ({row['kernels']} kernels)"
     ran = f"{row['engine']}{kernels}, {row['model']} {row['dtype']}{weights}, {row['dataset']}"
     split = f"{ranks} rank{'s' if ranks > 1 else ''} (tp={row['tp']}, dp={row['dp']})" + _chosen(record.get("split"))
+    sizes = record.get("sizes")
+    chosen = [("Sizes", escape(_sizes(sizes)))] if sizes and row["device"] != "cpu" else []
     return [
         ("Run", f"{row['run_id']}  {row['status']}" + (f": {escape(str(row['error']))}" if row["error"] else "")),
         ("What ran", escape(f"{ran}: {requests}")),
         ("On", escape(f"{row['device_name']}, {split}")),
+        *chosen,
     ]
+
+
+def _stops(row: dict[str, Any], record: dict[str, Any]) -> str:
+    """Returns the stop rule, and how many stop strings and stop ids there are beside it."""
+    generation = record.get("config", {}).get("generation", {})
+    counts = {"stop string": generation.get("stop_strings"), "stop id": generation.get("stop_token_ids")}
+    more = [f"{len(found)} {what}{'s' * (len(found) > 1)}" for what, found in counts.items() if found]
+    return ", ".join([f"stop={row['stop']}", *more])
 
 
 def _simulated(row: dict[str, Any], simulation: dict[str, Any]) -> list[tuple[str, str]]:
@@ -95,8 +110,13 @@ def _throughput(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, 
 def _energy(row: dict[str, Any], record: dict[str, Any]) -> Iterator[str]:
     if row["energy_j"]:
         source = record.get("telemetry", {}).get("energy_source")
-        per_joule = f"{row['total_tokens'] / row['energy_j']:,.2f} total tokens/J"
+        per_joule = f"{row['tokens_per_joule']:,.2f} total tokens/J"
         yield f"{row['energy_j']:,.0f} J, {per_joule}" + (f" ({source})" if source else "")
+
+
+def _cost(row: dict[str, Any], record: dict[str, Any]) -> Iterator[str]:
+    if (per_million := row["cost_per_million_tokens"]) is not None:
+        yield f"{per_million:,.4g} for a million total tokens; {record['cost']:,.4g} for the run's clock"
 
 
 def _outside(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, str]]:
@@ -112,6 +132,11 @@ def _outside(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, str
 def _chosen(split: dict[str, Any] | None) -> str:
     """Returns why the ranks are split as they are, where that was not given."""
     return f", chosen: {split['why']}" if split and None in split["asked"].values() else ""
+
+
+def _sizes(sizes: dict[str, Any]) -> str:
+    """Returns the sizes of a pass that were chosen, and why."""
+    return f"{sizes['token_budget']} tokens, {sizes['max_sequences']} sequences a pass, chosen: {sizes['why']}"
 
 
 def _proof(proof: dict[str, Any]) -> str:
@@ -139,8 +164,10 @@ def _where_time_went(row: dict[str, Any], record: dict[str, Any]) -> Iterator[st
         for key, name in names.items()
         if parts and elapsed and all(key in part["time"] for part in parts)
     }
+    busy = row["device_busy_share"]
+    device = "" if busy is None else f"; the GPU had a pass to compute {busy:.1%} of the time"
     if shares:
-        yield ", ".join(f"{name} {share:.1%}" for name, share in shares.items()) + which
+        yield ", ".join(f"{name} {share:.1%}" for name, share in shares.items()) + which + device
 
 
 def _passes(row: dict[str, Any], record: dict[str, Any]) -> Iterator[str]:
