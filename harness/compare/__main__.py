@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         "--baseline",
         metavar="RUN_ID",
         help="what ratios are to: a run id or an unambiguous part of one "
-        "(the one group with engine=baseline, otherwise the oldest)",
+        "(the oldest group with engine=baseline, without one the oldest)",
     )
     parser.add_argument(
         "--where",
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     formats.add_argument("--csv", action="store_true", help="print all groups and figures as CSV")
     formats.add_argument("--json", action="store_true", help="print all groups, figures and settings as JSON")
     parser.add_argument("--html", metavar="FILE", help="also write a page with charts, which needs no network")
+    parser.add_argument("--parquet", metavar="FILE", help="also write all runs, one a row, each column of its own type")
     return parser
 
 
@@ -71,11 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     page = None if options.html is None else pages.writable(options.html)
+    rows = None if options.parquet is None else pages.writable(options.parquet, "--parquet")
     runs = load(options.tables, lambda line: print(f"warning: {printable(line)}", file=sys.stderr))
     # Only now: pandas takes longer to import than a mistyped path takes to find.
     from harness.compare import comparison, text
 
-    everything = options.csv or options.json or page is not None
+    everything = options.csv or options.json or page is not None or rows is not None
     compared = comparison.compare(
         runs, baseline=options.baseline, where=options.where, limit=None if everything else options.limit
     )
@@ -84,12 +86,17 @@ def _run(options: argparse.Namespace) -> None:
 
         pages.write(page, html(compared, options.tables))
         print(f"wrote {printable(options.html)}", file=sys.stderr)
+    if rows is not None:
+        from harness.compare.parquet import as_bytes
+
+        pages.write(rows, as_bytes(compared), "--parquet")
+        print(f"wrote {printable(options.parquet)}", file=sys.stderr)
     if options.csv:
         sys.stdout.write(text.as_csv(compared))
     elif options.json:
         sys.stdout.write(text.as_json(compared))
     else:
-        if page is not None:
+        if page is not None or rows is not None:
             compared = comparison.limited(compared, options.limit)
         screen = text.terminal(sys.stdout.isatty())
         with screen.capture() as drawn:

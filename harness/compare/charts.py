@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 from harness.compare.comparison import Comparison
+from harness.compare.varied import varied
 
 BARS = 40
 KEY_CHARTS = 12
@@ -21,6 +22,8 @@ ALIGNED = {"minExtent": 44, "maxExtent": 44, "tickCount": 5}  # axes of charts t
 def charts(comparison: Comparison, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the charts that these groups give reason to draw: id, title, what it shows, Vega-Lite spec and data.
 
+    A setting has one where somebody varied it.
+
     Args:
         rows: a row of the page for each group, in the order of ``comparison.groups``.
     """
@@ -30,7 +33,10 @@ def charts(comparison: Comparison, rows: list[dict[str, Any]]) -> list[dict[str,
     engines = list(dict.fromkeys(row["engine"] for row in drawn))
     measured, simulated = ([row for row in drawn if bool(row["simulated"]) is kind] for kind in (False, True))
     found = [_bar_chart(part, engines) for part in (measured, simulated) if part]
+    chosen = varied(comparison.groups, comparison.keys)
     for number, key in enumerate(comparison.keys):
+        if key not in chosen:
+            continue
         values = {row["k"][number] for row in drawn if row["k"][number] is not None}
         if len(values) < 2 or (len(values) > MOST_CATEGORIES and not _numeric(values)) or len(found) > KEY_CHARTS:
             continue

@@ -40,8 +40,8 @@ def usual_baseline(groups: list[Group]) -> tuple[Group | None, str]:
     """Returns the group that ratios are to where none was named, and why it is; None when no run is ok."""
     finished = sorted((one for one in groups if one.throughput), key=lambda one: (one.simulated != "", one.started_at))
     plain = [one for one in finished if one.shown.cells.get("engine") == "baseline"]
-    if len(plain) == 1:
-        return plain[0], "the only one with engine=baseline"
+    if plain:
+        return plain[0], f"the {'only' if len(plain) == 1 else 'oldest'} one with engine=baseline"
     return (finished[0], "the oldest") if finished else (None, "no run is ok")
 
 

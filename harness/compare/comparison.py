@@ -6,15 +6,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from harness.compare.cautions import cautions
 from harness.compare.choosing import filtered, named_baseline, usual_baseline
 from harness.compare.groups import Group, group
+from harness.compare.ratios import set_ratios
 from harness.compare.reading import KEYS, UNKNOWN, ComparedRun, settings_of, shown
 from harness.results.columns import FIGURES
 
 # A difference in one of these makes two throughputs figures of different work, or of different machines.
 COMPARABLE = (
-    *("dataset", "generation.stop", "dataset.num_samples", "rejected requests", "generation.max_output_len"),
-    *("dataset.input_len", "dataset.output_len", "model", "model.weights", "model.dtype", "simulated", "device_name"),
+    *("dataset", "generation.stop", "generation.stop_strings", "generation.stop_token_ids"),
+    *("dataset.num_samples", "rejected requests", "generation.max_output_len"),
+    *("dataset.input_len", "dataset.output_len", "dataset.shared_prefix", "dataset.shuffle", "dataset.chat_template"),
+    *("dataset.system_prompt", "model", "model.weights", "model.dtype", "simulated", "device_name"),
 )
 # What a prediction need not have in common with what it predicts.
 UNPREDICTED = ("engine", "engine.kernels", "engine.eos_rate", "engine.pace", "simulated", "device_name", "git_commit")
@@ -65,6 +69,7 @@ class Comparison:
         keys: settings with more than one value among ``groups``.
         figures: figures that are known for some group.
         warnings: why ratios in ``groups`` are not to be taken at face value.
+        cautions: why figures of single runs are not.
     """
 
     groups: list[Group]
@@ -74,6 +79,7 @@ class Comparison:
     keys: list[str]
     figures: list[str]
     warnings: list[Incomparable]
+    cautions: list[str]
 
 
 def compare(
@@ -112,12 +118,14 @@ def _presented(groups: list[Group], baseline: Group | None, reason: str, limit: 
         seen = [*seen, baseline]
     for one in seen:
         one.settings = one.settings or settings_of(one.runs)
-        if baseline is not None and baseline.throughput and one.throughput is not None:
-            one.ratio = one.throughput / baseline.throughput
+    if baseline is not None:
+        set_ratios(seen, baseline)
     _set_beside(seen)
     figures = [name for name in FIGURES if any(one.figures[name] is not None for one in seen)]
     warnings = _warnings(seen, baseline) if baseline is not None else []
-    return Comparison(seen, len(groups) - len(seen), baseline, reason, differing_keys(seen), figures, warnings)
+    return Comparison(
+        seen, len(groups) - len(seen), baseline, reason, differing_keys(seen), figures, warnings, list(cautions(seen))
+    )
 
 
 def _set_beside(groups: list[Group]) -> None:

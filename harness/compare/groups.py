@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pandas
 
+from harness.basics.intervals import Interval
 from harness.compare.reading import ComparedRun
 from harness.results.columns import FIGURES, TABLE, names_of
 
@@ -30,6 +31,7 @@ class Group:
         high: highest total_tokens_per_s of an ok run.
         settings: what is known of the config, by the command line's names.
         ratio: total_tokens_per_s over the baseline's.
+        interval: where that ratio lies; None where there are too few runs to say.
         differs_in: what makes that ratio one of different work or machines.
         predicted: of a measured group, the simulated one of the same settings; None where there is none.
     """
@@ -41,6 +43,7 @@ class Group:
     high: float | None
     settings: dict[str, Any] = field(default_factory=dict)
     ratio: float | None = None
+    interval: Interval | None = None
     differs_in: list[str] = field(default_factory=list)
     predicted: Group | None = None
 
@@ -76,6 +79,18 @@ class Group:
         if self.ok < 2 or self.low is None or self.high is None or not self.throughput:
             return None
         return (self.high - self.low) / self.throughput
+
+    @property
+    def rates(self) -> list[float]:
+        """The positive total_tokens_per_s of the ok runs."""
+        known = (run.numbers.get("total_tokens_per_s") for run in self.runs if run.ok)
+        return [rate for rate in known if rate]
+
+    @property
+    def by_round(self) -> dict[Hashable, float]:
+        """The same by the rounds of sweeps, as far as their records say."""
+        known = ((run.round(), run.numbers.get("total_tokens_per_s")) for run in self.runs if run.ok)
+        return {place: rate for place, rate in known if place is not None and rate}
 
     @property
     def statuses(self) -> Counter[str]:

@@ -16,6 +16,7 @@ from harness.basics.page import bundle, filled, inert
 from harness.compare.charts import BARS, cache_chart, charts, tokens_chart
 from harness.compare.comparison import Comparison
 from harness.compare.groups import Group
+from harness.compare.ratios import interval_text
 from harness.compare.reading import ComparedRun, shown
 from harness.compare.text import statuses_text, usual_settings
 from harness.results.columns import FIGURES, Figure
@@ -43,7 +44,7 @@ def html(comparison: Comparison, tables: Sequence[str]) -> str:
     parts = {
         "title": escape(f"{len(groups):,} group{'s' if len(groups) != 1 else ''} of runs compared"),
         "facts": _facts(comparison, tables),
-        "warnings": "".join(f"<li>{escape(str(warning))}</li>" for warning in comparison.warnings),
+        "warnings": "".join(f"<li>{escape(str(one))}</li>" for one in (*comparison.warnings, *comparison.cautions)),
         "data": inert(
             {
                 "groups": groups,
@@ -95,6 +96,8 @@ def _row(number: int, one: Group, comparison: Comparison) -> dict[str, Any]:
         "high": one.high,
         "spread": one.spread,
         "ratio": one.ratio,
+        "interval": interval_text(one),
+        "alike": one.interval is not None and not one.interval.clear,
         "simulated": one.simulated,
         "predicted": None if one.predicted is None else one.predicted.throughput,
         "error_of_prediction": one.prediction_error,

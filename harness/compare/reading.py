@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from harness.basics.errors import UserError, printable, quoted
 from harness.config.identity import UNHASHED_KEYS, flat
 from harness.results.columns import FIGURES, TABLE, names_of
-from harness.results.directory import read_record
+from harness.results.directory import read_record, round_of
 from harness.results.table import read_table
 
 # Columns that tell how a run was configured, and the key of the config that each of them settles: what a run found out,
@@ -31,6 +31,7 @@ COUNTS = names_of(
     column for column in TABLE if column.name == REJECTED or (column.setting is not None and column.kind is int)
 )
 UNKNOWN = object()
+OF_RECORD = ("config", "command_line", "round", "power")  # the rest of thousands of records would fill the memory
 NAMES_OF_GROUPS = ("engine", "model", "dataset", "hardware")
 UNBUDGETED = ("baseline", "ds_inference")  # whose records had the keys of all engines once, these two unused
 
@@ -42,6 +43,7 @@ class ComparedRun:
     cells: dict[str, str]
     numbers: dict[str, float | None]
     results_dir: Path
+    _read: dict[str, Any] | None = field(default=None, repr=False, compare=False)
 
     @property
     def run_id(self) -> str:
@@ -67,12 +69,37 @@ class ComparedRun:
             found.setdefault("engine.quantization", None)  # an empty cell says that there was none
         return found
 
+    def _record(self) -> dict[str, Any]:
+        """Returns what is asked of the run's ``record.json``, which is read once; empty without one."""
+        if self._read is None:
+            try:
+                whole = read_record(self.results_dir, self.run_id) or {}
+            except UserError:  # no run of ours: its id could not name a directory
+                whole = {}
+            self._read = {name: whole[name] for name in OF_RECORD if name in whole}
+        return self._read
+
+    def round(self) -> tuple[str, int] | None:
+        """Returns the series and the round of a run that several were made in turn with; None of any other."""
+        return round_of(self._record())
+
+    def power(self) -> dict[str, Any] | None:
+        """Returns the verdict on the run's power limit; None where it had none."""
+        found = self._record().get("power")
+        return found if isinstance(found, dict) and "verdict" in found else None
+
+    def asked(self) -> set[str] | None:
+        """Returns the keys that the run's command line, or the sweep that made it, set; None where it does not say."""
+        record = self._record()
+        line, own = record.get("command_line"), (record.get("round") or {}).get("varied", [])
+        if not isinstance(line, list) or not isinstance(own, list):
+            return None
+        words = [word for word in [*line, *own] if isinstance(word, str) and not word.startswith("-")]
+        return {word.partition("=")[0].lstrip("+~") for word in words if "=" in word}
+
     def record_settings(self) -> dict[str, Any]:
         """Returns the config in the run's ``record.json``, by the command line's names; empty without a record."""
-        try:
-            config = (read_record(self.results_dir, self.run_id) or {}).get("config")
-        except UserError:  # no run of ours: its id could not name a directory
-            config = None
+        config = self._record().get("config")
         if not isinstance(config, dict):
             return {}
         whole = flat({key: value for key, value in config.items() if key not in UNHASHED_KEYS})

@@ -19,6 +19,8 @@ from harness.basics.files import plain
 from harness.basics.terminal import PLAIN_WIDTH
 from harness.compare.comparison import Comparison
 from harness.compare.groups import Group
+from harness.compare.ratios import LEGEND, interval_text, ratio_text
+from harness.compare.ratios import figures as interval_figures
 from harness.compare.reading import UNKNOWN, shown
 from harness.results.columns import FIGURES
 
@@ -35,14 +37,6 @@ NARROWEST_SETTINGS = 14
 OTHER_SETTINGS = "other settings"
 Column = tuple[str, list[str], bool]  # heading, cells, right-aligned
 ERRORS_SHOWN = 8
-
-
-def ratio_text(one: Group) -> str:
-    """Returns the ratio to the baseline; ``!`` marks one that compares different work or machines."""
-    if one.ratio is None:
-        return ""
-    form = ",.0f" if one.ratio >= 100 else ".2f" if one.ratio >= 0.1 else ".2g"
-    return f"{one.ratio:{form}}x" + (" !" if one.differs_in else "")
 
 
 def predicted_text(one: Group) -> str:
@@ -113,6 +107,7 @@ def _columns(comparison: Comparison, width: int) -> list[Column]:
         ("total\ntok/s", [_throughput(one) for one in groups], True),
         *([("spread", spread, True)] if any(spread) else []),
         ("ratio", [ratio_text(one) for one in groups], True),
+        *([("interval", [interval_text(one) for one in groups], True)] if any(o.interval for o in groups) else []),
         *(
             [("pre-\ndicted", [predicted_text(one) for one in groups], True)]
             if any(o.predicted for o in groups)
@@ -220,11 +215,14 @@ def _notes(comparison: Comparison) -> list[str]:
     notes = [caption(comparison)]
     if any(one.spread is not None for one in comparison.groups):
         notes.append("Repeated runs are one line: medians; spread is (highest - lowest) / median of total tok/s.")
+    intervals = [one.interval for one in comparison.groups if one.interval is not None]
+    if intervals:
+        notes += LEGEND[: 1 if all(one.paired for one in intervals) else 2]
     if any(one.predicted is not None for one in comparison.groups):
         notes.append("predicted: total tok/s of the simulated run of the same settings, and its error.")
     if comparison.hidden:
         notes.append(f"{comparison.hidden:,} more not shown: --limit N, --where KEY=VALUE, --csv.")
-    return notes + [f"! {warning}" for warning in comparison.warnings]
+    return notes + [f"! {warning}" for warning in (*comparison.warnings, *comparison.cautions)]
 
 
 def _errors(comparison: Comparison, width: int) -> list[str]:
@@ -258,7 +256,7 @@ def as_csv(comparison: Comparison) -> str:
     """Returns one line a group: run id, counts, settings that differ, figures; unknown is empty."""
     head = ["run_id", "runs", "ok", "statuses", *comparison.keys, *comparison.figures]
     tail = ["total_tokens_per_s_min", "total_tokens_per_s_max", "spread", "ratio", "differs_in", "run_ids", "error"]
-    tail += ["predicted_total_tokens_per_s", "prediction_error", "predicted_by"]
+    tail += ["predicted_total_tokens_per_s", "prediction_error", "predicted_by", *interval_figures(None)]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(cell_text(name, name) for name in (*head, *tail))
@@ -274,7 +272,7 @@ def as_csv(comparison: Comparison) -> str:
             + [cell_text("ratio", value) for value in rest]
             + [" ".join(name.replace(" ", "_") for name in one.differs_in)]
             + [cell_text("run_ids", " ".join(run.run_id for run in one.runs)), cell_text("error", one.error)]
-            + [cell_text(name, value) for name, value in prediction(one).items()]
+            + [cell_text(name, value) for name, value in {**prediction(one), **interval_figures(one.interval)}.items()]
         )
     return text.getvalue()
 
@@ -309,6 +307,7 @@ def as_data(comparison: Comparison) -> dict[str, Any]:
                 "total_tokens_per_s_max": one.high,
                 "spread": one.spread,
                 "ratio": one.ratio,
+                **interval_figures(one.interval),
                 "differs_in": one.differs_in,
                 "simulated": one.simulated or None,
                 **prediction(one),
@@ -325,6 +324,7 @@ def as_data(comparison: Comparison) -> dict[str, Any]:
             }
             for warning in comparison.warnings
         ],
+        "cautions": comparison.cautions,
     }
 
 
