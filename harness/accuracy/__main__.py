@@ -9,20 +9,21 @@ python -m harness.accuracy --tasks mmlu engine=ds_inference --against RUN --with
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if __name__ == "__main__":
     # A script's own directory comes first on sys.path, where our modules would shadow installed packages.
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    root = Path(__file__).resolve().parents[2]
+    sys.path[:1] = [] if (root / "harness" / "conf").is_dir() else [str(root)]
 
 from harness.basics.command import Parser, not_negative, positive, whole
 from harness.basics.errors import INTERRUPTED, REFUSED, UserError, report
 from harness.basics.outcome import leave
+from harness.basics.places import PROGRAM
+from harness.basics.programs import beside_the_interpreter
 from harness.config.compose import compose
 from harness.engines import catalogue
 from harness.ranks.rank import Rank, current, decoded, without_local_rank
@@ -39,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Perplexity of an engine on the dataset's prompts, or lm-evaluation-harness tasks over it.",
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="OVERRIDE", help="as for harness/main.py: engine=fastgen model.dtype=bfloat16"
+        "overrides", nargs="*", metavar="OVERRIDE", help=f"as for {PROGRAM}: engine=fastgen model.dtype=bfloat16"
     )
     parser.add_argument("--tasks", metavar="NAME[,NAME]", help="tasks of lm-evaluation-harness, in place of perplexity")
     parser.add_argument("--include-path", metavar="DIR", help="where more task files are")
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command, or this rank's part of it; returns the exit status."""
     rank: Rank | None = None
+    beside_the_interpreter()
     try:
         rank = current()
         words = decoded(without_local_rank(list(sys.argv[1:] if arguments is None else arguments)))
@@ -112,5 +114,10 @@ def _launch(job: Job, words: list[str]) -> int:
     return launcher.run_program(Path(__file__).resolve(), job.ranks, job.accelerator, words, job.config.timeout_s)
 
 
-if __name__ == "__main__":
+def entry() -> NoReturn:
+    """The command ``llama-harness-accuracy``."""
     leave(main())
+
+
+if __name__ == "__main__":
+    entry()

@@ -20,14 +20,14 @@ from harness.basics.outcome import Fault
 from harness.config.identity import config_hash
 from harness.engines import catalogue
 from harness.engines.base import SCORING
-from harness.machine import device
+from harness.machine import device, openmp
 from harness.machine import snapshot as snapshots
 from harness.models import locate
 from harness.ranks.rank import Rank
 from harness.ranks.rendezvous import Rendezvous
 from harness.results.directory import new_run_id
 from harness.running import job as jobs
-from harness.running import setup
+from harness.running import setup, tracking
 from harness.running.job import Job
 from harness.running.lifecycle import Lifecycle, RankWork
 
@@ -52,6 +52,12 @@ def check(composed: DictConfig, options: Options, rank: Rank | None = None) -> J
         raise UserError("engine", f"{config.engine.name} cannot score given tokens", SCORING)
     if config.repeat > 1:
         raise UserError("repeat", f"{config.repeat}: scores do not vary as times do", "leave it out")
+    if config.dataset.chat_template and options.tasks is not None:
+        raise UserError("dataset.chat_template", "true, but tasks bring prompts of their own", "leave it out")
+    if config.tracking.name != tracking.NONE:
+        raise UserError("tracking", f"{config.tracking.name} is sent runs, no evaluations", "leave it out")
+    if config.power_limit_w is not None:
+        raise UserError("power_limit_w", "an evaluation is not measured, so that no limit is seen", "leave it out")
     if rank is None or rank.first:
         if options.against is not None:
             names = None if options.tasks is None else options.tasks.names
@@ -67,6 +73,7 @@ def run(composed: DictConfig, rank: Rank, options: Options, checked: Job | None 
     Args:
         checked: the job, where this process has checked it before it became the only rank.
     """
+    openmp.wait_briefly()
     return Lifecycle(rank, _Evaluation(composed, rank, options, checked), alone=checked is not None).run(composed)
 
 

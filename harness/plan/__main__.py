@@ -18,10 +18,12 @@ from pathlib import Path
 
 if __name__ == "__main__":
     # A script's own directory comes first on sys.path, where our modules would shadow installed packages.
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    root = Path(__file__).resolve().parents[2]
+    sys.path[:1] = [] if (root / "harness" / "conf").is_dir() else [str(root)]
 
 from harness.basics.command import Parser, output_ended, positive, show_any_text
 from harness.basics.errors import INTERRUPTED, UserError, report
+from harness.basics.places import PROGRAM
 from harness.config.compose import compose
 from harness.engines import catalogue
 
@@ -35,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 it fits, 1 it does not, 2 for what is wrong in the question.",
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="OVERRIDE", help="as for harness/main.py: model=llama2_70b parallel.tp=8"
+        "overrides", nargs="*", metavar="OVERRIDE", help=f"as for {PROGRAM}: model=llama2_70b parallel.tp=8"
     )
     parser.add_argument("--devices", type=positive, metavar="N", help="rank every split of N devices")
     parser.add_argument("--nodes", type=positive, metavar="M", help="hosts that the devices are on, equally many each")

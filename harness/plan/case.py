@@ -11,15 +11,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness.basics.errors import UserError
 from harness.config.explain import explain
-from harness.config.schema import HardwareConfig
+from harness.config.schema import Accelerator, HardwareConfig
 from harness.costs import bounds, lengths
 from harness.costs.hardware import known
 from harness.costs.lengths import Lengths
 from harness.costs.memory import Held, Needs
 from harness.costs.pass_time import PassTime
 from harness.costs.shape import ModelShape
+from harness.results.efficiency import money
 from harness.running import job as jobs
-from harness.running import preflight, target
+from harness.running import preflight, sizes, target
 from harness.running.job import Job
 from harness.running.target import Target
 
@@ -44,6 +45,11 @@ class Case:
     def rows(self) -> int:
         """Sequences that the engine runs at once."""
         return min(preflight.share(self.job).rows, len(self.lengths.items))
+
+    def of_split(self, tp: int, dp: int) -> Case:
+        """Returns the same with the engine's sizes as this split has them."""
+        split = replace(self.job.split, tp=tp, dp=dp)
+        return replace(self, job=sizes.settle(replace(self.job, split=split), self.machine))
 
     def shape(self) -> ModelShape:
         """Returns the model's shape; raises UserError where its sizes are not known."""
@@ -163,7 +169,18 @@ def expected(case: Case, found: Held, tp: int, dp: int) -> dict[str, Any]:
     return {
         "expected_s": seconds,
         "expected_total_tokens_per_s": tokens / seconds,
+        "expected_cost_per_million_tokens": _cost(case, seconds, tp * dp, tokens),
         "expected_pass_tokens": work.tokens,
         "fitted": model.fitted is not None,
+        "fit_error": None if model.fitted is None else model.fitted.error,
         "outside_the_fit": model.outside,
     }
+
+
+def _cost(case: Case, seconds: float, ranks: int, tokens: int) -> float | None:
+    """Returns what a million tokens cost, as the column of a run; None without ``hardware.price_per_hour``."""
+    hardware = case.job.config.hardware
+    if hardware.price_per_hour is None:
+        return None
+    devices = -(-ranks // case.machine.launch.host_ranks) if hardware.accelerator is Accelerator.cpu else ranks
+    return money(hardware.price_per_hour, devices, seconds) / tokens * 1e6

@@ -12,8 +12,7 @@ from harness.costs import fitting
 from harness.costs.fitting import Observed
 from harness.costs.pass_time import PassTime
 from harness.costs.roofline import Factors, defaults, on_other_ranks
-from harness.engines.base import lookahead
-from harness.engines.shared.order import Order, arranged
+from harness.engines.shared.order import Order, arranged, lookahead
 from harness.engines.simulate.replay import Item, Setup
 from harness.plan import waterfall
 from harness.plan.fit import REACHED, figures

@@ -16,7 +16,8 @@ from omegaconf import DictConfig
 from harness.basics.clock import utc_now
 from harness.basics.errors import UserError, quoted
 from harness.basics.files import replace as replace_file
-from harness.config.compose import ROOT, compose, to_config
+from harness.config.compose import compose, to_config
+from harness.config.own import own_option
 from harness.config.schema import Accelerator, HardwareConfig, Stop
 from harness.costs import fitting
 from harness.costs.fitted import RANGES, SIZES
@@ -25,14 +26,16 @@ from harness.costs.roofline import defaults
 from harness.plan.measured import Measured
 
 LOCAL = "local"
-DIRECTORY = ROOT / "conf" / "hardware"
 ALIKE = ("model", "weights", "dtype", "quantization", "kernels", "device", "device_name")  # that runs share
-FIGURES = ("memory_bytes", "memory_bandwidth", "interconnect_bandwidth", "devices_per_node", "node_bandwidth")
+FIGURES = (
+    *("memory_bytes", "memory_bandwidth", "interconnect_bandwidth", "devices_per_node", "node_bandwidth"),
+    "price_per_hour",
+)
 REACHED = "the best that the runs' passes reached: a lower bound, no data sheet's figure"
 
 
 def run(options: argparse.Namespace, composed: DictConfig) -> int:
-    """Fits, prints the errors and writes ``conf/hardware/NAME.yaml``; returns the exit status.
+    """Fits, prints the errors and writes the option ``NAME`` of ``hardware``; returns the exit status.
 
     Raises:
         UserError: a run is none, they do not go together, or there is too little to learn from.
@@ -55,7 +58,7 @@ def run(options: argparse.Namespace, composed: DictConfig) -> int:
     }
     content = file_content(options.name or LOCAL, hardware, runs, seen, found, errors)
     head = f"# Written by harness.plan --fit; {REACHED if reached else 'figures are those of the runs'}.\n"
-    DIRECTORY.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, (head + yaml.safe_dump(content, sort_keys=False, width=120)).encode())
     for line in report(runs, seen, found, errors):
         print(line)
@@ -75,10 +78,10 @@ def check(runs: Sequence[Measured]) -> None:
 
 def _path(name: str | None) -> Path:
     if name is None or name == LOCAL:
-        return DIRECTORY / f"{LOCAL}.yaml"
+        return own_option("hardware", LOCAL)
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_]{0,60}", name) is None:
         raise UserError("--name", f"{quoted(name)} is no name of an option", "use letters, digits and _")
-    path = DIRECTORY / f"{name}.yaml"
+    path = own_option("hardware", name)
     if path.exists():
         raise UserError("--name", f"{path} is there already", "give another name, or delete it first")
     return path

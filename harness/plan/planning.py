@@ -43,6 +43,7 @@ def run(options: argparse.Namespace, composed: DictConfig) -> int:
 def plan(case: Case, composed: DictConfig) -> dict[str, Any]:
     """Returns all that is said of one setting; raises UserError for a split that the checks refuse."""
     tp, dp, why = _split(case, composed)
+    case = case.of_split(tp, dp)
     found, shape = case.held(tp, dp), case.shape()
     fits = case.verdict(found)
     answer: dict[str, Any] = {
@@ -55,6 +56,7 @@ def plan(case: Case, composed: DictConfig) -> dict[str, Any]:
         "lacks": case.lacks(found),
         "remedies": [] if fits == YES else remedies(case, tp, dp, fits),
         "sequences": _sequences(case, found),
+        "sizes": None if case.job.sizes is None else case.job.sizes.record,
     }
     return answer if fits == NO else answer | _performance(case, shape, found, tp, dp)
 

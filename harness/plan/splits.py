@@ -46,6 +46,7 @@ def ranking(case: Case, devices: int, composed: DictConfig) -> dict[str, Any]:
 
 
 def _line(case: Case, tp: int, dp: int) -> dict[str, Any]:
+    case = case.of_split(tp, dp)
     found, shape = case.held(tp, dp), case.shape()
     fits = case.verdict(found)
     line: dict[str, Any] = {

@@ -108,7 +108,17 @@ def _memory(found: dict[str, Any]) -> list[str]:
             f"largest KV cache {sequences['of_mean_length_in_largest']:,} and "
             f"{sequences['of_p99_length_in_largest']:,}; the engine runs at most {sequences['engine']:,}."
         )
-    return lines
+    return lines + _sizes(found["sizes"])
+
+
+def _sizes(chosen: dict[str, Any] | None) -> list[str]:
+    """Returns the engine's sizes where the config leaves them open."""
+    if chosen is None:
+        return []
+    return [
+        f"Chosen: engine.token_budget={chosen['token_budget']}, engine.max_sequences={chosen['max_sequences']} "
+        f"({chosen['why']})."
+    ]
 
 
 def _passes(found: dict[str, Any]) -> list[str]:
@@ -155,12 +165,16 @@ def _bounds(found: dict[str, Any]) -> list[str]:
 
 def _time(found: dict[str, Any]) -> list[str]:
     time = found["dataset_time"]
-    by = "by a fit to real runs"
+    by = "by a fit to real runs, of no known error"
+    if time["fit_error"] is not None:
+        by = f"by a fit that was at most {time['fit_error']:.1%} off the time of a real run"
     if not time["fitted"]:
         by = "by assumed efficiencies, not fitted to any run, so that its error is not known"
     expected = f"{_duration(time['expected_s'])} are expected with the engine as it is set"
     rate = f"{time['expected_pass_tokens']:,} tokens a pass, {_rate(time['expected_total_tokens_per_s'])} total tok/s"
     lines = [f"The dataset takes at least {_duration(time['bound_s'])}; {expected} ({rate}; {by})."]
+    if (cost := time["expected_cost_per_million_tokens"]) is not None:
+        lines.append(f"A million total tokens cost {cost:,.4g}, by hardware.price_per_hour.")
     return lines + [f"Outside of the fit: {one}." for one in time["outside_the_fit"]]
 
 

@@ -124,8 +124,14 @@ def waterfall(scene: Scene, elapsed_s: float, say: Callable[[str], None] = lambd
     took("rest", "the rest, which the model does not explain", "model", scene.simulated().seconds)
     longest = max(item.prompt_tokens + item.max_new_tokens for item in scene.items)
     room = (setup.max_sequences + 1) * (-(-longest // setup.block_size) + 1)
+    small = setup.blocks < room  # or the simulation would be the same again
     scene = replace(scene, setup=replace(setup, blocks=max(setup.blocks, room)))
-    took("kv_cache", "KV cache too small: sequences wait or are preempted", "settings", scene.simulated().seconds)
+    took(
+        "kv_cache",
+        "KV cache too small: sequences wait or are preempted",
+        "settings",
+        scene.simulated().seconds if small else now,
+    )
     if setup.replicas > 1:
         scene = replace(scene, setup=replace(scene.setup, slow=()))
         took("imbalance", "replicas slower than the fastest", "settings", scene.simulated().seconds)

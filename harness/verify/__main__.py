@@ -23,6 +23,8 @@ from harness.basics.errors import INTERRUPTED, UserError, report
 from harness.config.schema import GenerationConfig
 from harness.models import loaded
 from harness.models.architecture import positive_integer
+from harness.models.chat import rendered
+from harness.models.ends import Ends
 from harness.models.judging import COARSE_REFERENCE, bound_for, judge
 from harness.models.source import Source
 from harness.models.tokenizer import load_tokenizer
@@ -132,13 +134,20 @@ def _recount(run: RecordedRun, options: argparse.Namespace) -> Recount:
         return recount(run, Known(requests.by_index, unknown=tuple(why)))
     vocab_size = positive_integer(source.architecture.get("vocab_size")) or None
     requests = runs.read_requests(
-        run, options.dataset, vocab_size=vocab_size, count_tokens=lambda texts: lengths(texts, tokenizer)
+        run,
+        options.dataset,
+        vocab_size=vocab_size,
+        count_tokens=lambda texts: lengths(texts, tokenizer),
+        render=lambda chats: rendered(tokenizer, chats),
+        architecture=source.architecture,
     )
     if requests.by_index is None:
         found = recount(run, Known(unknown=(f"prompt_tokens and output lengths were not checked: {requests.unknown}",)))
     else:
         prompts = tokenized(requests.by_index, tokenizer)
-        found = recount(run, Known(requests.by_index, prompts, architecture=source.architecture))
+        generation = run.group("generation", GenerationConfig)
+        ends = Ends.of(None, generation, tokenizer)
+        found = recount(run, Known(requests.by_index, prompts, ends, architecture=source.architecture))
     if loaded.checkpoints(run.record) and (wrong := models.other_name(run, source, "")):
         found.findings.append(Finding(None, wrong))
     return found
@@ -175,7 +184,7 @@ def _with_model(both: list[RecordedRun], options: argparse.Namespace) -> Verific
             bound *= COARSE_REFERENCE
         outcome = Verification([], both, bound=bound, reference=reference.description)
         for run, own in zip(both, by_run, strict=True):
-            known = Known(own, prompts, reference.stop_ids, reference.vocab_size, architecture=source.architecture)
+            known = Known(own, prompts, reference.ends, reference.vocab_size, architecture=source.architecture)
             known = replace(known, decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
             outcome.recounts.append(recount(run, known))
             if wrong := models.other_name(run, source, options.model):
@@ -196,6 +205,8 @@ def _needed(run: RecordedRun, source: Source, tokenizer: Any, options: argparse.
         options.dataset,
         vocab_size=source.architecture.get("vocab_size"),
         count_tokens=lambda texts: lengths(texts, tokenizer),
+        render=lambda chats: rendered(tokenizer, chats),
+        architecture=source.architecture,
         needed=True,
     ).by_index
     assert requests is not None

@@ -77,7 +77,7 @@ def check(run: RecordedRun, completed: list[dict[str, Any]]) -> tuple[list[str],
         if isinstance(said, dict) and figures is not None and any(said.get(key) != figures[key] for key in figures):
             found.append(f"record.json's passes are not those of {PASSES}")
         if run.ok:
-            found += _last(passes, completed)
+            found += _last(passes, completed, _statistic(run, "dropped_tokens") > 0)
             if _alone(run) and not run.record.get("passes_error"):
                 found += _sums(run, passes, completed)
     if not simulated and run.record.get("telemetry") and not (run.directory / SERIES).is_file():
@@ -171,23 +171,33 @@ def _order(passes: Passes, elapsed: float) -> Iterator[str]:
             return
 
 
-def _last(passes: Passes, completed: list[dict[str, Any]]) -> Iterator[str]:
-    """Yields whether the last pass ends after the request that it must have completed."""
+def _last(passes: Passes, completed: list[dict[str, Any]], dropped: bool) -> Iterator[str]:
+    """Yields whether the last pass ends after the request that it must have completed.
+
+    Where tokens were ``dropped``, the last pass may have held nothing else, and that before it completed the request.
+    """
     finished = [time for line in completed if (time := number(line.get("finished_s"))) is not None]
-    if finished and max(finished) < passes.ends[-1] - passes.slack(-1):
-        yield f"the last request finished at {max(finished):.6f} s, the last pass at {passes.ends[-1]:.6f}"
+    last = len(passes) - 1 - (dropped and len(passes) > 1)
+    if finished and max(finished) < passes.ends[last] - passes.slack(last):
+        yield f"the last request finished at {max(finished):.6f} s, the last pass at {passes.ends[last]:.6f}"
+
+
+def _statistic(run: RecordedRun, name: str) -> int:
+    """Returns a count of the record's ``engine_statistics``; 0 where it is not there."""
+    statistics = run.record.get("engine_statistics")
+    value = statistics.get(name) if isinstance(statistics, dict) else None
+    return max(value, 0) if isinstance(value, int) else 0
 
 
 def _sums(run: RecordedRun, passes: Passes, completed: list[dict[str, Any]]) -> Iterator[str]:
     """Yields where the passes of one replica are not those that its requests need."""
-    kind, statistics = catalogue.of_record(run.record.get("engine")).passes, run.record.get("engine_statistics")
-    if kind is None or not isinstance(statistics, dict):
+    kind = catalogue.of_record(run.record.get("engine")).passes
+    if kind is None or not isinstance(run.record.get("engine_statistics"), dict):
         return
     prompt_tokens = sum(line["prompt_tokens"] for line in completed)
     needed = prompt_tokens + sum(len(line["token_ids"]) for line in completed)
-    if kind is room.Passes.steps:  # a request's last token is never fed back
-        again = statistics.get("recomputed_tokens")
-        needed += (max(again, 0) if isinstance(again, int) else 0) - len(completed)
+    if kind is room.Passes.steps:  # a request's last token is fed back only where its end was not known in time
+        needed += _statistic(run, "recomputed_tokens") + _statistic(run, "dropped_tokens") - len(completed)
     if sum(passes.tokens) != needed:
         yield f"the passes of {PASSES} have {sum(passes.tokens):.0f} tokens, the completions need {needed}"
     if str(len(passes)) != str(run.record.get("steps")) or list(passes.step) != [*range(1, len(passes) + 1)]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import random
 import sys
 import time
@@ -11,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from harness.basics.errors import UserError, one_line
+from harness.machine import memory
 from harness.models.judging import COARSE_REFERENCE, Judgement, bound_for, finite, judge
 from harness.models.reference import Answer, Progress, Reference
 from harness.verify.pairs import first_difference
@@ -42,9 +40,7 @@ def of_run(
     """
     from harness.basics.terminal import Steps
 
-    gc.collect()
-    if device != "cpu":
-        torch.cuda.empty_cache()
+    memory.give_back(device)
     config = job.config
     with as_user_error("verify"), Steps("requests checked", sys.stderr) as steps:
         reference = Reference(job.source, job.dtype, config.generation, device, job.tp > 1)
@@ -87,7 +83,7 @@ def check(
         for answer, scores in zip(answers, reference.scores(answers), strict=True)
     }
     details = [
-        _detail(request, len(prompt), completion, ids, judged.get(request.index), reference)
+        _detail(request, prompt, completion, ids, judged.get(request.index), reference)
         for request, prompt, completion, ids in zip(requests, prompts, completions, own, strict=True)
     ]
     counts = {name: sum(detail["verdict"] == name for detail in details) for name in ("exact", "near_tie", "wrong")}
@@ -104,7 +100,7 @@ def check(
 
 def _detail(
     request: Request,
-    prompt_tokens: int,
+    prompt: Sequence[int],
     completion: dict[str, Any],
     own: list[int],
     judgement: Judgement | None,
@@ -120,8 +116,9 @@ def _detail(
             "token_id": ids[position] if position < len(ids) else None,
             "reference_id": own[position] if position < len(own) else None,
         }
-    stop = "eos" if reference.stop_ids else "length"
-    found = problems(completion, stop, request, prompt_tokens, reference.stop_ids, reference.vocab_size)
+    ends = reference.ends
+    stop = "eos" if ends.watched else "length"
+    found = problems(completion, stop, ends, request, len(prompt), prompt, reference.vocab_size)
     problem = next(found, None)
     if judgement is not None:
         detail |= {"verdict": "near_tie", "largest_gap": finite(judgement.largest), "largest_gap_at": judgement.worst}

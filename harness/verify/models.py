@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ def other_name(run: RecordedRun, source: Source, directory: str) -> str | None:
     names = {found}
     if directory and found != model.name and model.path is not None:  # it was called after the place where it lay
         names.add(os.path.basename(os.path.normpath(model.path)).removesuffix(".gguf"))
+    if model.demo:  # runs of before called a checkpoint of the demo model's sizes by its name
+        names.add(locate.model_name(replace(model, demo=False), source))
     if recorded in names:
         return None
     return f"record.json says model {one_line(str(recorded), 60)}, the checkpoint is {found}"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from harness.basics.errors import UserError, one_line, quoted
+from harness.config.schema import DatasetConfig
 from harness.verify.runs import RecordedRun
 from harness.workload import catalogue
 
@@ -77,10 +78,14 @@ def _work(one: RecordedRun, other: RecordedRun) -> Iterator[tuple[str, Any, Any]
         yield "way to draw dummy weights", mine, others
     yield "dataset", dataset, other.setting("dataset", "name")
     yield "dataset's sha256", one.record.get("dataset_sha256"), other.record.get("dataset_sha256")
+    defaults = {field.name: field.default for field in fields(DatasetConfig)}  # an earlier version had fewer keys
     for key in catalogue.settings_of(str(dataset)):
-        yield f"dataset.{key}", one.setting("dataset", key), other.setting("dataset", key)
+        mine, others = (run.setting("dataset", key) for run in (one, other))
+        yield f"dataset.{key}", defaults[key] if mine is None else mine, defaults[key] if others is None else others
     for group, key, name in RULES:
         yield f"{name} ({group}.{key})", one.setting(group, key), other.setting(group, key)
+    for key in ("stop_strings", "stop_token_ids"):  # which older runs have not
+        yield f"generation.{key}", one.setting("generation", key) or [], other.setting("generation", key) or []
 
 
 def _by_deepspeed(run: RecordedRun) -> bool:

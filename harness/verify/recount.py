@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from harness.basics.cells import cell_text
 from harness.basics.errors import one_line
+from harness.models.ends import Ends
 from harness.results.columns import COLUMNS, TABLE, Source, names_of
 from harness.results.completions import percentile
+from harness.results.efficiency import efficiency
 from harness.verify import clock, limits, names
 from harness.verify.clock import number
 from harness.verify.runs import RecordedRun
@@ -39,7 +41,7 @@ class Known:
     Attributes:
         requests: by index.
         prompts: each prompt's ids, by index.
-        stop_ids: ids that end a request under the run's stop rule.
+        ends: what ends a request.
         vocab_size: ids are below it.
         decode: the text of ids, special tokens left out.
         architecture: of the model, with the length of its context.
@@ -48,7 +50,7 @@ class Known:
 
     requests: dict[int, Request] | None = None
     prompts: dict[int, list[int]] | None = None
-    stop_ids: frozenset[int] | None = None
+    ends: Ends | None = None
     vocab_size: int | None = None
     decode: Callable[[list[int]], str] | None = None
     architecture: dict[str, Any] | None = None
@@ -88,7 +90,7 @@ def recount(run: RecordedRun, known: Known) -> Recount:
     if found.status == "running":
         found.notes.append(f"{run.run_id} is not finished: it has no sums to check")
         return found
-    texts = [*_sums("record.json", run.record, found.counts), *_times(run.record, completed)]
+    texts = [*_sums("record.json", run.record, found.counts), *_times(run.record, completed), *_costs(run.record)]
     for more, notes in (clock.check(run, completed), names.check(run)):
         texts += more
         found.notes += notes
@@ -152,28 +154,38 @@ def _line(line: dict[str, Any], run: RecordedRun, index: int, known: Known) -> I
     request = None if known.requests is None else known.requests.get(index)
     fed = None if known.prompts is None else known.prompts.get(index)
     prompt_tokens = None if fed is None else len(fed)
-    if prompt_tokens is None and request is not None and not request.prompt:
-        prompt_tokens = request.claimed_prompt_len  # so many random ids
-    stop = run.setting("generation", "stop")
-    yield from problems(line, stop, request, prompt_tokens, known.stop_ids, known.vocab_size)
+    if prompt_tokens is None and request is not None and request.prompt_ids is not None:
+        prompt_tokens = len(request.prompt_ids)
+    stop, ends = run.setting("generation", "stop"), known.ends or _ends(run)
+    yield from problems(line, stop, ends, request, prompt_tokens, fed, known.vocab_size)
     if line["finish_reason"] == "rejected":
         return
     ids = [max(token, 0) for token in line["token_ids"]]
     known_ids = all(token < (known.vocab_size or 2**31) for token in ids)  # or the tokenizer would break down
-    if known.decode is not None and known_ids and known.decode(ids) != line.get("text"):
-        yield "text is not what its token ids decode to"
+    if known.decode is not None and known_ids:
+        text = known.decode(ids) if ends is None else ends.text(known.decode, fed or [], ids)
+        if text != line.get("text"):
+            yield "text is not what its token ids decode to"
     first, last, elapsed = line.get("first_token_s"), line.get("finished_s"), run.record.get("elapsed_s")
     times = [time for time in (0, first, last, elapsed) if isinstance(time, int | float)]
     if times != sorted(times):
         yield f"its first token came after {first} s and its last after {last} s of {elapsed} s"
 
 
+def _ends(run: RecordedRun) -> Ends | None:
+    """Returns what a run's config alone says of what ends a request; None with stop strings, which need a tokenizer."""
+    ids = run.setting("generation", "stop_token_ids")
+    stop_ids = frozenset(ids if isinstance(ids, list) else [])
+    return None if run.setting("generation", "stop_strings") else Ends(None, stop_ids)
+
+
 def problems(
     line: dict[str, Any],
     stop: Any,
+    ends: Ends | None = None,
     request: Request | None = None,
     prompt_tokens: int | None = None,
-    stop_ids: frozenset[int] | None = None,
+    prompt: Sequence[int] | None = None,
     vocab_size: int | None = None,
 ) -> Iterator[str]:
     """Yields what is wrong with the counts and the end of one completion, as far as it can be told.
@@ -181,9 +193,10 @@ def problems(
     Args:
         line: of ``completions.jsonl``.
         stop: the run's stop rule, ``eos`` or ``length``.
-        request: what was asked for; None where that is not known, as for all that follow.
-        prompt_tokens: ids of its prompt.
-        stop_ids: ids that end a request under the stop rule.
+        ends: what ends a request; None where that is not known, as for all that follow.
+        request: what was asked for.
+        prompt_tokens: how many ids its prompt has.
+        prompt: these ids.
         vocab_size: ids are below it.
     """
     ids, reason = line["token_ids"], line["finish_reason"]
@@ -201,31 +214,39 @@ def problems(
     outside = [token for token in ids if token < 0 or (vocab_size is not None and token >= vocab_size)]
     if outside:
         yield f"token id {outside[0]} is outside the vocabulary" + (f" of {vocab_size}" if vocab_size else "")
-    yield from _end(ids, reason, stop, request, stop_ids)
-
-
-def _end(
-    ids: list[int], reason: str, stop: Any, request: Request | None, stop_ids: frozenset[int] | None
-) -> Iterator[str]:
-    """Yields what is wrong with how one completion ended."""
-    if reason not in ("eos", "length"):
-        yield f"finish_reason {one_line(reason, 40)!r} is neither eos, length nor rejected"
+    if reason not in ("eos", "stop", "length"):
+        yield f"finish_reason {one_line(reason, 40)!r} is neither eos, stop, length nor rejected"
         return
-    if reason == "eos" and stop == "length":
-        yield "finished with eos, but generation.stop is length"
+    if reason != "length" and stop == "length":
+        yield f"finished with {reason}, but generation.stop is length"
     if request is not None and request.output_len is not None:
         wanted = request.output_len
         if len(ids) > wanted or (reason == "length" and len(ids) < wanted):
             yield f"finished with {reason} after {len(ids)} tokens, but its output_len is {wanted}"
-    if stop_ids is None or not ids:
-        return
-    if reason == "eos" and ids[-1] not in stop_ids:
-        yield f"finished with eos, but its last token {ids[-1]} is not one of {sorted(stop_ids)}"
-    if reason == "length" and ids[-1] in stop_ids:
-        yield f"finished with length, but its last token {ids[-1]} is an end-of-sequence token"
-    early = next((place for place, token in enumerate(ids[:-1]) if token in stop_ids), None)
-    if early is not None:
-        yield f"went on after end-of-sequence token {ids[early]} at position {early}"
+    if ends is not None and ids:
+        yield from _end(ids, reason, ends, prompt)
+
+
+def _end(ids: list[int], reason: str, ends: Ends, prompt: Sequence[int] | None) -> Iterator[str]:
+    """Yields what is wrong with where one completion ended."""
+    before = list(prompt or [])
+    tokens, last = [*before, *ids], ids[-1]
+    found = ends.reason(tokens, len(tokens) - 1)
+    if reason == "eos" and ends.eos is not None and last not in ends.eos:
+        yield f"finished with eos, but its last token {last} is not one of {sorted(ends.eos)}"
+    # A stop string may have begun in a prompt that is not known.
+    unseen = prompt is None and ends.strings is not None and len(ids) < ends.strings.window
+    if reason == "stop" and found != "stop" and not unseen:
+        yield f"finished with stop, but with its last token {last} ends none of the stop strings, and it is no stop id"
+    if reason == "length" and found == "eos":
+        yield f"finished with length, but its last token {last} is an end-of-sequence token"
+    if reason == "length" and found == "stop":
+        yield f"finished with length, but its last token {last} ends a stop string, or is a stop id"
+    for place, token in enumerate(ids[:-1]):
+        if token in ends.watched and (found := ends.reason(tokens, len(before) + place)):
+            what = "end-of-sequence token" if found == "eos" else "a stop string, or stop id, with token"
+            yield f"went on after {what} {token} at position {place}"
+            return
 
 
 def _sums(where: str, said: dict[str, Any], counts: dict[str, int]) -> Iterator[str]:
@@ -254,3 +275,13 @@ def _times(record: dict[str, Any], completed: list[dict[str, Any]]) -> Iterator[
             said, found = number(record.get(f"{name}_p{q}_s")), percentile(times, q)
             if said != found and (said is None or found is None or not abs(said - found) <= ROUNDING * abs(found)):
                 yield f"record.json says {name}_p{q}_s {said}, the completions give {found}"
+
+
+def _costs(record: dict[str, Any]) -> Iterator[str]:
+    """Yields the figures per joule and per million tokens that do not follow from the record; older ones lack them."""
+    for name, found in efficiency(record).items():
+        said = number(record.get(name))
+        if name in record and said != found and None in (said, found):
+            yield f"record.json says {name} {said}, its other figures give {found}"
+        elif said is not None and found is not None and not abs(said - found) <= ROUNDING * abs(found):
+            yield f"record.json says {name} {said:g}, its other figures give {found:g}"

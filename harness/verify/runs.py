@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -14,10 +13,11 @@ from typing import Any, TypeVar
 
 from harness.basics.errors import UserError, one_line, quoted
 from harness.config.schema import DatasetConfig, DType, GenerationConfig, ModelConfig, Stop, SyntheticPrompt, Weights
+from harness.models.architecture import context_length
 from harness.results.completions import read_completions
 from harness.results.table import read_rows
 from harness.workload import reading
-from harness.workload.records import Request
+from harness.workload.records import Request, Workload
 
 Group = TypeVar("Group", DatasetConfig, GenerationConfig, ModelConfig)
 ENUMS: dict[str, type[Enum]] = {"prompt": SyntheticPrompt, "stop": Stop, "weights": Weights, "dtype": DType}
@@ -68,10 +68,20 @@ class RecordedRun:
             values: dict[str, Any] = {
                 key: ENUMS[key](value) if key in ENUMS else value for key, value in section.items() if key in known
             }
-            return kind(**values)
+            typed = kind(**values)
+            _check_lists(typed)
+            return typed
         except (TypeError, ValueError) as error:
             found = f"its config is not one of this harness ({one_line(str(error), 100)})"
             raise UserError(str(self.directory / "record.json"), found, "name another run") from error
+
+
+def _check_lists(found: object) -> None:
+    """Raises ValueError for a list of something else: a record may be anybody's."""
+    for name, kind in (("stop_strings", str), ("stop_token_ids", int)):
+        value = getattr(found, name, [])
+        if not isinstance(value, list) or any(type(item) is not kind for item in value):
+            raise ValueError(f"{name} is no list of them")
 
 
 def find(name: str, results: str) -> Path:
@@ -153,14 +163,18 @@ def read_requests(
     file: str | None = None,
     *,
     vocab_size: int | None = None,
-    count_tokens: Callable[[list[str]], list[int]] | None = None,
+    count_tokens: reading.CountTokens | None = None,
+    render: reading.Render | None = None,
+    architecture: dict[str, Any] | None = None,
     needed: bool = False,
 ) -> Requests:
     """Reads a run's requests again, as its config names them.
 
     Args:
         file: where the dataset lies now; None for the path in the record.
-        vocab_size, count_tokens: what random prompts and ShareGPT's replies need; without them those stay unknown.
+        vocab_size, count_tokens, render: what random prompts, texts that give lengths, and chats need; without them
+            those stay unknown.
+        architecture: of the model, to whose context drawn lengths were cut.
         needed: refuse what otherwise leaves the requests unknown.
 
     Raises:
@@ -185,7 +199,30 @@ def read_requests(
     if dataset.prompt is SyntheticPrompt.random and vocab_size is None:
         # The ids are not needed for the lengths: the prompts are as long as asked for.
         vocab_size = 1
-    if any(request.output_len is None for request in work.requests) and count_tokens is None:
-        return Requests(None, "the output lengths are those of replies, which only a tokenizer can count")
-    resolved = reading.resolve(work, generation, vocab_size=vocab_size, count_tokens=count_tokens)
+    if why := _unknown(work, architecture, count_tokens, render):
+        return Requests(None, why)
+    resolved = reading.resolve(
+        work,
+        generation,
+        vocab_size=vocab_size,
+        count_tokens=count_tokens,
+        render=render,
+        max_context=context_length(architecture or {}, run.setting("model", "max_context")),
+    )
     return Requests({request.index: request for request in resolved.requests})
+
+
+def _unknown(
+    work: Workload,
+    architecture: dict[str, Any] | None,
+    count_tokens: reading.CountTokens | None,
+    render: reading.Render | None,
+) -> str | None:
+    """Returns what cannot be known of the requests without the model's tokenizer and context."""
+    if count_tokens is None and any(one.output_len is None or one.like is not None for one in work.requests):
+        return "the output lengths are those of replies, which only a tokenizer can count"
+    if render is None and any(one.messages is not None for one in work.requests):
+        return "the prompts are chats, which only the model's template can write"
+    if architecture is None and any(one.drawn for one in work.requests):
+        return "the lengths were drawn within the model's context, which is not known"
+    return None
