@@ -6,8 +6,7 @@
 
 A variant is a string of overrides; the others come from the end of the command line. Every run is a normal one
 (python harness/main.py ...) pinned to --cores, or to the variant's own cores=...; its row goes to --results/runs.csv,
-from which the table is made. The first variant is the one compared with. Nothing else should run meanwhile: a busy
-second core makes OpenMP with two threads ten times slower.
+from which the table is made. The first variant is the one compared with. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations

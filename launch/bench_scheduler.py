@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from harness.engines.fastgen.scheduler import Scheduler, Sequence
 from harness.engines.shared.kv_blocks import KvBlocks
@@ -48,7 +48,7 @@ def measure(queued: int, budget: int, sequences: int, passes: int) -> tuple[floa
         started = time.perf_counter()
         batch = scheduler.schedule()
         planned = time.perf_counter()
-        tokens = [1] * sum(chunk.last for chunk in batch.chunks)  # the model's part, not the scheduler's
+        tokens = [1] * batch.rows  # the model's part, not the scheduler's
         computed = time.perf_counter()
         scheduler.complete(batch, tokens)
         ended = time.perf_counter()

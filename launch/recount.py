@@ -5,7 +5,8 @@ row in runs.csv.
 
     python launch/recount.py RUN_DIRECTORY DATASET TOKENIZER_JSON
 
-DATASET: a JSON list of [prompt, prompt_len, output_len], plain or .gz, or lines of {"prompt": ..., "output_len": ...}.
+DATASET: a JSON list of [prompt, prompt_len, output_len], plain or .gz, or lines of {"prompt": ..., "output_len": ...},
+fed as it is, in its order.
 Exit status 0: all equal; 1: something differs; 2: a file cannot be read.
 """
 
@@ -32,14 +33,20 @@ def requests_of(path: Path) -> list[tuple[str, int]]:
     return [(line["prompt"], line["output_len"]) for line in lines]
 
 
+def asked(config: dict[str, Any], dataset: Path) -> list[tuple[str, int]]:
+    """Returns the requests that a run of this config took of the file; raises ValueError where it changed them."""
+    for key in ("chat_template", "shuffle"):
+        if config["dataset"].get(key):
+            raise ValueError(f"its prompts are not those of the file as they stand there: dataset.{key}=true")
+    requests, first = requests_of(dataset), config["dataset"]["num_samples"]
+    return requests if first is None else requests[:first]
+
+
 def recount(directory: Path, dataset: Path, tokenizer: Path) -> list[str]:
     """Prints what was counted and returns what differs."""
     record: dict[str, Any] = json.loads((directory / "record.json").read_text())
     lines = [json.loads(line) for line in (directory / "completions.jsonl").read_text().splitlines()]
-    requests = requests_of(dataset)
-    first = record["config"]["dataset"]["num_samples"]
-    requests = requests if first is None else requests[:first]
-    cap = record["config"]["generation"]["max_output_len"]
+    requests, cap = asked(record["config"], dataset), record["config"]["generation"]["max_output_len"]
     wrong = []
 
     times = Counter(line["index"] for line in lines)

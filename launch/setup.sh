@@ -28,7 +28,16 @@ install_packages() {
     tail -n 5 .venv-setup.log >&2
     fail "set-up: the packages could not be installed (see .venv-setup.log); put that right and run again"
   }
+  install_kernels
   echo "$stamp" >".venv/installed${extra:+-$extra}"
+}
+
+# The prebuilt half of DeepSpeed's ragged kernels, where torch computes with CUDA; all else works without it.
+install_kernels() {
+  .venv/bin/python -c 'import sys; from harness.machine import device; sys.exit(device.torch_cuda_version() is None)' || return 0
+  .venv/bin/python -m pip install --disable-pip-version-check -c launch/constraints.txt -c launch/constraints-mii.txt \
+    -e ".[kernels]" >>.venv-setup.log 2>&1 ||
+    echo "note: deepspeed-kernels could not be installed (see .venv-setup.log): engine.kernels=deepspeed will not be there" >&2
 }
 
 set_up() {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a tested one: environment, DeepSpeed-MII, lint, types, tests.
 #   bash launch/test.sh            every module, and a real launch of each kind: minutes
-#   bash launch/test.sh --all      every case: what CI runs, some 40 minutes on two cores
+#   bash launch/test.sh --all      every case: what CI runs, 25 to 45 minutes on two cores
 #   bash launch/test.sh --full     with all repetitions of the tests marked endurance: an hour or two
 # Further arguments are pytest's: bash launch/test.sh -k scheduler
 set -euo pipefail
@@ -12,6 +12,6 @@ PYTHON=.venv/bin/python bash launch/install_mii.sh
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 .venv/bin/lint-imports
-# Two tests at a time: most of the time goes into starting ranks. One thread each, or they wait for each other.
+# Three tests at a time: some wait for processes that they started. One thread each, or they wait for each other.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
+exec .venv/bin/python -m pytest -n 3 --dist worksteal "$@"
