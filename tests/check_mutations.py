@@ -2,10 +2,11 @@
 
     python tests/check_mutations.py [NAME ...] [--no-tests] [--list]
 
-Each copy runs six requests of the sample in float32 with ``verify=6``. Then come the checks: the run's own end
-(``run``), ``harness.verify`` by itself (``recount``), ``--against`` a run of the honest code, and ``--model``; the
-verifier is this tree's, not the copy's. ``tests`` runs the unit tests that lie nearest, in the copy. Every check must
-pass without a fault. What "forges ..." are edits to the files of the honest run, which only the verifier can notice.
+Each copy runs six requests of the sample on a small model in float32 with ``verify=6``. Then come the checks: the
+run's own end (``run``), ``harness.verify`` by itself (``recount``), ``--against`` a run of the honest code, and
+``--model``; the verifier is this tree's, not the copy's. ``tests`` runs the unit tests that lie nearest, in the copy.
+Every check must pass without a fault. What "forges ..." are edits to the files of the honest run, which only the
+verifier can notice.
 
 ``caught``: found wrong; ``refused``: the verifier said that the runs are not of the same work; ``-``: there was nothing
 to check, as in a copy that ends without completions, which its ``run`` has caught then.
@@ -30,8 +31,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support.forgeries import FORGERIES, Forgery, forge
+from support.models import save_small_demo
 from support.runs import ROOT, variables
 
+from harness.models import demo
 from harness.results.table import read_rows
 from harness.verify import __main__ as verify
 
@@ -67,28 +70,28 @@ class Fault:
 FAULTS = (
     Fault(
         "drops a token",
-        "                    sequence.output_ids,\n",
-        "                    sequence.output_ids[:3] + sequence.output_ids[4:],\n",
+        "sequence.uid, sequence.prompt_len, ids, reason,",
+        "sequence.uid, sequence.prompt_len, ids[:3] + ids[4:], reason,",
     ),
     Fault(
         "counts padding",
-        "                    sequence.prompt_len,\n                    sequence.output_ids,\n",
-        "                    -(-sequence.prompt_len // 64) * 64,\n                    sequence.output_ids,\n",
+        "sequence.uid, sequence.prompt_len, ids, reason,",
+        "sequence.uid, -(-sequence.prompt_len // 64) * 64, ids, reason,",
         ("run", "against", "model"),  # without a tokenizer the sums are consistent with each other
     ),
     Fault(
         "swaps two sequences' caches",
-        "        decode_tokens = len(chunks)\n",
-        "        decode_tokens = len(chunks)\n"
-        "        if decode_tokens > 1:\n"
-        "            one, two = chunks[0].sequence.blocks, chunks[1].sequence.blocks\n"
+        "        room = self.token_budget - decodes\n",
+        "        room = self.token_budget - decodes\n"
+        "        if decodes > 1:\n"
+        "            one, two = running[0].blocks, running[1].blocks\n"
         "            one[0], two[0] = two[0], one[0]\n",
         ("run", "against", "model"),  # the counts are as they were
     ),
     Fault(
         "ignores the end of sequence",
-        "            if token in stop_ids:\n",
-        "            if token in ():\n",
+        "            if token in watched and (reason := ends.reason(sequence.tokens, place)) is not None:\n",
+        "            if (reason := None) is not None:\n",
         ("run", "against", "model"),
         "tests/test_scheduler.py",
     ),
@@ -100,8 +103,8 @@ FAULTS = (
     ),
     Fault(
         "gives rows to the wrong sequences",
-        "            token_ids = self._forward(batch)\n",
-        "            token_ids = self._forward(batch)[::-1]\n",
+        "        token_ids = launched.wait()\n",
+        "        token_ids = launched.wait()[::-1]\n",
         ("run", "against", "model"),
     ),
     Fault(
@@ -176,10 +179,12 @@ def verified(directory: Path, *arguments: str, may_refuse: bool = False) -> str:
     return CAUGHT if noticed else PASSES
 
 
-def planted(fault: Fault | None, place: Path, honest: Path | None, tests: bool) -> tuple[dict[str, str], Path]:
+def planted(
+    fault: Fault | None, place: Path, model: Path, honest: Path | None, tests: bool
+) -> tuple[dict[str, str], Path]:
     """Runs a copy and all checks; returns what each said, and the run's directory."""
     tree, results = copied(place, fault), place / "results"
-    status = python(tree, "harness/main.py", *JOB, f"results_dir={results}")
+    status = python(tree, "harness/main.py", *JOB, f"model.path={model}", f"results_dir={results}")
     rows = read_rows(results / "runs.csv") if (results / "runs.csv").is_file() else []
     directory = results / (rows[0]["run_id"] if rows else "none")
     right = status == 0 and [row["status"] for row in rows] == ["ok"]
@@ -238,6 +243,7 @@ def main() -> int:
     print(f"{'fault':36}" + "".join(f"{check:>10}" for check in checks), flush=True)
     failed = 0
     with tempfile.TemporaryDirectory() as base:
+        model = save_small_demo(Path(base) / "model", demo.ensure())
         honest: Path | None = None
         chosen = [change for change in changes if not options.names or change.name in options.names]
         for number, change in enumerate([None, *chosen]):
@@ -247,7 +253,7 @@ def main() -> int:
                 assert honest is not None
                 said = forged(change, place, honest)
             else:
-                said, directory = planted(change, place, honest, not options.no_tests)
+                said, directory = planted(change, place, model, honest, not options.no_tests)
                 honest = honest or directory
             wrong = missed(change, said)
             failed += len(wrong)

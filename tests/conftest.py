@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
-from support import answers
+from support import answers, interpreter
 from support.runs import Run, ran
+
+interpreter.interpret()
+# A shell has what it starts in the background ignore Ctrl-C, and so would the runs that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples each time, so that a change is judged by what it changes; other ones: --hypothesis-profile=search
 hypothesis.settings.register_profile("search", deadline=None)
@@ -30,7 +37,7 @@ def one_thread() -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds the tiers: nothing for the one of minutes, ``--all``, ``--full``."""
-    parser.addoption("--all", action="store_true", help="the tests marked slow too: what CI runs (some 40 minutes)")
+    parser.addoption("--all", action="store_true", help="the tests marked slow too: what CI runs (25 to 45 minutes)")
     parser.addoption(
         "--full", action="store_true", help="--all, and all repetitions of the tests marked endurance (an hour or two)"
     )
@@ -47,6 +54,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = [item for item in items if item.get_closest_marker("slow") is not None]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+
+
+def pytest_collection_finish() -> None:
+    """Has garbage collections pass over what imports have left.
+
+    Engines ask for one where a model goes, and to look at a million objects each time takes a third of a second.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Has them see it again: what is left as Python ends, Triton's bindings would report line by line."""
+    gc.unfreeze()
 
 
 @pytest.fixture

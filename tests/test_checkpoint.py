@@ -98,6 +98,7 @@ def test_hub_id_without_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     assert source == Source("hub", "no-such-org/no-such-model", None, "no-such-org/no-such-model", {}, False)
 
 
+@pytest.mark.slow
 def test_hub_offline_and_a_clean_terminal(tmp_path: Path) -> None:
     """Needs a process of its own: the hub's settings are read when it is imported."""
     snapshot = tmp_path / "hub" / "models--org--tiny" / "snapshots" / "0123"
@@ -200,6 +201,25 @@ def test_name_of_the_demo_model() -> None:
     small, large = conf("smollm2_135m"), conf("llama2_70b")
     assert named(name=small["name"], demo=True, architecture=small["architecture"]) == "smollm2_135m"
     assert named(name=large["name"], demo=True, architecture=large["architecture"]) == demo.NAME
+
+
+def test_a_checkpoint_alone_is_called_after_its_directory(tmp_path: Path) -> None:
+    """No option was chosen: the default describes the demo model, which the path takes the place of."""
+    default = {"name": "smollm2_135m", "demo": True, "architecture": conf("smollm2_135m")["architecture"]}
+    path = str(save(tmp_path / "weights"))
+    assert named(**default, path=path) == "weights"
+    assert named(**{**default, "architecture": TINY}, path=path) == "weights"  # of the same sizes or not
+    assert named(**default, path=path, weights=Weights.dummy) == "weights"
+
+
+def test_random_weights_of_a_checkpoint_alone_have_its_shape(tmp_path: Path) -> None:
+    path = str(save(tmp_path / "weights", num_hidden_layers=3))
+    ours = conf("smollm2_135m")["architecture"]
+    found = locate(config(name="smollm2_135m", demo=True, path=path, weights=Weights.dummy, architecture=ours))
+    assert found.architecture == locate(config(name="any", path=path)).architecture
+    asked = {**ours, "num_hidden_layers": 5}
+    found = locate(config(name="smollm2_135m", demo=True, path=path, weights=Weights.dummy, architecture=asked))
+    assert (found.architecture["num_hidden_layers"], found.architecture["hidden_size"]) == (5, TINY["hidden_size"])
 
 
 # --- locate: what is refused ----------------------------------------------------------------------

@@ -369,8 +369,9 @@ def test_ctrl_c_reaches_a_stopped_rank(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     status, stderr, row = ended(process, tmp_path)
     assert (status, row["status"]) == (130, "interrupted")
-    *others, last = stderr.splitlines()
+    *others, last, command = stderr.splitlines()
     assert last.startswith("error: interrupted (what was finished is in ")
+    assert command.endswith(f"resume={row['run_id']}")
     assert set(others) <= {"error: rank 1: interrupted"}  # which nobody has told why, while rank 0 was stopped
 
 

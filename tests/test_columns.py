@@ -11,7 +11,7 @@ from support.documents import ROOT, tables
 
 from harness.compare import groups, page, reading, text
 from harness.config.identity import flat
-from harness.engines.base import EngineStatistics, merged_statistics
+from harness.engines.statistics import EngineStatistics, merged_statistics
 from harness.results import columns, segments
 from harness.results.columns import COLUMNS, FIGURES, TABLE, Column, Combine, Source
 from harness.results.completions import Tally
@@ -92,6 +92,8 @@ def test_segments_are_combined_as_the_table_says() -> None:
             assert whole[column.name] == 8
         elif column.segments is Combine.HIGHEST:
             assert whole[column.name] == 5
+        elif column.segments is Combine.MEAN:
+            assert whole[column.name] == (3 * 3 + 5 * 5) / 8  # the segments took as many seconds
         elif column.segments is Combine.JOINED:
             assert whole[column.name] == "3 + 5"
         elif column.segments is Combine.HASHED:
@@ -113,7 +115,7 @@ def test_segments_keep_the_columns_of_their_own(tmp_path: Path) -> None:
     record: dict[str, Any] = {column.name: f"a {column.name}" for column in TABLE} | {"elapsed_s": 2.0}
     segments.end(record, tmp_path, 0)
     (kept,) = record["segments"]
-    own = (Combine.EACH, Combine.SUM, Combine.HIGHEST, Combine.JOINED, Combine.HASHED)
+    own = (Combine.EACH, Combine.SUM, Combine.HIGHEST, Combine.MEAN, Combine.JOINED, Combine.HASHED)
     expected = {column.name for column in TABLE if column.segments in own} - {segments.COMMIT}
     assert expected == (kept.keys() & set(COLUMNS)) - {"started_at", "elapsed_s", "completed"}
     begun = segments.begin(record, tmp_path, 0, {"config": {}}, [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -151,13 +152,68 @@ def test_the_only_run_of_the_baseline_engine_is_the_baseline(tmp_path: Path) -> 
     assert found.groups[0].ratio == 10.0
 
 
-def test_otherwise_the_oldest_ok_group_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("engine", "baseline", "reason"),
+    [("fastgen", "a", "the oldest"), ("baseline", "b", "the oldest one with engine=baseline")],
+)
+def test_otherwise_the_oldest_is(tmp_path: Path, engine: str, baseline: str, reason: str) -> None:
     names = ("started_at", "run_id", "status", "engine", "total_tokens_per_s")
-    rows = [("3", "c", "ok", "baseline", 3), ("2", "b", "ok", "baseline", 2), ("1", "a", "failed", "baseline", "")]
+    rows = [("3", "c", "ok", engine, 3), ("2", "b", "ok", engine, 2), ("1", "a", "ok", "fastgen", 1)]
+    rows += [("0", "x", "failed", "baseline", "")]
     with open(tmp_path / "runs.csv", "w", newline="") as file:
         csv.writer(file).writerows([names, *rows])
     found = comparison(tmp_path)
-    assert found.baseline is not None and (found.baseline.run_id, found.reason) == ("b", "the oldest")
+    assert found.baseline is not None and (found.baseline.run_id, found.reason) == (baseline, reason)
+
+
+# --- intervals ---
+
+
+def rounds(results: Path, name: str, rates: list[float], series: str = "s", **changes: Any) -> None:
+    """Makes repeated runs that say in which round they were made."""
+    for number, rate in enumerate(rates):
+        run(results, f"{name}{number}", rate, **changes)
+        path = results / f"{name}{number}" / "record.json"
+        record = json.loads(path.read_text()) | {"round": {"series": series, "number": number, "varied": []}}
+        path.write_text(json.dumps(record))
+
+
+DRIFT = [100.0, 90.0, 80.0, 70.0, 60.0, 50.0]
+
+
+def test_runs_of_the_same_rounds_are_paired(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rounds(tmp_path, "a", DRIFT)
+    rounds(tmp_path, "b", [1.05 * rate for rate in DRIFT], **{"engine.token_budget": 64})
+    near = [1.01, 0.99, 1.02, 0.98, 1.0, 1.01]
+    rounds(tmp_path, "c", [by * rate for by, rate in zip(near, DRIFT, strict=True)], **{"engine.token_budget": 128})
+    found = comparison(tmp_path, baseline="a2")
+    by_budget = {one.settings["engine.token_budget"]: one for one in found.groups}
+    faster, alike = by_budget[64], by_budget[128]
+    assert faster.interval is not None and faster.interval.paired and faster.interval.clear
+    assert faster.interval.low == pytest.approx(1.05) == faster.ratio
+    assert alike.interval is not None and alike.interval.low < 1.0 < alike.interval.high
+    assert by_budget[512].interval is None
+    assert compare.main([str(tmp_path), "--baseline", "a2"]) == 0
+    text = capsys.readouterr().out
+    assert "1.05x  1.050-1.050 " in text and "1.00x ~" in text and "with 99% confidence" in text
+    assert "not made in rounds" not in text
+    assert compare.main([str(tmp_path), "--baseline", "a2", "--json"]) == 0
+    data = {one["config"]["engine.token_budget"]: one for one in json.loads(capsys.readouterr().out)["groups"]}
+    assert (data[64]["ratio_of"], data[64]["ratio_paired"], data[512]["ratio_low"]) == (6, True, None)
+    assert data[128]["ratio_low"] == pytest.approx(alike.interval.low)
+
+
+def test_runs_that_are_of_no_common_rounds_are_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rounds(tmp_path, "a", DRIFT)
+    rounds(tmp_path, "b", [1.05 * rate for rate in DRIFT], series="t", **{"engine.token_budget": 64})
+    run(tmp_path, "c", 80.0, **{"engine.token_budget": 128})
+    by_budget = {one.settings["engine.token_budget"]: one for one in comparison(tmp_path, baseline="a2").groups}
+    interval = by_budget[64].interval
+    assert interval is not None and not interval.paired and not interval.clear
+    assert by_budget[64].ratio == pytest.approx(1.05)
+    assert by_budget[128].interval is None  # of a single run nothing is known
+    assert compare.main([str(tmp_path), "--baseline", "a2"]) == 0
+    assert "not made in rounds" in capsys.readouterr().out
 
 
 def test_a_part_of_a_run_id_names_the_baseline(tmp_path: Path) -> None:

@@ -22,8 +22,12 @@ HOSTILE = "</script><img src=x onerror=alert(1)><script>alert(2)</script> {{bund
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def run(results: Path, name: str, rate: float = 100.0, passes: int = 3, **facts: Any) -> None:
-    """Makes a run with ``passes`` forward passes of 0.5 s, each of 8 prompt and 2 decode tokens."""
+def run(results: Path, name: str, rate: float = 100.0, passes: int = 3, asked: str = "", **facts: Any) -> None:
+    """Makes a run with ``passes`` forward passes of 0.5 s, each of 8 prompt and 2 decode tokens.
+
+    Args:
+        asked: the overrides that its command line had.
+    """
     facts = {"token_budget": 512} | facts
     config = {
         "engine": {"name": facts.pop("engine", "fastgen"), "token_budget": facts["token_budget"]},
@@ -31,7 +35,7 @@ def run(results: Path, name: str, rate: float = 100.0, passes: int = 3, **facts:
     }
     status = facts.pop("status", "ok")
     error = facts.pop("error", None)
-    recorder = RunRecorder.create(results, name, config, ["harness/main.py"])
+    recorder = RunRecorder.create(results, name, config, ["harness/main.py", *asked.split()])
     for number in range(passes):
         recorder.add_pass(PassRecord(number + 1, number * 0.5, 0.5, 10, 8, 2, 2, number / passes, 0))
     if status == "ok":
@@ -68,7 +72,7 @@ def data_of(text: str) -> dict[str, Any]:
 def test_the_page_holds_what_was_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path, "a", 100.0)
     run(tmp_path, "a2", 120.0)
-    run(tmp_path, "b", 330.0, token_budget=64)
+    run(tmp_path, "b", 330.0, asked="engine.token_budget=64", token_budget=64)
     run(tmp_path, "c", status="oom", error="no memory", token_budget=4096)
     text = page(tmp_path)
     data = data_of(text)
@@ -88,6 +92,23 @@ def test_the_page_holds_what_was_compared(tmp_path: Path, capsys: pytest.Capture
     assert set(data["timelines"]) == {"a", "a2", "b"}
     assert "A CPU" in text and "4, 3 of them ok" in text and "a, the oldest" in text
     assert f"wrote {tmp_path / 'page.html'}" in capsys.readouterr().err
+
+
+def test_settings_that_nobody_varied_have_no_chart(tmp_path: Path) -> None:
+    found_out = {"kernels": "torch", "git_commit": "c0ffee" * 6}
+    run(tmp_path, "a", 100.0, **found_out)
+    run(tmp_path, "b", 330.0, token_budget=64, kernels="native", git_commit="beef" * 10)
+    run(tmp_path, "c", 200.0, asked="-m model=large", token_budget=64, model="large", **found_out)
+    data = data_of(page(tmp_path))
+    assert set(data["keys"]) == {"model", "engine.token_budget", "engine.kernels", "git_commit"}
+    assert [chart["title"] for chart in data["charts"] if chart["id"] == "key"] == ["model"]
+    record = json.loads((tmp_path / "b" / "record.json").read_text())
+    record["round"] = {"series": "s", "number": 1, "varied": ["engine.token_budget=64"]}  # a search's choice
+    (tmp_path / "b" / "record.json").write_text(json.dumps(record))
+    titles = [chart["title"] for chart in data_of(page(tmp_path))["charts"] if chart["id"] == "key"]
+    assert titles == ["model", "engine.token_budget"]
+    shutil.rmtree(tmp_path / "b")  # now nobody knows
+    assert len([chart for chart in data_of(page(tmp_path))["charts"] if chart["id"] == "key"]) == 4
 
 
 def test_the_page_loads_nothing(tmp_path: Path) -> None:
@@ -135,6 +156,7 @@ def test_all_groups_are_in_the_page_and_few_in_the_terminal(tmp_path: Path, caps
     assert "2 more not shown" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_hundred_runs_with_passes_stay_small(tmp_path: Path) -> None:
     for number in range(200):
         run(tmp_path, f"run-{number:03d}", 100.0 + number, passes=400 if number == 0 else 1, token_budget=64 + number)

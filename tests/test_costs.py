@@ -83,7 +83,9 @@ def test_sizes_and_flops_are_those_of_the_real_model(name: str) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(ids, attention_mask=mask, use_cache=False)
     work = PassWork(TOKENS, TOKENS, 0, 1, logit_rows=TOKENS, kv_read_tokens=TOKENS, attention_pairs=TOKENS**2)
-    assert Limits.of(shape, MACHINE, "bfloat16", 1).flops(work) == pytest.approx(counter.get_total_flops())
+    # transformers 5.17 has angles from a product of matrices, later ones by multiplying: no part of the model's work.
+    angles = sum(sum(of.values()) for module, of in counter.get_flop_counts().items() if module.endswith("rotary_emb"))
+    assert Limits.of(shape, MACHINE, "bfloat16", 1).flops(work) == pytest.approx(counter.get_total_flops() - angles)
 
 
 MACHINE = HardwareConfig(

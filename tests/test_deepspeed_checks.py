@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,20 @@ def unsupported(
 
 @pytest.mark.parametrize("dtype", checks.DTYPES)
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
-@pytest.mark.parametrize("name", ["llama2_7b", "llama2_13b", "llama2_70b"])
-def test_the_challenges_models_are_supported(name: str, tp: int, dtype: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama2_7b",
+        "llama2_13b",
+        "llama2_70b",
+        "llama3_1_8b",
+        "llama3_1_70b",
+        "llama3_3_70b",
+        "mistral_7b",
+        "qwen2_5_32b",
+    ],
+)
+def test_models_of_the_configs_are_supported(name: str, tp: int, dtype: str) -> None:
     architecture = yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text())["architecture"]
     assert unsupported(architecture, dtype, tp, max_context=4096) is None
 
@@ -137,11 +150,13 @@ def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setenv("CUDA_HOME", str(tools.parent))
     for name in ("dskernels", "qtorch"):
         monkeypatch.syspath_prepend(tmp_path / name)
-        if name == "qtorch":
-            assert "qtorch" in str(checks.not_installed("wf6af16"))
-            assert "no nvcc" in str(checks.not_installed())
-        else:
-            assert checks.not_installed() == "the package deepspeed-kernels is not installed"
+        with monkeypatch.context() as before:
+            before.setitem(sys.modules, name, None)  # as if it were not installed
+            if name == "qtorch":
+                assert "qtorch" in str(checks.not_installed("wf6af16"))
+                assert "no nvcc" in str(checks.not_installed())
+            else:
+                assert checks.not_installed() == "the package deepspeed-kernels is not installed"
         (tmp_path / name / name).mkdir(parents=True)
         (tmp_path / name / name / "__init__.py").touch()
         importlib.invalidate_caches()

@@ -6,14 +6,13 @@ manager and allocators are DeepSpeed's own.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import inspect
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from support.ragged import (
     save,
     settings,
 )
-from support.runs import ROOT, variables
+from support.runs import together
 
 from harness.basics.errors import UserError
 from harness.config.schema import GenerationConfig, Stop
@@ -109,7 +108,6 @@ def test_budgets_and_cache_sizes_do_not_change_a_token(
     found, engine = generate(runner, jobs, blocks)
     assert Judge(tiny).worst_gap(jobs, {i: c.token_ids for i, c in found.items()}) < ROUNDING["float16"]
     assert bool(engine.statistics.preemptions) is preempts
-    assert runner.engine.free_blocks == [blocks] and not runner.fed
 
 
 def test_a_wrong_epsilon_would_show(kernels: None, tmp_path: Path) -> None:
@@ -182,37 +180,34 @@ def test_only_last_chunks_have_a_row(kernels: None, tiny: Path) -> None:
     whole = runner.forward(batch(chunk(1, 130, 0, 130), chunk(2, 40, 0, 40)))
     assert whole.shape == (2,) and whole.dtype is torch.int64 and whole.device == CPU
     again = chunk(4, 40, 0, 40)
-    again.sequence.tokens[:] = chunk(2, 40, 0, 40).sequence.tokens
+    again[0].tokens[:] = chunk(2, 40, 0, 40)[0].tokens
     rows = runner.forward(batch(chunk(3, 130, 0, 50), again, chunk(5, 9, 0, 2)))
     assert rows.tolist() == whole.tolist()[1:]
     assert runner.forward(batch(chunk(3, 130, 50, 79))).shape == (0,)
     assert runner.forward(batch()).shape == (0,)
     # The same tokens in other chunks, in another pass, under another uid.
     one, two = chunk(3, 130, 129, 1), chunk(6, 130, 0, 130)
-    two.sequence.tokens[:] = one.sequence.tokens
+    two[0].tokens[:] = one[0].tokens
     assert len(set(runner.forward(batch(one, two)).tolist())) == 1
 
 
-def test_uids_can_be_used_again(kernels: None, tiny: Path) -> None:
+def test_slots_and_blocks_can_be_used_again(kernels: None, tiny: Path) -> None:
     runner = loaded(settings(tiny, token_budget=600))
     first = runner.forward(batch(chunk(1, 130, 0, 130)))
-    runner.free(chunk(1, 1, 0, 1).sequence)
-    runner.free(chunk(1, 1, 0, 1).sequence)  # and one that it does not know is left alone
-    assert runner.engine.free_blocks == [64]
     assert runner.forward(batch(chunk(1, 130, 0, 60))).numel() == 0
     assert runner.forward(batch(chunk(1, 130, 0, 130))).equal(first)  # begun anew, the old half was not in the way
-    assert runner.engine.free_blocks == [62]
-    assert runner.engine._state_manager.get_sequence(1).seen_tokens == 130
+    other = chunk(2, 130, 0, 130)
+    other[0].tokens[:] = chunk(1, 130, 0, 130)[0].tokens
+    other[0].slot, other[0].blocks = 1, [60, 3]
+    assert runner.forward(batch(other)).equal(first)
 
 
-def test_a_sequence_that_was_freed_cannot_go_on(kernels: None, tiny: Path) -> None:
+def test_tokens_without_a_block_are_never_computed(kernels: None, tiny: Path) -> None:
     runner = loaded(settings(tiny))
-    runner.forward(batch(chunk(1, 130, 0, 60)))
-    with pytest.raises(RuntimeError, match="fed 60 tokens, the chunk begins at 59"):
-        runner.forward(batch(chunk(1, 130, 59, 70)))
-    runner.free(chunk(1, 1, 0, 1).sequence)
-    with pytest.raises(RuntimeError, match="fed 0 tokens, the chunk begins at 60"):
-        runner.forward(batch(chunk(1, 130, 60, 70)))
+    short = chunk(3, 130, 60, 70)
+    del short[0].blocks[1:]
+    with pytest.raises(RuntimeError, match="sequence 3 has 1 blocks of 128 tokens, and 130 tokens"):
+        runner.forward(batch(chunk(1, 20, 0, 20), short))
 
 
 def test_long_prompts_have_room_for_their_attention_atoms(
@@ -238,7 +233,7 @@ def test_atoms_of_any_pass_fit(budget: int, data: st.DataObject) -> None:
     while left and len(lengths) < sequences:
         lengths.append(data.draw(st.integers(1, left)))
         left -= lengths[-1]
-    assert sum(-(-length // deepspeed_runner.SMALLEST_ATOM) for length in lengths) <= manager.max_ragged_sequence_count
+    assert sum(-(-length // checks.SMALLEST_ATOM) for length in lengths) <= manager.max_ragged_sequence_count
 
 
 def test_no_attention_atom_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +244,7 @@ def test_no_attention_atom_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
         emulate(monkeypatch.setattr)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, found=capability: found)
         sizes |= {get_q_block_size(head_dim) for head_dim in checks.HEAD_DIMS}
-    assert min(sizes) == deepspeed_runner.SMALLEST_ATOM
+    assert min(sizes) == checks.SMALLEST_ATOM
 
 
 def test_settings_become_deepspeeds() -> None:
@@ -268,46 +263,76 @@ def test_settings_become_deepspeeds() -> None:
 # --- blocks and memory ----------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass
+class Seen:
+    """What the kernels find of a pass: its buffers, and the blocks of each sequence behind their addresses."""
+
+    ids: list[int]
+    metadata: list[int]
+    descriptors: list[list[int]]
+    owners: list[int]
+    blocks: list[list[int]]
+
+    @classmethod
+    def of(cls, found: Any, block_size: int) -> Seen:
+        count, tokens = found.current_sequences, found.current_tokens
+        descriptors = found.inflight_seq_descriptors().tolist()
+        sizes = [-(-(size + before) // block_size) for _, size, before, _ in descriptors]
+        blocks = [
+            list((ctypes.c_int32 * size).from_address(place))
+            for place, size in zip(found.kv_ptrs().tolist(), sizes, strict=True)
+        ]
+        assert len(descriptors) == count and found.input_ids().numel() == tokens
+        owners = found.tokens_to_seq().tolist()
+        return cls(found.input_ids().tolist(), found.batch_metadata_buffer().tolist(), descriptors, owners, blocks)
+
+
 @pytest.fixture(scope="module")
-def bookkeeper(tiny: Path) -> Iterator[DeepSpeedRunner]:
-    """Returns a runner whose passes compute nothing: DeepSpeed's books, not its arithmetic."""
+def two_books(tiny: Path) -> Iterator[tuple[DeepSpeedRunner, DeepSpeedRunner, list[Seen]]]:
+    """Returns two runners whose passes compute nothing, and where what the kernels would find is kept."""
     with pytest.MonkeyPatch.context() as patch:
         emulate(patch.setattr)
-        runner = loaded(settings(tiny, token_budget=700, max_sequences=12, kv_memory="1GiB"))
-        runner.policy.model.forward = lambda batch: torch.zeros(batch.current_sequences, 320)
-        yield runner
+        seen: list[Seen] = []
+        runners = []
+        for _ in range(2):
+            runner = loaded(settings(tiny, token_budget=700, max_sequences=12, kv_memory="1GiB"))
+
+            def forward(found: Any) -> torch.Tensor:
+                seen.append(Seen.of(found, 128))
+                return torch.zeros(found.current_sequences, 320)
+
+            runner.policy.model.forward = forward
+            runners.append(runner)
+        yield runners[0], runners[1], seen
 
 
-@hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_deepspeed_never_needs_a_block_that_the_scheduler_has_not_given(
-    bookkeeper: DeepSpeedRunner, data: st.DataObject
+def test_the_kernels_find_what_deepspeed_itself_would_write(
+    two_books: tuple[DeepSpeedRunner, DeepSpeedRunner, list[Seen]], data: st.DataObject
 ) -> None:
-    runner = bookkeeper
-    total = data.draw(st.integers(4, 16))
-    sequences = data.draw(st.integers(1, 12))
-    scheduler = Scheduler(data.draw(st.integers(sequences, 700)), sequences, KvBlocks(total, runner.block_size))
-    runner.fed.clear()
-    assert runner.allocate(total) == total
-    state = runner.engine._state_manager
+    ours, theirs, seen = two_books
+    total, sequences = data.draw(st.integers(4, 16)), data.draw(st.integers(1, 12))
+    scheduler = Scheduler(data.draw(st.integers(sequences, 700)), sequences, KvBlocks(total, ours.block_size))
+    assert ours.allocate(total) == theirs.allocate(total) == total
     for uid in range(data.draw(st.integers(1, 14))):
-        prompt, output = data.draw(st.integers(1, 400)), data.draw(st.integers(1, 60))
-        scheduler.submit(Sequence(uid, [5] * prompt, prompt, output))
+        prompt, output = data.draw(st.integers(1, 400)), data.draw(st.integers(1, 30))
+        scheduler.submit(Sequence(uid, [3 + (uid + place) % 300 for place in range(prompt)], prompt, output))
     while scheduler.unfinished:
         planned = scheduler.schedule()
         for sequence in scheduler.preempted:
-            runner.free(sequence)
-        granted = {one.sequence.uid: len(one.sequence.blocks) for one in planned.chunks}
-        rows = runner.forward(planned)
-        for one in planned.chunks:
-            held = state.get_sequence(one.sequence.uid)
-            assert held.seen_tokens == one.start + one.length
-            # Enough for its tokens (with too few free, DeepSpeed would silently take fewer), and no more than granted.
-            assert held.cur_allocated_blocks == -(-held.seen_tokens // runner.block_size) <= granted[one.sequence.uid]
-        assert runner.engine.free_blocks[0] >= scheduler.blocks.free
+            theirs.engine.flush(sequence.uid)
+        seen.clear()
+        rows = ours.forward(planned)
+        ids = [torch.tensor(sequence.tokens[start:][:length]) for sequence, start, length, _ in planned.chunks]
+        theirs.engine.put([sequence.uid for sequence, *_ in planned.chunks], ids, do_checks=False)
+        mine, deepspeeds = seen
+        held = [one[0].blocks[: len(blocks)] for one, blocks in zip(planned.chunks, mine.blocks, strict=True)]
+        assert mine.blocks == held  # not DeepSpeed's numbers, but as many, and no one else's
+        assert [len(blocks) for blocks in deepspeeds.blocks] == [len(blocks) for blocks in held]
+        assert dataclasses.replace(mine, blocks=[]) == dataclasses.replace(deepspeeds, blocks=[])
         for sequence in scheduler.complete(planned, rows.tolist()):
-            runner.free(sequence)
-    assert runner.engine.free_blocks == [total] and state.n_tracked_sequences == 0
+            theirs.engine.flush(sequence.uid)
 
 
 def test_the_cache_takes_the_memory_it_was_given(kernels: None, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +364,7 @@ def test_impossible_kv_memory_is_refused(
 # --- tensor parallelism ---------------------------------------------------------------------------------------------
 
 
-def rank_main(rank: int, port: int, directory: str, out: str) -> None:
+def rank_main(rank: int, port: int, out: str, directory: str) -> None:
     """One of three processes: 1 and 2 share a model, as in a launch of several replicas; 0 has nothing to do."""
     import deepspeed
     import deepspeed.comm as dist
@@ -351,6 +376,7 @@ def rank_main(rank: int, port: int, directory: str, out: str) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     group, messages = (torch.distributed.new_group([1, 2]) for _ in range(2))
+    result: dict[str, Any] = {}
     if rank:
         emulate(setattr)
         gather = dist.all_gather_into_tensor  # gloo wants the ranks' parts one after the other, NCCL takes any shape
@@ -367,29 +393,14 @@ def rank_main(rank: int, port: int, directory: str, out: str) -> None:
             "preemptions": engine.statistics.preemptions,
             "ids": {index: completion.token_ids for index, completion in found.items()},
         }
-        Path(out, f"{rank}.json").write_text(json.dumps(result))
+    Path(out).write_text(json.dumps(result))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_of_three_share_a_model(tiny: Path, tmp_path: Path) -> None:
-    from harness.ranks.rank import free_port
-
-    port = free_port()
-    code = "import sys, test_deepspeed_runner as t; t.rank_main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])"
-    environment = variables(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", OMP_NUM_THREADS="1")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(port), str(tiny), str(tmp_path)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
-    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0, 0], errors
-    one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (1, 2))
+    script = "import sys, test_deepspeed_runner as t; t.rank_main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])"
+    _, one, two = together(tmp_path, script, 3, str(tiny))
     assert one == two
     assert one["blocks"] == 16
     assert one["query"] == [(4 + 2) * 64, 512]

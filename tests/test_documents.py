@@ -11,7 +11,6 @@ from __future__ import annotations
 import configparser
 import dataclasses
 import json
-import os
 import re
 import shutil
 import socket
@@ -22,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
+from support import keys_tables
 from support.documents import (
     LANGUAGES,
     MARKS,
@@ -40,9 +39,12 @@ from support.documents import (
     parts,
     tables,
 )
+from support.runs import python
 
 from harness.config.compose import to_config
-from harness.engines.catalogue import register
+from harness.config.engine_schemas import registered
+from harness.config.reference import sections
+from harness.engines import catalogue
 from harness.results.columns import COLUMNS
 from harness.running import job as running_job
 
@@ -54,22 +56,36 @@ SAMPLE = "results/reference/sample"
 RUNS = ("20261123-221840-fastgen-7ef4", "20261123-221815-fastgen-2477")  # of the same job; for RUN_ID, in turn
 FEW = ("dataset.num_samples=2", "generation.max_output_len=4")
 SHORT = {  # how each benchmark is run here: once, and on little
+    "launch/bench_disturbed.py": ("--rounds", "1", "--cores", "0", "--waits", "ours", *FEW),
     "launch/bench_engines.py": ("--rounds", "1", "--cores", "0", "--results", "{results}/bench", *FEW),
+    "launch/bench_host.py": ("--queued", "600", "--passes", "20", "--device-passes", "20", "--pass-ms", "1"),
     "launch/bench_scheduler.py": ("--queued", "500", "--passes", "20"),
     "launch/bench_sweep.py": ("--rounds", "1", "--jobs", "1", *FEW),
     "launch/bench_telemetry.py": ("--rounds", "1", *FEW),
     "launch/measure_rounding.py": ("bfloat16",),
 }
+LONGER = ("launch/bench_disturbed.py", "launch/bench_sweep.py")  # several runs, each from the start
 SCRIPTS = {  # in launch/, and the Python program behind each that has options of its own
     "launch/run.sh": None,
     "launch/setup.sh": None,
     "launch/test.sh": None,
     "launch/reference.sh": None,
     "launch/install_mii.sh": None,
+    "launch/other_versions.sh": None,
+    "launch/join.sh": None,
+    "launch/collect_wheels.sh": "launch/collect_wheels.py",
     "launch/bench_cpu.sh": "launch/bench_cpu.py",
+    "launch/gpu_acceptance.sh": "launch/acceptance/__main__.py",
 }
 # What begins so names its options itself; the rest of its words are overrides or files.
-PROGRAMS = ("launch/bench_", "launch/matrix_rate.py", "launch/measure_rounding.py", "launch/recount.py", "tests/")
+PROGRAMS = (
+    "launch/bench_",
+    "launch/compile_kernels.py",
+    "launch/matrix_rate.py",
+    "launch/measure_rounding.py",
+    "launch/recount.py",
+    "tests/",
+)
 LINT = ("ruff", "mypy", "lint-imports")  # in .venv/bin; launch/test.sh executes these lines
 
 
@@ -85,12 +101,15 @@ def overrides(command: Command) -> list[str] | None:
     if words[:2] == ["bash", "launch/run.sh"] or words[:1] == ["sbatch"]:
         script = next(place for place, word in enumerate(words) if word.startswith("launch/"))
         return words[script + 1 :]
-    for script in ("harness/main.py", "harness/accuracy/__main__.py"):
+    if words[0] == "llama-harness":
+        return words[1:]
+    for script in ("harness/main.py", "harness/accuracy/__main__.py", "harness.main"):
         if script in words and words[0] in ("python", "deepspeed"):
             return words[words.index(script) + 1 :]
     if words[:2] == ["python", "launch/multi_node.py"]:
         return words[words.index("--") + 1 :] if "--" in words else None
-    if words[:3] == ["python", "-m", "harness.accuracy"] or (words[1:2] and words[1].startswith("launch/bench_")):
+    commands_of_ours = (["python", "-m", "harness.accuracy"], ["python", "-m", "harness.doctor"])
+    if words[:3] in commands_of_ours or (words[1:2] and words[1].startswith("launch/bench_")):
         options = [word for word in words if "=" in word and not word.startswith("-")]
         variants = [words[place + 1] for place, word in enumerate(words) if word == "--variant"]
         own = {variant for variant in variants if variant in options}
@@ -116,7 +135,7 @@ def composed(words: list[str], accelerator: str) -> None:
         parsed = OverridesParser.create().parse_overrides(jobs[0])
         if not any(word.partition("=")[0] == "experiment" for word in jobs[0]):
             jobs = [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
-    register()
+    catalogue.register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for job in jobs:
@@ -134,9 +153,12 @@ def executable(command: Command) -> bool:
         return True
     if words[:3] in (("python", "-m", "harness.accuracy"), ("python", "-m", "harness.models.demo")):
         return True
+    if words[:3] == ("python", "-m", "harness.doctor"):
+        return True
     if words[:2] == ("python", "tests/check_mutations.py"):
         return "--list" in words
-    several = [word for word in words if word == "-m" or word.startswith(("repeat=", "experiment=tune"))]
+    begun = ("repeat=", "repeat_until=", "experiment=tune")
+    several = [word for word in words if word == "-m" or word.startswith(begun)]
     return "harness/main.py" in words and not several
 
 
@@ -179,9 +201,10 @@ def test_a_command_is_one_that_works(command: Command) -> None:
     for run in variants(command) if overrides(command) is not None else []:
         composed(run, "cuda" if gpu else "cpu")
     if words[0] == "bash":
-        assert words[1] in SCRIPTS, "no test knows this script"
-        assert subprocess.run(["bash", "-n", words[1]], cwd=ROOT).returncode == 0
-        if program := SCRIPTS[words[1]]:
+        script = words[1].replace("DIR/", "launch/")  # collect_wheels.py copies join.sh
+        assert script in SCRIPTS, "no test knows this script"
+        assert subprocess.run(["bash", "-n", script], cwd=ROOT).returncode == 0
+        if program := SCRIPTS[script]:
             options_are_known(program, words[2:])
     elif words[0].removeprefix(".venv/bin/") in LINT:
         script = (ROOT / "launch" / "test.sh").read_text()
@@ -192,7 +215,7 @@ def test_a_command_is_one_that_works(command: Command) -> None:
         pytest_arguments(words[1:] if words[0] == "pytest" else words[3:])
     elif words[0] == "python" and words[1].startswith(PROGRAMS):
         assert (ROOT / words[1]).is_file()
-        if words[1].startswith("launch/bench_"):
+        if words[1].startswith(("launch/bench_", "launch/compile_")):
             options_are_known(words[1], words[2:])
     elif words[:2] == ("python", "-c"):
         compile(words[2], str(command), "exec")
@@ -246,22 +269,14 @@ def execute(command: Command, checkout: Path, *more: str, runs: tuple[str, ...] 
     ids = iter(runs)
     words = [re.sub("RUN_ID", lambda _: next(ids), word) for word in command.words]
     if words[0] == "python":
-        words[0] = sys.executable
+        del words[0]
     elif words[0] == "deepspeed":
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = str(listener.getsockname()[1])
         words[:1] = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", port]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "HYDRA"))}
     given = dict(word.split("=", 1) for word in command.variables)
-    done = subprocess.run(
-        [*words, *more],
-        cwd=checkout,
-        env=kept | {"DS_ACCELERATOR": "cpu"} | given,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    done = python(*words, *more, cwd=checkout, timeout=900, **given)
     assert done.returncode == 0, done.stderr or done.stdout
     return done.stdout
 
@@ -313,7 +328,7 @@ def test_a_run_that_was_cut_short_is_resumed(command: Command, checkout: Path) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "script", [pytest.param(one, marks=[pytest.mark.full] if "bench_sweep" in one else []) for one in sorted(SHORT)]
+    "script", [pytest.param(one, marks=[pytest.mark.full] * (one in LONGER)) for one in sorted(SHORT)]
 )
 def test_a_benchmark_on_little(script: str, checkout: Path) -> None:
     """One of the commands shown for it, with what makes it short; of several rounds and variants, one and its own."""
@@ -327,50 +342,24 @@ def test_a_benchmark_on_little(script: str, checkout: Path) -> None:
 # --- tables ---
 
 
-def documented() -> dict[str, dict[str, str]]:
-    """Returns the documented defaults by key, by the heading they are under."""
-    found: dict[str, dict[str, str]] = {}
-    for heading, rows in tables(ROOT / "conf" / "README.md"):
-        if rows[0][:1] == ["key"]:
-            for key, _, default, *_ in rows[1:]:
-                found.setdefault(heading, {})[key.strip("`")] = default
-    return found
-
-
-def option(*words: str) -> dict[str, Any]:
-    """Returns the config that these overrides compose to, its keys with dots; dictionaries of figures are one key."""
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        whole = compose("config", list(words))
-    assert isinstance(whole, DictConfig)
-    data = OmegaConf.to_container(whole, enum_to_str=True)
-    assert isinstance(data, dict)
-    found: dict[str, Any] = {}
-    for name, value in data.items():
-        found |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {str(name): value}
-    return found
-
-
 def test_every_key_is_documented_and_no_other() -> None:
-    keys = {key for section in documented().values() for key in section}
-    assert keys == {key for key in option() if key != "engine.name"} | {
-        key for path in (ROOT / "conf" / "engine").glob("*.yaml") for key in option(f"engine={path.stem}")
-    } - {"engine.name"}
+    tabled = {row[0].strip("`") for _, rows in tables(keys_tables.DOCUMENT) if rows[0][0] == "key" for row in rows[1:]}
+    assert tabled == {key for name in catalogue.names() for key in keys_tables.option(f"engine={name}")} - {
+        "engine.name"
+    }
 
 
-@pytest.mark.parametrize("heading", sorted(documented()))
-def test_documented_defaults_are_those_of_the_code(heading: str) -> None:
-    composed = option(*([heading] if heading.startswith("engine=") else []))
-    for key, default in documented()[heading].items():
-        if default != "of the option":
-            assert yaml.safe_load(default.strip("`")) == composed[key], key
+def test_keys_are_documented_as_the_schema_says() -> None:
+    document = keys_tables.DOCUMENT.read_text()
+    assert document == keys_tables.rewritten(document), "PYTHONPATH=.:tests python tests/support/keys_tables.py"
 
 
-@pytest.mark.parametrize("engine", sorted(path.stem for path in (ROOT / "conf" / "engine").glob("*.yaml")))
-def test_an_engine_s_keys_stand_under_its_heading(engine: str) -> None:
-    keys = set(yaml.safe_load((ROOT / "conf" / "engine" / f"{engine}.yaml").read_text())) - {"name", "defaults"}
-    assert {f"engine.{key}" for key in keys} == documented().get(f"engine={engine}", {}).keys()
+@pytest.mark.parametrize("name", catalogue.names())
+def test_every_key_says_what_it_is_for(name: str) -> None:
+    keys_tables.option()
+    for key in [key for section in sections(registered()[name]).values() for key in section]:
+        assert key.allowed, key.name
+        assert 0 < len(key.meaning) <= 200 and not key.meaning.endswith("."), key.name
 
 
 @pytest.mark.parametrize("group", ["engine", "model", "dataset", "generation", "parallel", "hardware", "experiment"])

@@ -12,6 +12,7 @@ from support.engines import TINY, engine_for, generate, hugging_face, ids, reque
 
 from harness.engines.ds_inference.batches import prefill_groups
 from harness.engines.ds_inference.static_cache import StaticCache
+from harness.models.ends import Ends
 from harness.workload.records import PassRecord, Request
 
 
@@ -61,7 +62,7 @@ def test_eos_ends_a_row_and_is_counted() -> None:
     jobs = requests(12, seed=7)
     free = ids(generate(engine, jobs))
     eos = max({token for tokens in free.values() for token in tokens}, key=lambda t: sum(t in x for x in free.values()))
-    engine.batches.stop_ids = frozenset([eos])
+    engine.batches.ends = Ends(frozenset([eos]))
     found = generate(engine, jobs)
     ended = 0
     for index, tokens in free.items():

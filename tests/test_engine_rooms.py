@@ -14,8 +14,9 @@ import pytest
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from support import toys
 from support.in_process import answered
-from support.runs import RANDOM, ROOT, TINY, Run, assert_refused, command, start, variables
+from support.runs import RANDOM, ROOT, TINY, Run, assert_refused, python, start, variables
 
 from harness.basics.errors import UserError
 from harness.config.compose import compose, to_config
@@ -28,7 +29,6 @@ from harness.running import engine_sweep
 Harness = Callable[..., Run]
 HEAVY = ("torch", "transformers", "deepspeed", "numpy", "accelerate")
 NAMES = ("fastgen", "ds_inference", "baseline")
-TOY = ROOT / "tests" / "support" / "toy"
 SMALL = [*TINY, *RANDOM, "dataset.num_samples=3", "dataset.input_len=8", "dataset.output_len=4"]
 
 
@@ -204,24 +204,20 @@ def test_jobs_of_a_sweep_over_engines_have_their_own_keys() -> None:
 
 @pytest.fixture
 def outside(tmp_path: Path) -> dict[str, str]:
-    """Returns the environment of a machine where the toy's package is installed."""
-    installed = tmp_path / "site" / "toy_engine-1.0.dist-info"
-    installed.mkdir(parents=True)
-    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-engine\nVersion: 1.0\n")
-    (installed / "entry_points.txt").write_text("[harness.engines]\ntoy = toy_engine.room:ROOM\n")
-    return {"PYTHONPATH": f"{installed.parent}:{TOY}"}
+    """Returns the environment of a machine with the package of the toy engine."""
+    return toys.installed(tmp_path / "site")
 
 
 @pytest.mark.slow
 def test_an_engine_from_outside_runs_sweeps_and_compares(
     tmp_path: Path, harness: Harness, outside: dict[str, str]
 ) -> None:
-    there = f"hydra.searchpath=[file://{TOY / 'conf'}]"
+    there = toys.OPTIONS
     run = harness("engine=toy", "engine.reply=7", there, *SMALL, **outside)
     assert run.status == 0, run.stderr
     assert (run.row["engine"], run.row["kernels"], run.row["completed"]) == ("toy", "none", "3")
     assert {tuple(line["token_ids"]) for line in run.completions.values()} == {(7, 7, 7, 7)}
-    assert run.record["config"]["engine"] == {"name": "toy", "reply": 7}
+    assert run.record["config"]["engine"] == {"name": "toy", "reply": 7, "work_s": 0.0, "added": 0.0}
 
     sweep = harness("-m", "engine=toy,baseline", "engine.reply=6,8", there, *SMALL, **outside)
     assert sweep.status == 0, sweep.stdout + sweep.stderr
@@ -235,23 +231,16 @@ def test_an_engine_from_outside_runs_sweeps_and_compares(
     replies = [read_completions(sweep.results / row["run_id"] / "completions.jsonl") for row in sweep.rows[1:3]]
     assert [{*line["token_ids"]} for lines in replies for line in lines[:1]] == [{6}, {8}]
 
-    compared = subprocess.run(
-        [sys.executable, "-m", "harness.compare", str(sweep.results)],
-        cwd=ROOT,
-        env=variables(),
-        capture_output=True,
-        text=True,
-    )
+    compared = python("-m", "harness.compare", str(sweep.results))
     assert compared.returncode == 0, compared.stderr
     assert "toy" in compared.stdout and "reply" in compared.stdout
 
 
 def test_an_engine_from_outside_has_its_keys_checked(tmp_path: Path, outside: dict[str, str]) -> None:
-    there = f"hydra.searchpath=[file://{TOY / 'conf'}]"
+    there = toys.OPTIONS
 
     def refused(*words: str) -> subprocess.CompletedProcess[str]:
-        line = command(there, *words, f"results_dir={tmp_path / 'results'}", launcher=(sys.executable,))
-        return subprocess.run(line, cwd=ROOT, env=variables(**outside), capture_output=True, text=True)
+        return python("harness/main.py", there, *words, f"results_dir={tmp_path / 'results'}", **outside)
 
     assert_refused(refused("engine=toy", "engine.reply=x"), "error: engine.reply: 'x' is no whole number; ")
     assert_refused(refused("engine=toy", "engine.reply=0"), "error: engine.reply: 0; give a whole number from 1 to ")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 from support import families, families_table
 from support.machine import needs_native_bfloat16
 
@@ -32,7 +33,14 @@ def test_every_family_is_computed_rightly_or_refused(scale: Callable[[int, int],
 
 
 def test_the_document_lists_what_transformers_has() -> None:
-    """A newer transformers has new families: ``tests/support/families_table.py`` tries them."""
+    """A newer transformers has new families: ``tests/support/families_table.py`` tries them. An older one has fewer."""
     if not families_table.DOCUMENT.exists():
         pytest.skip("it has not been written yet")
-    assert families_table.listed(families_table.DOCUMENT.read_text()) == families.names()
+    import transformers
+
+    document = families_table.DOCUMENT.read_text()
+    listed, there = families_table.listed(document), families.names()
+    if Version(transformers.__version__) < families_table.version(document):
+        assert set(there) <= set(listed)
+    else:
+        assert listed == there

@@ -17,7 +17,7 @@ from harness.basics.errors import UserError
 from harness.config.schema import Stop
 from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.fastgen.runners.paged_attention import KvCache, build_plan, ragged_attention
-from harness.engines.fastgen.scheduler import Chunk, RaggedBatch, Sequence
+from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
 from harness.engines.shared.attention_checks import refuse_unusual_attention
 from harness.engines.shared.kv_memory import kv_memory_bytes
 from harness.engines.shared.order import Order
@@ -132,7 +132,7 @@ def test_ragged_attention_equals_attention_sequence_by_sequence(dtype: torch.dty
     for uid, (start, length) in enumerate(shapes):
         blocks = [numbers.pop() for _ in range(-(-(start + length) // block_size))]
         sequence = Sequence(uid, [0] * (start + length), start + length, 1, start, blocks)
-        chunks.append(Chunk(sequence, start, length, True))
+        chunks.append((sequence, start, length, True))
         key, value = (torch.randn(start + length, kv_heads, head_dim, dtype=dtype) for _ in range(2))
         for position in range(start):
             cache.keys[blocks[position // block_size], :, position % block_size] = key[position]

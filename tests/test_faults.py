@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 from support.hosts import NAMESPACES, NETWORK, networked
 from support.resuming import watchdogs
 from support.runs import BIN, RANDOM, ROOT, TINY, Run, command, deepspeed, ended, ranks_of, start, variables
@@ -30,7 +31,7 @@ from harness.results.directory import read_record
 from harness.results.recorder import RunRecorder
 from harness.results.table import read_rows
 from harness.running import faults, watchdog
-from harness.running.job import check
+from harness.running.job import check, resolved
 from harness.running.watch import MAIN
 
 # --- what an exception says ---
@@ -92,12 +93,12 @@ def test_other_failures_and_our_own_words_are_not_out_of_memory() -> None:
 # --- what to lower ---
 
 
-def resolved(*overrides: str) -> dict[str, Any]:
-    from harness.running import job
-
+def composed(*overrides: str) -> DictConfig:
+    """Returns a config as a record has it: with numbers for what is ``auto``."""
     register()
+    sizes = ["engine.token_budget=512", "engine.max_sequences=64", "engine.kv_memory=0.3"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return job.resolved(compose("config", overrides=list(overrides)))
+        return compose("config", [*("" if overrides and overrides[0].startswith("engine=") else sizes), *overrides])
 
 
 ADVICE = [
@@ -127,12 +128,10 @@ ADVICE = [
 def test_the_advice_names_settings_that_can_be_run(
     overrides: list[str], facts: dict[str, Any], device: bool, words: str
 ) -> None:
-    assert faults.advice(resolved(*overrides), facts, device) == words
+    assert faults.advice(resolved(composed(*overrides)), facts, device) == words
     if words.startswith("try "):
         changes = words.removeprefix("try ").partition(" (")[0].split()
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            composed = compose("config", overrides=[*overrides, *changes])
-        check(to_config(composed), "cuda" if device else "cpu")
+        check(to_config(composed(*overrides, *changes)), "cuda" if device else "cpu")
 
 
 def test_advice_without_a_config_is_general() -> None:
@@ -292,7 +291,7 @@ def test_a_killed_rank_0_under_deepspeed_leaves_a_row(tmp_path: Path) -> None:
     process = start(tmp_path, "parallel.dp=2", launcher=deepspeed(2, "--log_level", "critical"))
     ranks_of(process)[0].kill()
     status, stderr, row = ended(process, tmp_path)
-    assert status == 256 - 9
+    assert status in (256 - 9, 1)  # of the rank that DeepSpeed's launcher finds ended first; it keeps them in a set
     assert row["status"] == "failed"
     assert row["error"].startswith("rank 0 was ended by signal SIGKILL, and not because memory ran out")
     assert f"error: {row['error']} (what was finished is in {tmp_path}/{row['run_id']}; " in stderr

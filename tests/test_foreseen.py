@@ -16,6 +16,7 @@ from harness.config.compose import compose
 from harness.config.schema import HardwareConfig
 from harness.engines import catalogue
 from harness.engines.base import Progress
+from harness.engines.shared.kv_blocks import KvPool
 from harness.running import foreseen
 from harness.running import job as jobs
 from harness.running.job import Job
@@ -26,10 +27,9 @@ WORDS += ["dataset.output_len=40", "generation.stop=length", "parallel.tp=1", "p
 
 BASE: dict[str, Any] = {
     "limits": {"token_budget": 256, "max_sequences": 64},
-    "total_blocks": 2000,
     "kernels": "native",
     "settings": SimpleNamespace(host_ranks=1, lookahead=256),
-    "runner": SimpleNamespace(block_size=64),
+    "kv_pool": KvPool(2000, 64),
     "arrange": list,
 }
 
@@ -80,6 +80,16 @@ def test_a_run_with_a_fit_that_is_none_is_refused() -> None:
     catalogue.register()
     with pytest.raises(UserError, match=r"hardware\.fit\.sizes: missing"):
         jobs.prepare(compose([*WORDS, "dataset.num_samples=4", "+hardware.fit.model=small"]))
+
+
+def test_the_fit_s_error_is_that_of_runs_which_it_had_not_seen() -> None:
+    errors = {"runs": {"a": 0.01}, "left_out": {"a": 0.02, "b": -0.07}}
+    assert foreseen.fit_error(job(4, fitted(errors=errors))) == 0.07
+    assert foreseen.fit_error(job(4, fitted(errors={"runs": {"a": -0.01}, "left_out": {}}))) == 0.01
+    assert foreseen.fit_error(job(4, fitted())) is None
+    for wrong in (5, {"runs": {"a": "much"}}, {"left_out": [1]}):
+        with pytest.raises(UserError, match=r"hardware\.fit\.errors"):
+            jobs.check(job(4, fitted(errors=wrong)).config, "cpu")
 
 
 @pytest.mark.parametrize(("before", "said"), [(0, True), (1, False)])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support.runs import ROOT, TINY, Run, variables
+from support.runs import ROOT, TINY, Run, python
 
 from harness.basics.errors import UserError
 from harness.config.schema import DatasetConfig
@@ -27,7 +26,7 @@ class Toy(FileFormat):
     def parse(self, record, dataset):
         if not self.recognises(record.value):
             raise record.misshapen()
-        return Request(record.index, record.text("ask", record.value["ask"]), dataset.output_len)
+        return Request(record.index, record.text("ask", record.value["ask"]), None)
 
     def recognises(self, value):
         return isinstance(value, dict) and "ask" in value
@@ -74,25 +73,21 @@ def test_a_toy_format_is_read_and_named_in_refusals(toy: Path) -> None:
     assert [(request.prompt, request.output_len) for request in workload.requests] == [("one", 3), ("two, and more", 3)]
     assert line("toy", file) == "dataset.output_len: not given; give a whole number from 1 to 1,000,000"
     assert "dataset.input_len: 3 given with dataset=toy" in line("toy", file, output_len=3, input_len=3)
-    assert line("asc24", file).endswith("; use dataset=toy for this file")
-    assert "dataset=asc24 or dataset=sharegpt or dataset=toy" in line("sample", file)
-    assert line("nothing", file).endswith("use sample, asc24, sharegpt, toy or synthetic")
+    assert line("asc24", file).endswith('; this is a JSON list of {"ask": ...}: use dataset=toy')
+    assert line("sample", file).endswith(": use dataset=toy")
+    assert "dataset=text or dataset=toy" in line("sample", toy / "nowhere.json")
+    assert line("nothing", file).endswith("text, toy or synthetic")
     (toy / "other.json").write_text('[["one", 1, 1]]')
-    assert line("toy", toy / "other.json", output_len=3).endswith("; use dataset=asc24 for this file")
+    assert line("toy", toy / "other.json", output_len=3).endswith(": use dataset=asc24")
     (toy / "other.json").write_text('["one"]')
     assert line("toy", toy / "other.json", output_len=3).endswith('not {"ask": ...}; write it as {"ask": ...}')
 
 
 def test_a_toy_format_is_run_end_to_end(toy: Path) -> None:
     words = ["dataset=toy", f"dataset.path={toy / 'toy.json'}", f"hydra.searchpath=[file://{toy}]"]
-    done = subprocess.run(
-        [sys.executable, "-c", MAIN, str(toy), *words, f"results_dir={toy / 'results'}", *TINY],
-        cwd=ROOT,
-        env=variables(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    script = toy / "dataset" / "main.py"  # not beside the format, or it would be taken for one
+    script.write_text(MAIN)
+    done = python(str(script), str(toy), *words, f"results_dir={toy / 'results'}", *TINY)
     assert done.returncode == 0, done.stderr
     run = Run(done.returncode, done.stdout, done.stderr, toy / "results")
     assert (run.row["dataset"], run.row["completed"], run.row["output_tokens"]) == ("toy", "2", "6")

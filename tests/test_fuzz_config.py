@@ -27,7 +27,7 @@ from support.patience import no_hang
 from support.runs import ROOT, SAMPLE, TINY, assert_refused, command, variables
 
 from harness.config.checks import PEAK_DTYPES
-from harness.config.explain import keys
+from harness.config.reference import every
 from harness.engines.catalogue import find, register
 from harness.results.directory import read_record
 from harness.results.table import read_rows
@@ -39,14 +39,15 @@ YEAR_S = 366 * 24 * 3600
 GROUPS = {
     "engine": ["fastgen", "baseline", "ds_inference", "mii", "simulate", "vllm"],
     "model": ["smollm2_135m", "llama2_7b", "llama2_70b", "bert"],
-    "dataset": ["sample", "asc24", "sharegpt", "synthetic"],
+    "dataset": ["sample", "asc24", "sharegpt", "jsonl", "text", "huggingface", "synthetic"],
     "generation": ["greedy"],
     "parallel": ["auto", "single", "tp2", "tp8", "dp2", "dp8"],
     "hardware": ["cpu", "a100_80g"],
+    "tracking": ["none", "mlflow"],
     "experiment": ["quickstart", "tune", "splitfuse_sweep", "asc24_70b_8gpu", "../../etc/passwd"],
 }
 KEYS = [
-    *(key for key in keys() if key not in ("results_dir", "model.path")),
+    *(key for key in every() if key not in ("results_dir", "model.path")),
     *(
         f"model.architecture.{key}"
         for key in (
@@ -145,6 +146,11 @@ ODD = [
         "wf6af16",
         "bert",
         "a,b",
+        "uniform:2:9",
+        "uniform:9:2",
+        "lognormal:5:1",
+        "lognormal:1e400:1",
+        "file:/etc/passwd",
     ),
     *(
         "dataset",
@@ -301,8 +307,11 @@ def assert_sane(config: dict[str, Any]) -> None:
             assert model["max_context"] is None or 1 <= model["max_context"] <= limit
             assert 259 <= architecture["vocab_size"] <= 2**31
     for name in ("num_samples", "input_len", "output_len"):
-        assert dataset[name] is None or (type(dataset[name]) is int and 1 <= dataset[name] <= 10**6), name
-    assert dataset["name"] in ("sample", "asc24", "sharegpt", "synthetic")
+        drawn = name != "num_samples" and str(dataset[name]).startswith(("uniform:", "lognormal:"))
+        assert dataset[name] is None or drawn or (type(dataset[name]) is int and 1 <= dataset[name] <= 10**6), name
+    assert dataset["chat_template"] or dataset["system_prompt"] is None
+    assert dataset["prompt"] == "random" or dataset["shared_prefix"] == 0
+    assert dataset["name"] in GROUPS["dataset"]
     assert 0 <= dataset["seed"] < 2**63
     assert config["generation"]["max_output_len"] is None or config["generation"]["max_output_len"] >= 1
     assert parallel["tp"] >= 1 and parallel["dp"] >= 1

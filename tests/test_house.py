@@ -41,6 +41,6 @@ def test_what_is_too_long_is_listed_with_its_reason() -> None:
 
 def test_the_top_level_is_the_entry_the_commands_and_the_rooms() -> None:
     names = {path.name for path in (ROOT / "harness").iterdir() if path.name != "__pycache__"}
-    commands = {"compare", "verify", "accuracy", "plan"}
+    commands = {"compare", "verify", "accuracy", "plan", "doctor"}
     rooms = {"basics", "config", "machine", "workload", "models", "costs", "ranks", "results", "engines", "running"}
     assert names == {"main.py", "__init__.py", "README.md"} | commands | rooms

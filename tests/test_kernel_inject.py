@@ -9,7 +9,8 @@ import torch
 from support.engines import LayersThatRemember, engine_for, generate, hugging_face, ids, requests
 
 from harness.basics.errors import UserError
-from harness.engines.ds_inference.kernel_inject import InjectedBatch, refuse_unsupported
+from harness.engines.ds_inference.checks import check_injection
+from harness.engines.ds_inference.kernel_inject import InjectedBatch
 from harness.workload.records import Request
 
 
@@ -40,6 +41,6 @@ def test_batches_of_all_rows_give_hugging_face_ids() -> None:
 )
 def test_what_injection_cannot_compute_is_refused_by_name(more: dict[str, Any], tp: int, why: str) -> None:
     plain = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
-    refuse_unsupported(plain, 2)
+    check_injection(plain, 2)
     with pytest.raises(UserError, match=why):
-        refuse_unsupported(plain | more, tp)
+        check_injection(plain | more, tp)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import multiprocessing
+import json
 import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from queue import Empty
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,6 +38,7 @@ from support.mii import (
     run,
     settings_of,
 )
+from support.runs import together
 
 from harness.basics.clock import Clock
 from harness.basics.errors import UserError
@@ -45,6 +46,7 @@ from harness.config.schema import Stop
 from harness.engines.base import Progress
 from harness.engines.mii.settings import generation_settings, memory_settings, model_settings
 from harness.engines.shared.order import Order
+from harness.models.ends import Ends
 from harness.models.tokenizer import ByteTokenizer
 from harness.ranks.rank import free_port
 from harness.ranks.tensor_parallel import TensorParallel
@@ -72,7 +74,7 @@ def test_settings_reach_mii_and_deepspeed() -> None:
     assert (config.tensor_parallel, engine.tensor_parallel.tp_size) == (1, 1)
     assert engine.quantization.quantization_mode == "wf6af16"
     manager = engine.state_manager
-    assert (manager.max_ragged_batch_size, manager.max_ragged_sequence_count) == (300, 40)
+    assert (manager.max_ragged_batch_size, manager.max_ragged_sequence_count) == (300, 40 + 300 // 64)
     assert (manager.max_context, manager.max_tracked_sequences) == (CONTEXT, 2048)
     assert (AllocationMode(manager.memory_config.mode), manager.memory_config.size) == (AllocationMode.ALLOCATE, 77)
 
@@ -221,7 +223,7 @@ def test_end_of_sequence_is_counted_and_kept(tiny: Any, stops: int) -> None:
     # Tokens that do come up: the last of the longest outputs, of others as well.
     ids = sorted({ids[len(ids) // 2] for ids in sorted(plain, key=len, reverse=True)[:stops]})
     mii = engine_on_cpu(settings_of(stop=Stop.eos), last_logits(tiny))
-    mii.stops = frozenset(ids)
+    mii.ends = Ends(frozenset(ids))
     found = run(mii, jobs)
     expected = {job.index: hugging_face(tiny, job, ids) for job in jobs}
     assert {index: done.token_ids for index, done in found.items()} == expected
@@ -240,7 +242,7 @@ def test_stop_length_passes_over_end_of_sequence() -> None:
     assert {index: done.token_ids for index, done in run(mii, jobs).items()} == {
         job.index: counted(job) for job in jobs
     }
-    mii.stops = everything
+    mii.ends = Ends(everything)
     assert {index: done.token_ids for index, done in run(mii, jobs).items()} == {
         job.index: counted(job, everything) for job in jobs
     }
@@ -406,7 +408,7 @@ def test_every_token_comes_back_whatever_the_cache(
 ) -> None:
     settings = settings_of(token_budget=max_sequences + room, max_sequences=max_sequences)
     mii = engine_on_cpu(replace(settings, lookahead=lookahead), blocks=blocks, block_size=block_size)
-    mii.stops = frozenset({stop})
+    mii.ends = Ends(frozenset({stop}))
     rng = random.Random(stop)
     jobs = [
         Request(index, "", output, prompt_ids=tuple(rng.randrange(VOCABULARY) for _ in range(prompt)))
@@ -418,13 +420,13 @@ def test_every_token_comes_back_whatever_the_cache(
         if needed > blocks - 1:
             assert found[job.index].finish_reason == "rejected"
         else:
-            assert found[job.index].token_ids == counted(job, mii.stops)
+            assert found[job.index].token_ids == counted(job, mii.ends.eos)
 
 
 # Several ranks
 
 
-def _rank(number: int, port: int, queue: Any) -> None:
+def rank_main(number: int, port: int, out: str) -> None:
     """One of two ranks that share a model: the leader generates, the other follows, as MII's own ranks do."""
     from mii.batching import ragged_batching
 
@@ -442,7 +444,7 @@ def _rank(number: int, port: int, queue: Any) -> None:
     tensor = TensorParallel(number, 2, 0, None, torch.distributed.group.WORLD)
     settings = replace(settings_of(token_budget=32, max_sequences=6), tensor=tensor, host_ranks=2)
     engine = MiiEngine(settings)
-    engine.tokenizer, engine.stops = ByteTokenizer(), frozenset({7})
+    engine.tokenizer, engine.ends = ByteTokenizer(), Ends(frozenset({7}))
     shared = tensor.share(free_port())
     engine.pipeline = pipeline_of(settings, RequestPipeline, counting, 60, 8, shared)
     engine.pipeline.meet(_late(tensor, engine.pipeline.socket, f"tcp://localhost:{shared}") if number else tensor)
@@ -453,7 +455,8 @@ def _rank(number: int, port: int, queue: Any) -> None:
     else:
         engine.follow()
     inner = engine.pipeline.inference_engine
-    queue.put((number, outputs, inner.passes, inner.free_blocks))
+    found = {"outputs": outputs, "passes": inner.passes, "free": inner.free_blocks}
+    Path(out).write_text(json.dumps(found))
     torch.distributed.barrier()
 
 
@@ -471,30 +474,13 @@ def _late(tensor: TensorParallel, socket: Any, leader: str) -> Any:
     return SimpleNamespace(leads=False, least=least)
 
 
-def test_the_other_ranks_compute_the_leaders_batches() -> None:
+def test_the_other_ranks_compute_the_leaders_batches(tmp_path: Path) -> None:
     importlib.import_module("mii.batching")  # said here, and not by two processes that fail
-    context = multiprocessing.get_context("spawn")
-    queue, port = context.Queue(), free_port()
-    ranks = [context.Process(target=_rank, args=(number, port, queue)) for number in range(2)]
-    answers: list[Any] = []
-    for rank in ranks:
-        rank.start()
-    try:
-        for _ in range(120):
-            try:
-                answers.append(queue.get(timeout=1))
-            except Empty:
-                assert all(rank.exitcode in (None, 0) for rank in ranks), "a rank died"
-            if len(answers) == 2:
-                break
-        (_, outputs, led, free), (_, _, followed, free_there) = sorted(answers)
-        for rank in ranks:
-            rank.join(60)
-        assert [rank.exitcode for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert outputs == {job.index: counted(job, frozenset({7})) for job in jobs_of(20)}
-    assert followed == led
-    assert len(led) > 20
-    assert free == free_there == [60]
+    script = "import sys, test_mii; test_mii.rank_main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])"
+    leader, other = together(tmp_path, script, 2)
+    assert {int(index): ids for index, ids in leader["outputs"].items()} == {
+        job.index: counted(job, frozenset({7})) for job in jobs_of(20)
+    }
+    assert other["passes"] == leader["passes"]
+    assert len(leader["passes"]) > 20
+    assert leader["free"] == other["free"] == [60]

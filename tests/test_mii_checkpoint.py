@@ -27,6 +27,7 @@ from harness.engines.shared import ragged_kernels
 from harness.machine import device
 from harness.models import loading
 from harness.models.directory import find
+from harness.models.ends import Ends
 from harness.models.source import Source
 from harness.ranks.tensor_parallel import TensorParallel
 from harness.workload.records import Request
@@ -191,7 +192,7 @@ def test_ids_on_a_gpu_differ_from_float32_by_rounding_only(tmp_path: Path, dtype
     assert gap.mean() < 0.005
     # Again, ended by the token that comes up most.
     stop = Counter(token for done in found.values() for token in done.token_ids).most_common(1)[0][0]
-    engine.stops = frozenset({stop})
+    engine.ends = Ends(frozenset({stop}))
     ended = run(engine, jobs)
     assert {done.finish_reason for done in ended.values()} == {"eos", "length"}
     for done in ended.values():

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 from support.hosts import NAMESPACES, NETWORK
-from support.runs import BIN, RANDOM, ROOT, TINY, Run, assert_refused, check_against_ids, variables
+from support.runs import BIN, RANDOM, ROOT, TINY, Run, assert_refused, check_against_ids, python, variables
 
 from harness.ranks.rank import decoded, encoded, free_port
 from harness.results.completions import read_completions
@@ -59,7 +59,7 @@ class Hosts:
         """Waits for both, and returns how each ended."""
         runs = []
         for launcher, place in zip(self.launchers, (self.results, self.results / "of no other host"), strict=True):
-            stdout, stderr = launcher.communicate(timeout=120)
+            stdout, stderr = launcher.communicate(timeout=300)
             runs.append(Run(launcher.returncode, stdout, stderr, place))
         return runs
 
@@ -103,7 +103,7 @@ def check_shared(run: Run, requests: int) -> None:
     check_against_ids(run)
     passes = (run.directory / "passes.csv").read_text().count("\n") - 1
     assert 0 < passes < int(run.row["steps"])  # rank 0's, of all
-    assert [path.name for path in run.results.iterdir() if path.is_dir()] == [run.row["run_id"]]
+    assert [path.name for path in run.results.glob("[!.]*/") if path.is_dir()] == [run.row["run_id"]]
 
 
 def test_two_hosts_share_one_run(start: Callable[..., Hosts], tmp_path: Path) -> None:
@@ -197,15 +197,14 @@ def test_deepspeed_on_one_host_passes_arguments_as_they_are(tmp_path: Path) -> N
     script = tmp_path / "show.py"
     script.write_text(SHOW)
     line = [str(script) if word == str(MAIN) else word for word in command(2, "cpu", ODD)]
-    done = subprocess.run(line, env=variables(), capture_output=True, text=True, timeout=60)
+    done = python(*line[line.index("-u") + 1 :])
     received = sorted(json.loads(shown) for shown in done.stdout.split("ARGUMENTS")[1:])
     assert received == [["--local_rank=0", *ODD], ["--local_rank=1", *ODD]], done.stderr
 
 
 def test_hydra_hands_overrides_to_our_own_launcher_as_they_are(tmp_path: Path) -> None:
     overrides = [f"dataset.path='{tmp_path / ODD_NAME}'", "+model.architecture.rope={a: [1, 2]}", "results_dir=x\\y"]
-    line = [sys.executable, MAIN, *overrides, "--cfg", "hydra", "-p", "hydra.overrides.task"]
-    done = subprocess.run(line, env=variables(), capture_output=True, text=True, timeout=60)
+    done = python(str(MAIN), *overrides, "--cfg", "hydra", "-p", "hydra.overrides.task")
     assert yaml.safe_load(done.stdout) == overrides, done.stderr
 
 

@@ -27,7 +27,7 @@ from harness.engines.fastgen.config import Kernels
 from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.fastgen.runners.native import checks
 from harness.engines.fastgen.runners.native_runner import NativeRunner
-from harness.engines.fastgen.scheduler import Chunk, RaggedBatch, Sequence
+from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
 from harness.engines.known_model import KnownModel
 from harness.engines.shared.order import Order
 
@@ -71,7 +71,7 @@ def logits_of(runner: NativeRunner, tokens: list[list[int]], seed: int = 0) -> l
     for step in PASSES:
         chunks = []
         for uid, length in step:
-            chunks.append(Chunk(sequences[uid], sequences[uid].computed, length, True))
+            chunks.append((sequences[uid], sequences[uid].computed, length, True))
             sequences[uid].computed += length
         rows = sum(length for _, length in step)
         logits = torch.full((rows, runner.model.vocab), float("nan"))
@@ -235,7 +235,7 @@ def test_a_token_that_the_model_does_not_know_ends_the_run(tmp_path: Path) -> No
     runner.allocate(1)
     stranger = Sequence(0, [5, SIZES["vocab_size"]], 2, 1, blocks=[0])
     with pytest.raises(IndexError, match=r"^token id 300 is outside the model's vocabulary of 300$"):
-        runner.forward(RaggedBatch([Chunk(stranger, 0, 2, True)], 0, 2))
+        runner.forward(RaggedBatch([(stranger, 0, 2, True)], 0, 2))
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

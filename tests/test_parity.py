@@ -12,11 +12,14 @@ from support import answers
 from support.machine import kernels_on_cpu
 from support.runs import SAMPLE, Run
 
+from harness.machine.device import supports_bfloat16_on_cpu
+
 # KV blocks of 16 tokens in fp32 are 16 * 46,080 bytes; the longest request of the sample needs 1,063 slots: 67 blocks.
 TIGHT = 80 * 16 * 46_080
 
 TORCH = ["engine.kernels=torch"]  # where nothing is said: the native kernels, if the machine has AVX-512
-SOME, FEW, ALL = 24, 8, 72  # requests: what differs between engines and ranks shows in the first few, if at all
+# Requests: what differs between engines and ranks shows in the first few, if at all.
+SOME, FEWER, FEW, ALL = 24, 12, 8, 72
 
 
 def slow(*values: Any) -> Any:
@@ -61,11 +64,11 @@ def test_the_sample_in_fp32(
     ("count", "overrides"),
     [
         slow(SOME, ["engine=fastgen"]),
-        slow(SOME, ["engine=fastgen", *TORCH, "engine.token_budget=48", "engine.max_sequences=16"]),
+        slow(FEWER, ["engine=fastgen", *TORCH, "engine.token_budget=48", "engine.max_sequences=16"]),
         slow(
             SOME, ["engine=fastgen", "engine.token_budget=96", "engine.kv_block_size=16", f"engine.kv_memory={TIGHT}"]
         ),
-        slow(SOME, ["engine=ds_inference", "parallel.dp=2"]),
+        slow(FEWER, ["engine=ds_inference", "parallel.dp=2"]),
         slow(FEW, ["engine=baseline", "parallel.dp=2"]),
         # 9 query and 3 key-value heads: AutoTP gives two ranks 2 and 1 of the latter, three ranks one each.
         slow(FEW, ["engine=fastgen", *TORCH, "parallel=tp2", "engine.token_budget=48", "engine.max_sequences=16"]),
@@ -103,11 +106,14 @@ def test_sample_in_bfloat16_differs_from_float32_by_rounding_only(
 ) -> None:
     """Every token chosen in bf16 is, fp32 teacher-forced over the same ids, the best or all but the best.
 
-    Hugging Face's own bf16 ``generate`` measured so on the same prompts: mean gap 0.0007, largest 0.24.
+    Hugging Face's own bf16 ``generate`` measured so on the same prompts: mean gap 0.0007, largest 0.24; where the
+    processor has no bf16 instructions, mean 0.0014 over the first 24 prompts. The bound is twice that.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if not overrides and kernels_on_cpu(demo_model, "bfloat16") == "torch":
+        pytest.skip("auto takes PyTorch's kernels here, which are the other case")
     count = scale(SOME, ALL)
     run = harness("engine=fastgen", "model.dtype=bfloat16", *overrides, f"dataset.num_samples={count}")
     assert run.status == 0, run.stderr
@@ -124,4 +130,4 @@ def test_sample_in_bfloat16_differs_from_float32_by_rounding_only(
     gap = torch.cat(gaps)
     assert len(gap) == int(run.row["output_tokens"]) > scale(600, 3000)
     assert gap.max() < 0.4
-    assert gap.mean() < 0.0014
+    assert gap.mean() < (0.0014 if supports_bfloat16_on_cpu() else 0.0028)

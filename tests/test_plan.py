@@ -17,6 +17,7 @@ from harness.basics.errors import UserError
 from harness.engines.catalogue import register
 from harness.machine import snapshot
 from harness.plan import __main__ as command
+from harness.plan import text
 from harness.ranks.rank import Rank
 from harness.running import job
 
@@ -45,7 +46,7 @@ def plan(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, Any]]:
     ],
 )
 def test_70b_fits_where_it_should(plan: Callable[..., Any], words: tuple[str, ...], status: int, fits: str) -> None:
-    found_status, found = plan(*SEVENTY, *FIXED, *words)
+    found_status, found = plan(*SEVENTY, *FIXED, "engine.max_sequences=64", *words)
     assert (found_status, found["fits"]) == (status, fits)
     memory = found["memory"]
     parts = ("own_bytes", "weights_bytes", "activations_bytes", "kv_cache_bytes", "left_bytes")
@@ -54,6 +55,24 @@ def test_70b_fits_where_it_should(plan: Callable[..., Any], words: tuple[str, ..
     assert ("parallel.tp=4" in better) == (fits != "yes")
     assert fits != "no" or better["weights of 4 bits (--weight-bits 4)"] == "yes"
     assert ("bounds" in found) == (fits != "no")
+
+
+@pytest.mark.parametrize(
+    ("model", "tp", "weights"),  # bytes of a device in 16 bits; what its ranks all hold is counted with each
+    [
+        ("llama3_1_70b", 8, 2 * 70_553_706_496 / 8),
+        ("llama3_2_1b", 1, 2 * 1_235_814_400),
+        ("qwen3_32b", 4, 2 * 32_762_123_264 / 4),
+        ("qwen2_5_7b", 4, 2 * 7_615_616_512 / 4),
+        ("mistral_7b", 2, 2 * 7_248_023_552 / 2),
+        ("phi4", 1, 2 * 14_659_507_200),
+    ],
+)
+def test_the_models_of_the_configs_are_planned(plan: Callable[..., Any], model: str, tp: int, weights: float) -> None:
+    status, found = plan(f"model={model}", "hardware=h100_80g", *FIXED, f"parallel.tp={tp}")
+    assert (status, found["model"]["name"]) == (0, model)
+    embeddings = 2 * 152_064 * 8192  # of the largest, which tensor parallelism may leave whole
+    assert weights <= found["memory"]["weights_bytes"] <= weights + embeddings
 
 
 def test_the_plan_says_what_published_systems_reached(plan: Callable[..., Any]) -> None:
@@ -149,6 +168,27 @@ def test_the_command_imports_nothing_heavy() -> None:
     assert all(len(line) == len(line.rstrip()) for line in done.stdout.splitlines())
 
 
+def test_a_predicted_time_stands_beside_the_fit_s_error(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model=llama2_7b", "hardware=h100_80g", "parallel.tp=1", *FIXED, "--json"]
+    assert command.main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["dataset_time"]["fit_error"] is None and "not fitted to any run" in text.plan(found)
+    found["dataset_time"] |= {"fitted": True, "fit_error": 0.0423}
+    assert "by a fit that was at most 4.2% off the time of a real run" in " ".join(text.plan(found).split())
+    found["dataset_time"]["fit_error"] = None
+    assert "by a fit to real runs, of no known error" in " ".join(text.plan(found).split())
+
+
+def test_a_plan_has_its_price(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model=llama2_7b", "hardware=h100_80g", "parallel.dp=2", *FIXED]
+    assert command.main([*words, "--json"]) == 0
+    free = json.loads(capsys.readouterr().out)
+    assert free["dataset_time"]["expected_cost_per_million_tokens"] is None and "cost" not in text.plan(free)
+    assert command.main([*words, "hardware.price_per_hour=2.5"]) == 0
+    rate = free["dataset_time"]["expected_total_tokens_per_s"]
+    assert f"A million total tokens cost {2.5 * 2 / 3600 / rate * 1e6:,.4g}, by" in capsys.readouterr().out
+
+
 # --- before a real run ---
 
 
@@ -172,8 +212,8 @@ def conf(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             "use larger devices or a smaller model; preflight=false tries it all the same",
         ),
         (["parallel=dp8"], 8, "use parallel.tp=2, or more devices; preflight=false"),
-        (["parallel=tp2", "engine.kv_memory=20GiB"], 2, "64.7 GiB of weights and 20.0 GiB of KV cache"),
-        (["parallel=tp2", "engine.kv_memory=20GiB"], 2, "give engine.kv_memory at most 9.8GiB, or a fraction"),
+        (["parallel=tp2", "engine.kv_memory=20GiB"], 2, "64.5 GiB of weights and 20.0 GiB of KV cache"),
+        (["parallel=tp2", "engine.kv_memory=20GiB"], 2, "give engine.kv_memory at most 10.0GiB, or a fraction"),
         (["parallel=single", "engine.quantization=wf6af16"], 1, None),
         (["parallel=single", "engine=baseline"], 1, None),  # spreads it over devices
         (["parallel=single", "preflight=false"], 1, None),

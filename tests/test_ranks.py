@@ -85,7 +85,7 @@ def test_a_lone_rank_is_started_as_it_is(monkeypatch: pytest.MonkeyPatch) -> Non
     assert rank_of(variables(2, "cpu")) is None and "CUDA_VISIBLE_DEVICES" not in variables(2, "cuda")
 
 
-def devices(line: list[str]) -> dict[str, list[int]]:
+def devices(line: list[str]) -> dict[str, list[int | str]]:
     """Returns the hosts of a command for DeepSpeed's launcher, and the devices of each."""
     (word,) = (word for word in line if word.startswith("--world_info="))
     return json.loads(base64.urlsafe_b64decode(word.removeprefix("--world_info=")))
@@ -122,15 +122,23 @@ def test_the_command_is_the_one_that_deepspeed_s_runner_starts(monkeypatch: pyte
         ("", [0, 1]),
         ("5, 3,1", [5, 3]),
         ("3", [0, 1]),
-        ("GPU-12ab,GPU-34cd", [0, 1]),
+        ("GPU-12ab,GPU-34cd", ["GPU-12ab", "GPU-34cd"]),
+        ("GPU-12ab, 3,7", ["GPU-12ab", 3]),
+        ("MIG-12ab-34,MIG-GPU-56cd/1/0", ["MIG-12ab-34", "MIG-GPU-56cd/1/0"]),
+        ("4,6,-1,5", [4, 6]),
+        ("4,-1,6", [0, 1]),
     ],
 )
-def test_the_gpus_that_the_user_chose(monkeypatch: pytest.MonkeyPatch, visible: str | None, numbers: list[int]) -> None:
+def test_the_gpus_that_the_user_chose(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, numbers: list[int | str]
+) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert devices(command(2, "cuda", [])) == {"localhost": numbers}
     assert devices(command(2, "cpu", [])) == {"localhost": [0, 1]}
+    first = (visible or "").partition(",")[0]
+    assert variables(1, "cuda")["CUDA_VISIBLE_DEVICES"] == (first or "0")
 
 
 def test_more_ranks_than_gpus_are_refused_with_the_way_out() -> None:

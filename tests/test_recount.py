@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.runs import ROOT, SAMPLE, Run
+from support.runs import SAMPLE, Run, python
 
 
 def recounted(*arguments: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "launch/recount.py", *map(str, arguments)]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return python("launch/recount.py", *map(str, arguments))
 
 
 @pytest.mark.slow

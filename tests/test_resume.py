@@ -42,6 +42,7 @@ from support.runs import (
     check_against_ids,
     command,
     deepspeed,
+    python,
     ran,
     ranks_of,
     start,
@@ -150,10 +151,7 @@ def test_a_torn_last_line_is_cut_off_and_its_request_run_again(tmp_path: Path, w
     assert path.read_bytes().startswith(b"".join(lines[:-1]))
     torn = json.loads(lines[-1])["index"]
     assert torn in [line["index"] for line in read_completions(path)[len(lines) - 1 :]]
-    again = subprocess.run(
-        command(f"resume={run_id}", f"results_dir={results}"), cwd=ROOT, env=variables(), capture_output=True, text=True
-    )
-    assert_refused(again, f"error: resume: {run_id} is complete; ")
+    assert_refused(resumed(results, f"resume={run_id}"), f"error: resume: {run_id} is complete; ")
     check(run, whole)
 
 
@@ -295,8 +293,7 @@ def test_a_full_disk_is_one_line_and_the_run_is_gone_on_with_once_there_is_room(
 
 
 def resumed(results: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    line = command(*words, f"results_dir={results}")
-    return subprocess.run(line, cwd=ROOT, env=variables(), capture_output=True, text=True, timeout=300)
+    return python("harness/main.py", *words, f"results_dir={results}")
 
 
 @pytest.fixture(scope="module")
@@ -321,6 +318,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         (["resume={id}", "generation.max_output_len=3"], "generation.max_output_len: 3 here, None in {id}; "),
         (["resume={id}", "engine.name=baseline"], "engine.name: 'baseline' here, 'simulate' in {id}; "),
         (["resume={id}", "repeat=2"], "resume: "),
+        (["resume={id}", "repeat_until=2%"], "resume: "),
         (["-m", "resume={id}", "engine.token_budget=64,128"], "resume: "),
         (["resume={id}", "engine.token_bugdet=64"], "engine.token_bugdet: no such key; "),
         (["resume={id}", "engine=simulate", "dataset=sample"], "dataset.input_len: None here, 16 in {id}; "),

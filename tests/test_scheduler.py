@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from harness.engines.fastgen.scheduler import RaggedBatch, Scheduler, Sequence
 from harness.engines.shared.kv_blocks import KvBlocks
+from harness.models.ends import Ends
 
 EOS = 7
 
@@ -77,7 +78,7 @@ def test_every_request_ends_with_the_tokens_of_running_alone(
 ) -> None:
     blocks = KvBlocks(total_blocks, block_size)
     budget = max_sequences + extra_budget
-    scheduler = Scheduler(budget, max_sequences, blocks, frozenset([EOS]) if stop else frozenset())
+    scheduler = Scheduler(budget, max_sequences, blocks, Ends(frozenset([EOS])) if stop else Ends())
     cache = Cache(blocks)
     prompts = {}
     for uid, (prompt_len, max_new_tokens) in enumerate(jobs):
@@ -97,10 +98,10 @@ def test_every_request_ends_with_the_tokens_of_running_alone(
         batch = scheduler.schedule()
         fed += batch.tokens
         assert 1 <= batch.tokens <= budget
-        assert batch.tokens == sum(chunk.length for chunk in batch.chunks)
-        assert all(chunk.length == 1 for chunk in batch.chunks[: batch.decode_tokens])
+        assert batch.tokens == sum(length for _, _, length, _ in batch.chunks)
+        assert all(length == 1 for _, _, length, _ in batch.chunks[: batch.decode_tokens])
         assert len(scheduler.running) <= max_sequences
-        in_pass = Counter(chunk.sequence.uid for chunk in batch.chunks)
+        in_pass = Counter(sequence.uid for sequence, *_ in batch.chunks)
         assert max(in_pass.values()) == 1
         # Decodes first: each running sequence that has its prompt behind it, and was not preempted, is in the pass.
         for sequence in scheduler.running:
@@ -129,8 +130,8 @@ def test_prompts_are_split_and_composed_to_fill_each_pass() -> None:
     shapes = []
     for _ in range(4):
         batch = scheduler.schedule()
-        shapes.append([(c.sequence.uid, c.start, c.length, c.last) for c in batch.chunks])
-        scheduler.complete(batch, [1] * sum(chunk.last for chunk in batch.chunks))
+        shapes.append([(sequence.uid, *what) for sequence, *what in batch.chunks])
+        scheduler.complete(batch, [1] * batch.rows)
     assert shapes[0] == [(0, 0, 10, False)]
     assert shapes[1] == [(0, 10, 10, False)]
     assert shapes[2] == [(0, 20, 5, True), (1, 0, 3, True), (2, 0, 2, False)]
@@ -146,7 +147,7 @@ def test_preemption_takes_the_youngest_and_keeps_its_tokens() -> None:
     while scheduler.unfinished:
         batch = scheduler.schedule()
         order += [(sequence.uid, list(sequence.tokens)) for sequence in scheduler.preempted]
-        scheduler.complete(batch, [9] * sum(chunk.last for chunk in batch.chunks))
+        scheduler.complete(batch, [9] * batch.rows)
     assert scheduler.preemptions == len(order) >= 1
     assert {uid for uid, _ in order} == {1}
     assert order[0][1][:2] == [4, 9]
@@ -167,6 +168,66 @@ def test_a_wrong_number_of_tokens_is_noticed() -> None:
     batch = scheduler.schedule()
     with pytest.raises(ValueError):
         scheduler.complete(batch, [1, 2])
+
+
+def test_the_next_pass_is_scheduled_before_ids_have_come() -> None:
+    blocks = KvBlocks(8, 2)
+    scheduler = Scheduler(8, 2, blocks, Ends(frozenset([EOS])))
+    one, two, three = (Sequence(uid, [1, 2, 3], 3, most) for uid, most in enumerate((9, 2, 9)))
+    for sequence in (one, two, three):
+        scheduler.submit(sequence)
+    first = scheduler.schedule()
+    assert [(sequence.uid, sequence.slot) for sequence in first.grown] == [(0, 0), (1, 1)]
+    scheduler.launched(first)
+    assert (one.tokens, two.tokens) == ([1, 2, 3, -1], [1, 2, 3, -2])
+    second = scheduler.schedule()
+    assert [chunk[1:] for chunk in second.chunks] == [(3, 1, True), (3, 1, True)]
+    assert second.grown == []
+    scheduler.launched(second)
+    assert (two.slot, two.blocks, scheduler.running) == (-1, [], [one])  # its last token is on its way
+    assert scheduler.collect(first, [4, 5]) == []
+    third = scheduler.schedule()
+    assert [(sequence.uid, sequence.slot) for sequence in third.grown] == [(0, 0), (2, 1)]
+    scheduler.launched(third)
+    assert scheduler.collect(second, [EOS, 6]) == [one, two]
+    assert (one.output_ids, one.finish_reason, one.blocks) == ([4, EOS], "eos", [])
+    assert (two.output_ids, two.finish_reason) == ([5, 6], "length")
+    assert scheduler.collect(third, [8, 9]) == []
+    assert (scheduler.dropped_tokens, one.output_ids) == (1, [4, EOS])
+    assert (scheduler.running, blocks.used) == ([three], len(three.blocks))
+
+
+def test_a_sequence_preempted_before_its_end_was_known_does_not_come_back() -> None:
+    blocks = KvBlocks(4, 2)
+    scheduler = Scheduler(8, 2, blocks, Ends(frozenset([EOS])))
+    old, young = Sequence(0, [1, 2, 3], 3, 5), Sequence(1, [1, 2], 2, 5)
+    scheduler.submit(old)
+    scheduler.submit(young)
+    for _ in range(2):
+        batch = scheduler.schedule()
+        scheduler.launched(batch)
+        if len(young.tokens) == 3:
+            scheduler.collect(batch, [4, 4])
+    ahead = scheduler.schedule()
+    assert scheduler.preempted == list(scheduler.waiting) == [young]
+    assert (scheduler.preemptions, scheduler.recomputed_tokens) == (1, 3)
+    scheduler.launched(ahead)
+    assert scheduler.collect(batch, [5, EOS]) == [young]
+    assert (young.output_ids, young.finish_reason) == ([4, EOS], "eos")
+    assert (list(scheduler.waiting), scheduler.running) == ([], [old])
+    assert (scheduler.preemptions, scheduler.recomputed_tokens, scheduler.dropped_tokens) == (0, 0, 0)
+
+
+def test_slots_are_given_lowest_first_and_come_back() -> None:
+    scheduler = Scheduler(64, 4, KvBlocks(100, 4))
+    for uid in range(6):
+        scheduler.submit(Sequence(uid, [1] * 5, 5, 2 if uid in (1, 2) else 9))
+    slots = []
+    for _ in range(3):
+        batch = scheduler.schedule()
+        slots.append({sequence.uid: sequence.slot for sequence, *_ in batch.chunks})
+        scheduler.complete(batch, [1] * batch.rows)
+    assert slots == [{0: 0, 1: 1, 2: 2, 3: 3}] * 2 + [{0: 0, 3: 3, 4: 1, 5: 2}]
 
 
 def test_max_sequences_above_the_token_budget_is_refused() -> None:

@@ -31,6 +31,7 @@ from harness.engines.fastgen.config import Kernels
 from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.scoring import Forced, Score, Scored, force, grouped
 from harness.models import loading
+from harness.models.ends import Ends
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -142,7 +143,7 @@ def test_an_end_of_sequence_in_a_target_ends_nothing() -> None:
     for name in ("fastgen", "ds_inference"):
         engine = engine_of(name)
         if isinstance(engine, DsInferenceEngine):
-            engine.batches.stop_ids = frozenset([2])
+            engine.batches.ends = Ends(frozenset([2]))
         wanted = [Scored(0, [5, 6, 7], [2, 8, 2, 9])]
         model = loading.load_model(engine.settings.source, dtype=torch.float32)
         assert differences(model, wanted, scored(engine, wanted)).max() < 1e-5

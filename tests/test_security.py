@@ -26,12 +26,12 @@ from harness.config.schema import ModelConfig, Weights
 from harness.engines.base import EngineSettings
 from harness.engines.fastgen.config import Kernels
 from harness.engines.fastgen.runners import choice
-from harness.engines.fastgen.runners.deepspeed_weights import skeleton
 from harness.engines.known_model import KnownModel
 from harness.engines.mii.settings import _beyond_mii, end_of_sequence, local_checkpoint
 from harness.models.directory import weight_files
 from harness.models.loading import load_model
 from harness.models.locate import locate
+from harness.models.tensors import skeleton
 from harness.models.tokenizer import load_tokenizer
 
 Harness = Callable[..., Run]

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from support import made_runs
 from support.in_process import answered, begin_anew
-from support.runs import ROOT, TINY, Run, assert_refused, command, variables
+from support.runs import ROOT, TINY, Run, assert_refused, command, python, ran, variables
 
 from harness.basics.errors import UserError
 from harness.compare.comparison import compare
@@ -165,9 +165,7 @@ def test_its_passes_are_those_of_a_real_run(harness: Harness, tmp_path: Path) ->
 def seventy(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A model of 70B on eight devices, two replicas, its outputs drawn."""
     results = tmp_path_factory.mktemp("seventy")
-    words = [*H100, "parallel.tp=4", "parallel.dp=2", "engine.eos_rate=0.01", f"results_dir={results}"]
-    done = subprocess.run(command(*words), cwd=ROOT, env=variables(), capture_output=True, text=True, timeout=120)
-    return Run(done.returncode, done.stdout, done.stderr, results)
+    return ran(results, *H100, "parallel.tp=4", "parallel.dp=2", "engine.eos_rate=0.01")
 
 
 def test_a_run_says_that_it_was_simulated_and_by_which_figures(seventy: Run) -> None:
@@ -183,6 +181,18 @@ def test_a_run_says_that_it_was_simulated_and_by_which_figures(seventy: Run) -> 
     assert 0 < float(row["model_flops_utilisation"]) < 1
     assert int(row["peak_memory_bytes"]) < 80e9
     assert max(line["finished_s"] for line in lines) <= float(row["elapsed_s"]) * (1 + 1e-6)
+
+
+def test_each_replica_is_told_of_as_in_a_real_run(seventy: Run) -> None:
+    replicas, row = seventy.record["replicas"], seventy.row
+    assert [one["rank"] for one in replicas] == [0, 4]
+    assert replicas[0]["passes"] == len(passes_of(seventy))
+    assert sum(one["passes"] for one in replicas) == int(row["steps"])
+    lines = seventy.completions.values()
+    fed = sum(line["prompt_tokens"] + line["output_tokens"] - 1 for line in lines if line["output_tokens"])
+    assert sum(one["tokens"] for one in replicas) == fed and min(one["tokens"] for one in replicas) > 0
+    assert max(one["elapsed_s"] for one in replicas) == seventy.record["elapsed_s"]
+    assert all(0 < one["forward_s"] < one["elapsed_s"] for one in replicas)
 
 
 def test_it_is_recounted_and_what_was_changed_is_found(seventy: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,10 +278,9 @@ def test_a_killed_simulation_has_a_row_and_is_resumed_on_its_own_clock(harness: 
 
 def test_a_sweep_over_both_engines_keeps_them_apart(tmp_path: Path) -> None:
     words = [*TINY, *RANDOM, *FIGURES, "dataset.num_samples=8", "dataset.input_len=16", "dataset.output_len=8"]
-    line = command("-m", *words, "engine=fastgen,simulate", "engine.kernels=torch", f"results_dir={tmp_path}")
-    done = subprocess.run(line, cwd=ROOT, env=variables(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert Counter(row["simulated"] for row in read_rows(tmp_path / "runs.csv")) == {"": 1, "data sheet": 1}
+    done = ran(tmp_path, "-m", *words, "engine=fastgen,simulate", "engine.kernels=torch")
+    assert done.status == 0, done.stderr
+    assert Counter(row["simulated"] for row in done.rows) == {"": 1, "data sheet": 1}
     table = [
         words for words in map(str.split, done.stdout.splitlines()) if "100%" in words
     ]  # each the best of its kind
@@ -324,8 +333,7 @@ def test_compare_shows_the_prediction_beside_the_measurement(tmp_path: Path) -> 
 
 
 def printed(results: Path, *options: str) -> str:
-    words = [sys.executable, "-m", "harness.compare", str(results), *options]
-    done = subprocess.run(words, cwd=ROOT, env=variables(PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+    done = python("-m", "harness.compare", str(results), *options)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shlex
 import signal
 import statistics
 import subprocess
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import yaml
 from rich.console import Console
 from support.in_process import answered
-from support.runs import PACED, RANDOM, ROOT, SIMULATED, TINY, Run, assert_refused, command, deepspeed, variables
+from support.runs import (
+    PACED,
+    RANDOM,
+    ROOT,
+    SIMULATED,
+    TINY,
+    Run,
+    assert_refused,
+    command,
+    deepspeed,
+    variables,
+)
 
 from harness.results.table import read_rows
 from harness.running.sweep import finished_runs
-from harness.running.sweep_table import Follower, SweepJob, SweepRun, choices, run_line, spread
-from harness.running.tune import _without_search, parallel_splits
+from harness.running.sweep_table import Follower, SweepJob, SweepRun, choices, like_the_best, run_line, spread, table_of
 
 Harness = Callable[..., Run]
 SMALL = [*TINY, *RANDOM, "dataset.num_samples=3", "dataset.input_len=70", "dataset.output_len=3"]
@@ -63,7 +73,7 @@ def test_a_sweep_survives_two_crashes_and_a_hang_and_then_runs_only_those(
         "engine=odd",
         f"hydra.searchpath=[file://{ODD / 'conf'}]",
         "hardware=h100_80g",
-        "timeout_s=10",
+        "timeout_s=6",
         f"dataset.seed={','.join(map(str, seeds))}",
     ]
     first = harness("-m", *job, **odd_engine)
@@ -79,7 +89,7 @@ def test_a_sweep_survives_two_crashes_and_a_hang_and_then_runs_only_those(
     assert list(statuses) == seeds
     assert [seed for seed, status in statuses.items() if status != "ok"] == broken
     errors = {seed_of(row): row["error"] for row in first.rows}
-    ends = {3: ("failed", "SIGABRT"), 6: ("failed", "SIGKILL"), 9: ("timeout", "timeout_s=10")}
+    ends = {3: ("failed", "SIGABRT"), 6: ("failed", "SIGKILL"), 9: ("timeout", "timeout_s=6")}
     for seed in broken:
         status, words = ends[seed]
         assert statuses[seed] == status and words in errors[seed]
@@ -113,6 +123,36 @@ def test_a_job_that_cannot_run_is_a_row_and_the_others_are_repeated(harness: Har
     records = [json.loads((run.results / row["run_id"] / "record.json").read_text()) for row in repeated]
     rates = [record["total_tokens_per_s"] for record in records]  # the row's are rounded
     assert f"{statistics.median(rates):,.1f}  {min(rates):,.1f} to {max(rates):,.1f} (" in run.stdout
+
+
+def test_repeated_jobs_run_in_rounds_of_which_every_other_goes_backwards(harness: Harness) -> None:
+    run = harness("-m", *SMALL, *SIMULATED, "dataset.seed=1,2", "repeat=2")
+    assert run.status == 0, run.stdout + run.stderr
+    records = [json.loads((run.results / row["run_id"] / "record.json").read_text()) for row in run.rows]
+    assert [record["config"]["dataset"]["seed"] for record in records] == [1, 2, 2, 1]
+    assert [record["round"]["number"] for record in records] == [1, 1, 2, 2]
+    assert len({record["round"]["series"] for record in records}) == 1
+    assert len({record["config_hash"] for record in records}) == 2
+    heads = [line for line in run.stdout.splitlines() if line.startswith("[")]
+    assert heads == ["[1/2] dataset.seed=1", "[2/2] dataset.seed=2", "[1/2] dataset.seed=1, run 2"]
+
+
+def test_a_simulated_job_is_repeated_only_as_often_as_is_missing(harness: Harness) -> None:
+    job = [*SMALL, *SIMULATED, "sweep.resume=true"]
+    assert harness("repeat=2", *job).status == 0
+    again = harness("repeat=3", *job)
+    assert again.status == 0, again.stdout + again.stderr
+    assert again.stdout.count("(ran before)") == 2 and again.stdout.count("(simulated)") == 3
+    assert [(row["status"], row["simulated"]) for row in again.rows] == [("ok", "data sheet")] * 3
+    assert len({row["total_tokens_per_s"] for row in again.rows}) == 1  # nothing in it is random
+
+
+@pytest.mark.slow
+def test_a_run_is_repeated_until_its_median_is_known(harness: Harness) -> None:
+    run = harness(*SMALL, *SIMULATED, "repeat_until=2%")
+    assert run.status == 0, run.stdout + run.stderr
+    assert len(run.rows) == 3  # nothing in a simulated one is random, and of fewer there is no interval
+    assert "99% interval" in run.stdout and "(0.0%)" in run.stdout
 
 
 @pytest.mark.slow
@@ -163,7 +203,9 @@ def test_ctrl_c_ends_the_current_job_and_leaves_the_sweep_resumable(tmp_path: Pa
     assert process.returncode == 130
     assert stderr == "error: interrupted\n"
     assert [row["status"] for row in read_rows(tmp_path / "results" / "runs.csv")] == ["ok", "interrupted"]
-    assert "1 of 3 jobs ok\ninterrupted; the same command with sweep.resume=true does the rest" in stdout
+    told, last = stdout.splitlines()[-2:]
+    assert told == "interrupted; this does the rest:"
+    assert shlex.split(last) == ["python", *arguments[1:], "sweep.resume=true"]
     assert alive_with(str(tmp_path)) == []
 
 
@@ -184,6 +226,10 @@ def test_ctrl_c_ends_the_current_job_and_leaves_the_sweep_resumable(tmp_path: Pa
         (["-m", "experiment=tune", "sweep.save_as=../x"], "error: sweep.save_as: '../x'; give a name of letters, "),
         (["-m", "experiment=tune", "sweep.save_as=quickstart"], "error: sweep.save_as: quickstart is an experiment "),
         (["-m", "experiment=tune", "sweep.confirm=-1"], "error: sweep.confirm: -1; give a whole number "),
+        (["-m", "experiment=tune", "sweep.confirm_rounds=0"], "error: sweep.confirm_rounds: 0; give a whole number "),
+        (["-m", "experiment=tune", "sweep.least_s=-1"], "error: sweep.least_s: -1.0; give seconds from 0 "),
+        (["-m", "repeat_until=fast"], "error: repeat_until: 'fast'; give a share such as 2% or 0.02, or null"),
+        (["-m", "repeat_until=2"], "error: repeat_until: '2'; give a share such as 2% or 0.02, or null"),
         (["experiment=tune"], "error: experiment: a search has several jobs; add -m: "),
     ],
 )
@@ -198,56 +244,7 @@ def test_a_sweep_whose_results_cannot_be_written_is_one_line(tmp_path: Path) -> 
     assert_refused(done, f"error: results_dir: '{tmp_path / 'file' / 'results'}' cannot be written: Not a directory; ")
 
 
-@pytest.mark.slow
-def test_tune_confirms_the_best_beside_the_defaults_and_writes_it_down(harness: Harness) -> None:
-    name = f"tuned_test_{uuid.uuid4().hex[:8]}"
-    path = ROOT / "conf" / "experiment" / f"{name}.yaml"
-    search = [
-        *("-m", "experiment=tune", *SMALL, *SIMULATED, f"sweep.save_as={name}"),
-        *("engine.token_budget=choice(32,64)", "engine.max_sequences=64", "parallel.dp=1", "parallel.tp=1"),
-        *("hydra.sweeper.n_trials=4", "sweep.confirm=1", "sweep.confirm_samples=6"),
-    ]
-    try:
-        run = harness(*search)
-        assert run.status == 0, run.stderr  # a bad trial is no failure of the search
-        searched = [row for row in run.rows if row["requests"] in ("", "3")]
-        confirmed = [row for row in run.rows if row["requests"] == "6"]
-        # Of four trials each value ran once: a repeated one is known already, or refused again.
-        assert sum(row["status"] == "ok" for row in searched) == 1
-        assert {row["status"] for row in searched} == {"ok", "invalid"}
-        assert [(row["status"], row["token_budget"]) for row in confirmed] == [("ok", "64"), ("ok", "512")]
-        records = [json.loads((run.results / row["run_id"] / "record.json").read_text()) for row in confirmed]
-        rates = {record["token_budget"]: record["total_tokens_per_s"] for record in records}
-        best = max(rates, key=lambda budget: rates[budget])
-        found: dict[str, Any] = yaml.safe_load(path.read_text())
-        assert found == {"engine": {"token_budget": best}}
-        assert path.read_text().startswith("# @package _global_\n")
-        ratio = rates[best] / rates[512]
-        assert f"total tokens/s on 6 requests, {ratio:.2f} times the defaults" in run.stdout
-        shown = subprocess.run(
-            command(f"experiment={name}", "--cfg", "job"), cwd=ROOT, env=variables(), capture_output=True, text=True
-        )
-        assert yaml.safe_load(shown.stdout)["engine"]["token_budget"] == best
-    finally:
-        path.unlink(missing_ok=True)
-
-
 # --- without a launch ---
-
-
-@pytest.mark.parametrize(
-    ("devices", "cuda", "kv_heads", "pairs"),
-    [
-        (8, True, 8, [(1, 8), (2, 4), (4, 2), (8, 1)]),
-        (8, True, 2, [(1, 8), (2, 4)]),
-        (6, True, None, [(1, 6), (2, 3), (4, 1)]),
-        (3, False, 3, [(1, 1), (1, 2), (1, 3)]),
-        (1, False, None, [(1, 1)]),
-        (0, True, None, [(1, 1)]),
-    ],
-)
-def test_parallel_splits(devices: int, cuda: bool, kv_heads: int | None, pairs: list[tuple[int, int]]) -> None:
-    assert parallel_splits(devices, cuda, kv_heads) == pairs
 
 
 def test_a_job_is_worth_nothing_when_one_of_its_runs_failed() -> None:
@@ -255,18 +252,54 @@ def test_a_job_is_worth_nothing_when_one_of_its_runs_failed() -> None:
     job = SweepJob(1, ["a=1"], ["a=1"], good)
     assert (job.ok, job.rate) == (True, 11.0)
     assert spread(job.rates) == "10.0 to 30.0 (181.8%)"
+    assert job.interval is not None and job.interval.low < 11.0 < 30.0 < job.interval.high
     job.runs.append(SweepRun("x", "oom", "no memory", None, None, 1))
     assert (job.ok, job.rate, job.rates) == (False, 0.0, [10.0, 30.0, 11.0])
     assert SweepJob(2, [], []).rate == 0.0
 
 
-def test_the_winner_s_command_keeps_what_the_search_was_about() -> None:
-    words = ["engine.token_budget=64", "experiment=[asc24_70b_8gpu,tune]", "model.path=/m", "dataset.num_samples=9"]
-    words += ["sweep.confirm=1", "hydra.verbose=true", "timeout_s=5", "+model.architecture.x=1"]
-    kept = ["experiment=[asc24_70b_8gpu]", "model.path=/m", "+model.architecture.x=1"]
-    assert _without_search(words, {"engine.token_budget": 64}, makes_requests=False) == kept
-    assert "dataset.num_samples=9" in _without_search(words, {}, makes_requests=True)
-    assert _without_search(["experiment=tune"], {}, makes_requests=False) == []
+@pytest.mark.parametrize(
+    ("rates", "status", "finished"),
+    [
+        ([10.0, 10.0], "ok", False),  # too few for an interval
+        ([10.0, 10.01, 10.0], "ok", True),
+        ([10.0, 11.0, 10.5], "ok", False),
+        ([10.0, 11.0, 10.5, 9.0], "ok", True),  # as often as it may
+        ([10.0], "oom", True),
+        ([], "ok", False),
+    ],
+)
+def test_a_job_is_repeated_until_its_median_is_known(rates: list[float], status: str, finished: bool) -> None:
+    runs = [SweepRun(f"r{rate}", status, None, rate, 1.0, 0) for rate in rates]
+    assert SweepJob(1, [], [], runs, times=4, until=0.02).finished is finished
+
+
+@pytest.mark.parametrize(
+    ("runs", "elapsed_s", "status", "simulated", "finished"),
+    [
+        (1, 0.5, "ok", False, False),
+        (6, 0.5, "ok", False, True),
+        (9, 0.1, "ok", False, True),  # enough is enough
+        (1, 0.5, "oom", False, True),
+        (1, 0.5, "ok", True, True),
+    ],
+)
+def test_a_short_job_is_repeated(runs: int, elapsed_s: float, status: str, simulated: bool, finished: bool) -> None:
+    one = SweepRun("r", status, None, 10.0, elapsed_s, 0, simulated=simulated)
+    assert SweepJob(1, [], [], [one] * runs, least_s=3.0).finished is finished
+
+
+def test_a_rate_that_is_not_shown_to_be_another_one_is_marked() -> None:
+    def job(number: int, rates: list[float]) -> SweepJob:
+        runs = [SweepRun(f"r{rate}", "ok", None, rate, 1.0, 0, round=("s", at)) for at, rate in enumerate(rates)]
+        return SweepJob(number, [], [], runs)
+
+    best, near, far = job(1, [10.0, 11.0, 12.0]), job(2, [10.1, 10.8, 11.9]), job(3, [8.0, 8.81, 9.6])
+    assert [like_the_best(one, [best, near, far]) for one in (best, near, far)] == [False, True, False]
+    screen = Console(file=io.StringIO(), width=200)
+    screen.print(table_of([best, near, far]))
+    assert isinstance(screen.file, io.StringIO)
+    assert re.findall(r" (\d+%(?: ~)?)  ", screen.file.getvalue()) == ["100%", "98% ~", "80%"]
 
 
 @pytest.mark.parametrize(

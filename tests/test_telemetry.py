@@ -382,6 +382,7 @@ def host(energy: float | None, gpus: int = 0) -> dict[str, Any]:
         "gpus": [{"energy_j": energy, "energy_source": "nvml counter"}] * gpus,
         "gpus_expected": gpus,
         "sampler_cpu_share": 0.001 * (gpus + 1),
+        "others_cpu": {"share": 0.01 * gpus},
     }
 
 
@@ -389,6 +390,8 @@ def test_hosts_add_up_and_one_unknown_makes_the_whole_unknown() -> None:
     assert across_hosts([host(5.0), host(7.5)], "cpu")["energy_j"] == 12.5
     assert across_hosts([host(5.0, 4), host(7.5, 2)], "cuda")["energy_j"] == 35.0
     assert across_hosts([host(5.0, 4), host(7.5, 2)], "cuda")["sampler_cpu_share"] == 0.005
+    assert across_hosts([host(5.0, 4), host(7.5, 2)], "cuda")["others_cpu_share"] == 0.04
+    assert across_hosts([host(5.0, 4), None], "cuda")["others_cpu_share"] is None
     for hosts in ([host(5.0), host(None)], [host(5.0), None], [], [host(0.0)]):
         assert across_hosts(hosts, "cpu")["energy_j"] is across_hosts(hosts, "cpu")["energy_source"] is None
     missing = host(5.0, 2) | {"gpus_expected": 3}
@@ -402,7 +405,7 @@ def test_hosts_add_up_and_one_unknown_makes_the_whole_unknown() -> None:
 @pytest.mark.slow
 def test_a_run_records_what_the_machine_did(harness: Callable[..., Run]) -> None:
     job = ["dataset.num_samples=200", "dataset.input_len=30", "dataset.output_len=20", "parallel.dp=2"]
-    run = harness(*TINY, *RANDOM, *job)
+    run = harness(*TINY, *RANDOM, *job, cold=True)  # forks would have memory in common
     assert run.status == 0, run.stderr
     record, rows = run.record, table(run.directory / "telemetry.csv")
     measured = record["telemetry"]
@@ -456,6 +459,7 @@ def test_passes_of_an_older_version_are_read_and_keep_their_columns(tmp_path: Pa
 def test_the_summary_shows_energy_where_it_is_known(energy: float | None, line: str) -> None:
     row = dict.fromkeys(COLUMNS) | {"total_tokens": 5000, "prompt_tokens": 1, "output_tokens": 1, "elapsed_s": 1.0}
     row |= {"total_tokens_per_s": 5000.0, "output_tokens_per_s": 1.0, "requests_per_s": 1.0, "energy_j": energy}
+    row |= {"tokens_per_joule": energy and 5000 / energy}
     screen = Console(file=io.StringIO(), width=200)
     show(screen, row, {"telemetry": {"energy_source": "rapl"}, "directory": "d", "results_dir": "r"})
     said = screen.file.getvalue()  # type: ignore[attr-defined]

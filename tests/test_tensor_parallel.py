@@ -91,12 +91,14 @@ replicas.leave()
 
 
 def test_two_ranks_share_a_model_and_their_tokens_are_right(tmp_path: Path) -> None:
-    work = ["dataset.num_samples=4", "dataset.input_len=24", "dataset.output_len=6"]
-    run = ran(tmp_path, "engine=fastgen", "engine.kernels=torch", *TINY, *RANDOM, *work, "parallel=tp2", "verify=4")
+    work = ["dataset.num_samples=4", "dataset.input_len=24", "dataset.output_len=6", "engine.kernels=torch"]
+    run = ran(tmp_path, "engine=fastgen", *TINY, *RANDOM, *work, "parallel=tp2", "verify=4", cold=True)
     assert run.status == 0, run.stderr
     row = run.row
     assert (row["status"], row["tp"], row["dp"], row["completed"]) == ("ok", "2", "1", "4")
     assert (row["parity_checked"], float(row["parity_exact_share"])) == ("4", 1.0)
+    sizes = [run.record["config"]["engine"][key] for key in ("token_budget", "max_sequences", "kv_memory")]
+    assert sizes == [512, 64, 0.3]  # what auto was settled to before the ranks were started
 
 
 @pytest.mark.slow

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.models import save_model, save_small_demo
-from support.runs import ROOT, Run, assert_refused, ran, variables
+from support.runs import ROOT, Run, assert_refused, python, ran
 
 from harness.basics.errors import UserError
 from harness.basics.files import yaml_bytes
@@ -122,12 +120,12 @@ def test_the_model_agrees_with_an_honest_run(honest: Run, shown: Callable[..., S
 
 
 def test_as_a_user_types_it(copies: Path) -> None:
-    line = [sys.executable, "-m", "harness.verify", "other", "--against", "fastgen", "--results", str(copies)]
-    done = subprocess.run(line, cwd=ROOT, env=variables(), capture_output=True, text=True, timeout=120)
+    line = ["-m", "harness.verify", "other", "--against", "fastgen", "--results", str(copies)]
+    done = python(*line)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"right: {REQUESTS} of {REQUESTS} requests exact\n")
     edit(copies, lambda lines: lines.pop())
-    done = subprocess.run(line, cwd=ROOT, env=variables(), capture_output=True, text=True, timeout=120)
+    done = python(*line)
     assert (done.returncode, done.stderr) == (1, "")
     assert done.stdout.startswith("wrong: ")
 
@@ -500,6 +498,5 @@ def test_bounds() -> None:
 
 
 def test_the_command_line_refuses_a_sample_that_is_no_number() -> None:
-    line = [sys.executable, "-m", "harness.verify", "x", "--samples", "many"]
-    done = subprocess.run(line, cwd=ROOT, env=variables(), capture_output=True, text=True, timeout=60)
+    done = python("-m", "harness.verify", "x", "--samples", "many")
     assert_refused(done, "error: command line: argument --samples: 'many' is not a whole number of at least 1")

@@ -11,10 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.forgeries import FORGERIES, SLOWER, Forgery, Lines, Record, faster, forge, longer_prompts, lower_cap, table
+from support.forgeries import (
+    FORGERIES,
+    SLOWER,
+    Forgery,
+    Lines,
+    Record,
+    faster,
+    feed,
+    forge,
+    longer_prompts,
+    lower_cap,
+    table,
+)
 from support.models import save_small_demo
 from support.runs import TINY, Run, ran
 
+from harness.basics.files import yaml_bytes
 from harness.config.identity import config_hash
 from harness.models.loaded import NAMES, problems, unchecked
 from harness.results import segments
@@ -32,8 +45,10 @@ Verified = Callable[..., tuple[int, dict[str, Any], str]]
 
 
 @pytest.fixture(scope="module")
-def honest(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = ran(tmp_path_factory.mktemp("forgeries") / "results", *WORK)
+def honest(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Run:
+    """Returns a run of a small model that has the demo model's tokenizer and name."""
+    place = tmp_path_factory.mktemp("forgeries")
+    run = ran(place / "results", *WORK, f"model.path={save_small_demo(place / 'smollm2_135m', demo_model)}")
     assert run.status == 0, run.stderr
     assert [line["finish_reason"] == "rejected" for _, line in sorted(run.completions.items())].index(True) == REJECTED
     return run
@@ -248,7 +263,7 @@ def test_a_request_that_finished_before_its_passes(copy: Path, verified: Verifie
 
     def all_of_them(directory: Path, record: Record, lines: Lines) -> None:
         for line in lines:
-            line["finished_s"] *= 0.99 if line["token_ids"] else 0.5
+            line["finished_s"] /= 2  # far enough, however late the machine was between the last pass and its request
 
     shutil.copytree(copy.parent, copy.parent.with_name("two"))
     forge(copy, one)
@@ -256,6 +271,26 @@ def test_a_request_that_finished_before_its_passes(copy: Path, verified: Verifie
     two = copy.parent.with_name("two") / copy.name
     forge(two, all_of_them)
     assert any(text.startswith("the last request finished at ") for text in findings(verified(two)[1]))
+
+
+def test_tokens_that_were_fed_after_an_unseen_end_are_counted(copy: Path, verified: Verified) -> None:
+    forge(copy, lambda directory, record, lines: feed(directory, record, 2))
+    assert any(text.startswith("the passes of passes.csv have ") for text in findings(verified(copy)[1]))
+    edit(copy / "record.json", lambda record: record["engine_statistics"].update(dropped_tokens=2))
+    assert findings(verified(copy)[1]) == []
+
+
+@pytest.mark.parametrize(("finished_s", "dropped", "found"), [(2.5, 0, 1), (2.5, 3, 0), (1.5, 3, 1), (3.5, 0, 0)])
+def test_the_last_pass_may_end_after_the_last_request_where_it_was_for_nothing(
+    finished_s: float, dropped: int, found: int
+) -> None:
+    passes = clock.Passes()
+    for ends in (1.0, 2.0, 3.0):
+        passes.step.append(ends)
+        passes.started.append(ends - 1)
+        passes.seconds.append(1.0)
+        passes.ends.append(ends)
+    assert len(list(clock._last(passes, [{"finished_s": finished_s}], dropped > 0))) == found
 
 
 def test_samples_after_the_clock_and_too_many_of_them(copy: Path) -> None:
@@ -305,9 +340,10 @@ def test_a_model_renamed_everywhere(copy: Path, verified: Verified) -> None:
 
 @pytest.mark.slow
 def test_another_checkpoint_of_the_same_name(
-    copy: Path, verified: Verified, tmp_path: Path, demo_model: Path, capsys: pytest.CaptureFixture[str]
+    copy: Path, verified: Verified, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    copied = shutil.copytree(demo_model, tmp_path / "copy")
+    config = json.loads((copy / "record.json").read_text())["config"]
+    copied = shutil.copytree(config["model"]["path"], tmp_path / "copy")
     assert verified(copy, "--model", str(copied), "--samples", "1")[0] == 0
     weights = copied / "model.safetensors"
     data = bytearray(weights.read_bytes())
@@ -377,6 +413,12 @@ def padded(record: dict[str, Any]) -> dict[str, Any]:
 def test_prompts_that_cannot_be_tokenized_are_told(
     copy: Path, verified: Verified, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    def of_the_demo_model(directory: Path, record: Record, lines: Lines) -> None:
+        record["config"]["model"]["path"] = None
+        record["config_hash"] = config_hash(record["config"])
+        (directory / "config.yaml").write_bytes(yaml_bytes(record["config"]))
+
+    forge(copy, of_the_demo_model)
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "empty"))
     status, found, _ = verified(copy)
     assert status == 0, findings(found)

@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
 from support import families, families_check
 from support.families_check import BFLOAT16, COLUMNS, DS_INFERENCE, FASTGEN, NATIVE, PARALLEL, Column
 
@@ -135,6 +137,11 @@ def listed(document: str) -> list[str]:
     """Returns the families that a document of :func:`markdown` names, without their variants."""
     _, _, lists = document.partition("| family |")
     return sorted(name for name in re.findall(r"`([^`]+)`", lists) if "/" not in name)
+
+
+def version(document: str) -> Version:
+    """Returns the version of transformers that a document of :func:`markdown` is about."""
+    return Version(re.findall(r"for transformers (\S+):", document)[0])
 
 
 def _cell(outcome: str) -> str:

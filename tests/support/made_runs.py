@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from harness.compare.comparison import compare as compared
 from harness.compare.reading import load
 from harness.results.recorder import RunRecorder
 from harness.workload.records import Completion
+from support.runs import python
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FACTS = {
@@ -59,7 +58,8 @@ def run(
         facts["token_budget"] = changes["engine.token_budget"]
     if "model.dtype" in changes:
         facts["dtype"] = changes["model.dtype"]
-    recorder = RunRecorder.create(results, name, config, ["harness/main.py"])
+    asked = [f"{key}={value}" for key, value in changes.items() if "." in key or key in config]
+    recorder = RunRecorder.create(results, name, config, ["harness/main.py", *asked])
     if status == "ok":
         recorder.add(Completion(0, 60, 40, "length", [1], "x", 0.5, 1.5))
         recorder.add(Completion(1, 70, 30, "length", [1], "x", 0.5, 2.5))
@@ -79,9 +79,7 @@ def comparison(*tables: Path, **options: Any) -> Comparison:
 
 def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Runs the command as a user would."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    line = [sys.executable, "-m", "harness.compare", *arguments]
-    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    return python("-m", "harness.compare", *arguments, cwd=cwd, PYTHONPATH=str(ROOT))
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

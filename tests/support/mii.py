@@ -22,6 +22,7 @@ from harness.engines.shared import ragged_kernels
 from harness.engines.shared.kv_blocks import KvBlocks
 from harness.engines.shared.order import Order
 from harness.models import loading
+from harness.models.ends import Ends
 from harness.models.source import Source
 from harness.models.tokenizer import ByteTokenizer
 from harness.ranks.rank import free_port
@@ -113,6 +114,7 @@ class CpuEngine(InferenceEngineV2):
         self._state_manager = Sequences(blocks, block_size)
         self._model = BlockArithmetic(block_size)
         self.logits_of = logits_of
+        self.atoms = config.state_manager.max_ragged_sequence_count  # DeepSpeed makes their buffer as long as this
         self.passes: list[list[int]] = []  # tokens of each sequence, pass by pass
 
     def put(self, batch_uids: Any, batch_tokens: Any, do_checks: bool = True) -> torch.Tensor:
@@ -120,6 +122,7 @@ class CpuEngine(InferenceEngineV2):
         manager = self._config.state_manager
         assert sum(lengths) <= manager.max_ragged_batch_size
         assert len(lengths) <= manager.max_ragged_sequence_count
+        assert sum(-(-length // ragged_kernels.SMALLEST_ATOM) for length in lengths) <= self.atoms
         self.passes.append(lengths)
         return torch.stack(
             [
@@ -178,13 +181,14 @@ def pipeline_of(
 ) -> Any:
     from mii.config import ModelConfig
 
-    from harness.engines.mii.pipeline import TokenIds
+    from harness.engines.mii.pipeline import RequestPipeline, TokenIds
 
     tokens = TokenIds(VOCABULARY)
     memory = {"mode": "allocate", "size": blocks}
     config = ModelConfig(**model_settings(settings, "/models/llama", tokens, memory, port or free_port(), free_port()))
     engine = CpuEngine(config.inference_engine_config, blocks, block_size, logits_of)
-    return kind(inference_engine=engine, tokenizer=tokens, model_config=config)
+    ours = {"max_sequences": settings.engine.max_sequences} if issubclass(kind, RequestPipeline) else {}
+    return kind(inference_engine=engine, tokenizer=tokens, model_config=config, **ours)
 
 
 def engine_on_cpu(
@@ -196,7 +200,7 @@ def engine_on_cpu(
 
     engine = MiiEngine(settings)
     engine.tokenizer = ByteTokenizer()
-    engine.stops = frozenset()
+    engine.ends = Ends()
     engine.pipeline = pipeline_of(settings, RequestPipeline, logits_of, blocks, block_size)
     return engine
 

@@ -19,15 +19,43 @@ def save_model(directory: Path, model_type: str, dtype: Any, sharp: float = 1.0,
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     for name, weight in model.named_parameters():
-        if weight.ndim == 1:
-            torch.nn.init.normal_(weight, mean=0.0 if name.endswith("bias") else 1.0, std=0.2)
-        elif name == "model.embed_tokens.weight":
-            torch.nn.init.normal_(weight, std=0.7)
-        else:
-            torch.nn.init.normal_(weight, std=1.2 * weight.shape[1] ** -0.5)
-            if "q_proj" in name or "k_proj" in name:
-                weight.data *= sharp
+        draw(name, weight, sharp)
     model.to(dtype).save_pretrained(directory)
+    return directory
+
+
+def draw(name: str, weight: Any, sharp: float = 1.0) -> None:
+    """Fills a weight with random numbers, from torch's own generator on the weight's device."""
+    from torch.nn import init
+
+    if weight.ndim == 1:
+        init.normal_(weight, mean=0.0 if name.endswith("bias") else 1.0, std=0.2)
+    elif name == "model.embed_tokens.weight":
+        init.normal_(weight, std=0.7)
+    else:
+        init.normal_(weight, std=1.2 * weight.shape[1] ** -0.5)
+        if "q_proj" in name or "k_proj" in name:
+            weight.data *= sharp
+
+
+def save_wide(directory: Path, dtype: Any, device: str, **sizes: Any) -> Path:
+    """Writes such a LLaMA model of any width: drawn on a device, weight by weight, and never there as a whole."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("llama", architectures=["LlamaForCausalLM"], dtype=dtype, **sizes)
+    with torch.device("meta"):
+        expected = AutoModelForCausalLM.from_config(config).state_dict()
+    torch.manual_seed(0)
+    weights = {}
+    for name, tensor in expected.items():
+        weight = torch.empty(tensor.shape, device=device)
+        draw(name, weight)
+        weights[name] = weight.to(dtype).cpu()
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(directory)
     return directory
 
 

@@ -180,7 +180,13 @@ def written(results: Path, name: str, passes: list[Any], done: list[Any], record
     catalogue.register()
     budget, sequences = record.get("token_budget", 256), record.get("max_sequences", 64)
     overrides = [f"engine.token_budget={budget}", f"engine.max_sequences={sequences}", "model.dtype=float32"]
-    overrides += ["parallel.tp=1", f"parallel.dp={record.get('dp', 1)}", "dataset=asc24", "dataset.path=gone.json"]
+    overrides += [
+        "engine.kv_memory=0.3",
+        "parallel.tp=1",
+        f"parallel.dp={record.get('dp', 1)}",
+        "dataset=asc24",
+        "dataset.path=gone.json",
+    ]
     config = OmegaConf.to_container(compose(overrides), resolve=True, enum_to_str=True)
     whole = {
         **{"run_id": name, "status": "ok", "engine": "fastgen", "kernels": "native", "model": "small"},

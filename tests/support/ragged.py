@@ -70,12 +70,15 @@ def loaded(chosen: EngineSettings, blocks: int = 64) -> DeepSpeedRunner:
 
 
 def chunk(uid: int, tokens: int, start: int, length: int) -> Chunk:
-    sequence = Sequence(uid, [3 + (uid + place) % 300 for place in range(tokens)], tokens, 8)
-    return Chunk(sequence, start, length, start + length == tokens)
+    """Returns a chunk of a sequence whose slot and blocks, of 128 tokens, follow from its uid."""
+    blocks = list(range(4 * uid, 4 * uid + -(-tokens // 128)))
+    sequence = Sequence(uid, [3 + (uid + place) % 300 for place in range(tokens)], tokens, 8, blocks=blocks, slot=uid)
+    return sequence, start, length, start + length == tokens
 
 
 def batch(*chunks: Chunk) -> RaggedBatch:
-    return RaggedBatch(list(chunks), 0, sum(one.length for one in chunks))
+    sequences = [sequence for sequence, *_ in chunks]
+    return RaggedBatch(list(chunks), 0, sum(length for _, _, length, _ in chunks), sequences)
 
 
 def requests(

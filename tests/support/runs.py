@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +80,32 @@ def ran(
     """Runs the harness from the repository's root to its end.
 
     Args:
-        cold: begin Python anew, as a user does. Without it a lone rank that needs PyTorch is a fork of a process that
-            has it; what starts further processes, and what has an environment of its own in ``more``, is not.
+        launcher: ``deepspeed`` with its flags, for a run under it.
+        cold: begin Python anew, and each rank, as a user does. Without it they are forks of a process that has imported
+            PyTorch and the rest, unless ``more`` has variables that are read at import.
+        more: further environment variables.
     """
-    words = [*overrides, f"results_dir={results}"]
-    cold = cold or any(word in ("-m", "engine=simulate") or word.startswith(("parallel", "repeat")) for word in words)
-    if launcher == (sys.executable,) and not (cold or more):
-        done = warm.run(["harness/main.py", *words], ROOT, variables(), 900)
-    else:
-        line = command(*words, launcher=launcher)
-        done = subprocess.run(line, cwd=ROOT, env=variables(**more), capture_output=True, text=True, timeout=900)
+    line = command(*overrides, f"results_dir={results}", launcher=launcher)
+    if line[0] == sys.executable:
+        line = line[1:]
+    done = python(*line, cold=cold, timeout=900, **more)
     return Run(done.returncode, done.stdout, done.stderr, results)
+
+
+def python(
+    *words: str, cwd: Path = ROOT, cold: bool = False, timeout: float = 300, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs ``python`` with ``words``, or the program that they name, to its end.
+
+    Args:
+        cold, more: as in :func:`ran`.
+        timeout: seconds.
+    """
+    environment = variables(**more)
+    if not cold and warm.suits(environment) and words[0].endswith(("-m", ".py", "/deepspeed")):
+        return warm.run(list(words), cwd, environment, timeout)
+    line = list(words) if shutil.which(words[0]) else [sys.executable, *words]
+    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def deepspeed(ranks: int, *flags: str) -> tuple[str, ...]:
@@ -99,21 +116,38 @@ def deepspeed(ranks: int, *flags: str) -> tuple[str, ...]:
 
 
 def launched(directory: Path, script: str, ranks: int, *arguments: str, **environment: str) -> Any:
-    """Runs a script under DeepSpeed's launcher for one host; returns the JSON that rank 0 wrote to the last word."""
+    """Runs a script under DeepSpeed's launcher for one host; returns the JSON that rank 0 wrote to the last word.
+
+    Its ranks are forks, as in :func:`ran`.
+    """
     from harness.running import launcher
 
     (directory / "rank.py").write_text(script)
     place = directory / "outcome.json"
-    done = subprocess.run(
-        launcher.command(ranks, "cpu", [*arguments, str(place)], directory / "rank.py"),
-        cwd=ROOT,
-        env=variables(**environment),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    line = launcher.command(ranks, "cpu", [*arguments, str(place)], directory / "rank.py")
+    done = python(*line[line.index("-u") + 1 :], **environment)
     assert place.exists(), done.stderr
     return json.loads(place.read_text())
+
+
+def together(directory: Path, script: str, ranks: int, *arguments: str) -> list[Any]:
+    """Runs a script in ``ranks`` processes at once, forks as in :func:`ran`; returns the JSON that each of them wrote.
+
+    Its arguments are the rank, a port for all of them, the file to write, and ``arguments``. It may import tests.
+    """
+    from harness.ranks.rank import free_port
+
+    (directory / "rank.py").write_text(script)
+    port, places = str(free_port()), [directory / f"{rank}.json" for rank in range(ranks)]
+
+    def one(rank: int) -> subprocess.CompletedProcess[str]:
+        words = (str(directory / "rank.py"), str(rank), port, str(places[rank]), *arguments)
+        return python(*words, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", OMP_NUM_THREADS="1")
+
+    with ThreadPoolExecutor(ranks) as pool:
+        done = list(pool.map(one, range(ranks)))
+    assert [rank.returncode for rank in done] == [0] * ranks, [rank.stderr for rank in done]
+    return [json.loads(place.read_text()) for place in places]
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], line: str) -> None:

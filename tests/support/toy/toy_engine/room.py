@@ -16,6 +16,8 @@ class ToyConfig(EngineConfig):
 
     name: str = "toy"
     reply: int = 5
+    work_s: float = 0.0
+    added: float = 0.0
 
 
 class ToyRoom(Room):
