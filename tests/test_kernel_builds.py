@@ -96,6 +96,14 @@ def test_what_cannot_be_built_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     assert not list(tmp_path.glob("*/lock"))
 
 
+@pytest.mark.parametrize(
+    ("listed", "plain"),
+    [("9.0a", "9.0"), ("8.0;9.0a+PTX", "8.0;9.0+PTX"), ("8.6 10.0f", "8.6 10.0"), ("8.0", "8.0"), ("", "")],
+)
+def test_architectures_are_given_as_deepspeed_reads_them(listed: str, plain: str) -> None:
+    assert deepspeed_ops.plain_architectures(listed) == plain
+
+
 @pytest.mark.skipif(device.accelerator() == "cuda", reason="there it builds them")
 def test_the_command_refuses_in_one_line_where_there_is_no_gpu() -> None:
     command = [sys.executable, "launch/build_kernels.py"]

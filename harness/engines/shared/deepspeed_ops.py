@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,21 @@ def load(names: Sequence[str], aloud: bool = True) -> None:
     able = [capability for capability in compute_capabilities() if float(capability) >= OLDEST]
     if able:
         os.environ.setdefault(ARCHITECTURES, ";".join(able))
+    if ARCHITECTURES in os.environ:
+        os.environ[ARCHITECTURES] = plain_architectures(os.environ[ARCHITECTURES])
     for name in names:
         try:
             _load(name, _say if aloud else _nothing)
         except Exception as error:  # torch, DeepSpeed, the compiler and the dynamic linker have their own
             raise OpsError(f"{name}: {_reason(error)}") from error
+
+
+def plain_architectures(listed: str) -> str:
+    """Returns architectures as DeepSpeed can read them: of ``9.0a``, which GPU images set, it knows 9.0 alone.
+
+    Its ``op_builder/builder.py`` takes both parts as whole numbers. None of its kernels uses what the letter adds.
+    """
+    return re.sub(r"(?<=\d)[af](?=\+|;|\s|$)", "", listed)
 
 
 def _load(name: str, say: Callable[[str], None]) -> None:
