@@ -1,6 +1,7 @@
 """Fills a folder with what a GPU machine without a network lacks: wheels, and the demo model cut into parts.
 
-    bash launch/collect_wheels.sh --python 3.12 --torch 2.11+cu130 --out DIR [--part-size 60M] [--present FILE]
+    bash launch/collect_wheels.sh --python 3.12 --torch 2.11+cu130 --out DIR
+        [--part-size 60M | --no-model] [--present FILE]
 
 Left in DIR: wheels/, model/, SHA256SUMS of all of it and of the model's joined weights, and join.sh, which joins them.
 What is lacking there is what setup.cfg and launch/constraints-mii.txt ask for and --present does not list, as pip
@@ -48,6 +49,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="the folder to fill")
     parser.add_argument("--part-size", default="60M", metavar="60M", help="of the model's parts, at most")
     parser.add_argument("--present", default=PRESENT, metavar="FILE", type=Path, help="what it has: pip list's lines")
+    parser.add_argument("--no-model", action="store_true", help="without the demo model, where every megabyte counts")
     options = parser.parse_args(arguments)
     try:
         size = part_size(options.part_size)
@@ -55,9 +57,10 @@ def main(arguments: list[str]) -> int:
         python = interpreter(options.python)
         directory = prepared(options.out)
         built = collect_wheels(directory / "wheels", python, options.python, present)
-        collect_model(demo.ensure(), directory / "model", size)
+        if not options.no_model:
+            collect_model(demo.ensure(), directory / "model", size)
         shutil.copy(LAUNCH / JOIN, directory / JOIN)
-        write_sums(directory, demo.ensure() / WEIGHTS)
+        write_sums(directory, None if options.no_model else demo.ensure() / WEIGHTS)
         print("\n".join(table(directory, built, present)))
     except UserError as error:
         return report(error)
@@ -151,10 +154,11 @@ def collect_model(source: Path, directory: Path, size: int) -> None:
     raise UserError("--part-size", f"{size} bytes make more than 9999 parts", "give a larger one")
 
 
-def write_sums(directory: Path, weights: Path) -> None:
-    """Writes SHA256SUMS: every file of the folder, and the weights as they are when joined."""
+def write_sums(directory: Path, weights: Path | None) -> None:
+    """Writes SHA256SUMS: every file of the folder, and the weights, if there are any, as they are when joined."""
     files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
-    files[f"model/{WEIGHTS}"] = weights
+    if weights is not None:
+        files[f"model/{WEIGHTS}"] = weights
     lines = []
     for name in sorted(files):
         with files[name].open("rb") as file:
