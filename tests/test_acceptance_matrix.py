@@ -265,7 +265,7 @@ def test_a_scaled_figure_says_that_it_is_simulated(
 
 
 def test_what_there_is_no_time_for_is_left_over(tmp_path: Path, monkeypatch: Any) -> None:
-    stage = Stage("matrix", tmp_path, limit_s=140.0)
+    stage = Stage("matrix", tmp_path, limit_s=105.0)
     course = Course(stage, Models(stage, tmp_path), requests.Requests(tmp_path / "none.json", ""))
     monkeypatch.setattr(requests.Requests, "available", 1000)
     first = cases()[0]
