@@ -38,7 +38,6 @@ from harness.running import setup
 TIMED = 5  # passes of a kind without the profiler
 STEPS = 64  # tokens that a sequence may still get: more than there are passes
 TOP = 15  # lines of a table
-TOKEN = 5  # what prompts are made of; no kernel's time depends on it
 MICROSECONDS = 1e6
 
 
@@ -95,8 +94,9 @@ class Passes:
         self._made = 0
 
     def submit(self, prompt: int, outputs: int = STEPS) -> None:
-        """Queues a prompt of so many tokens."""
-        self.scheduler.submit(Request(self._made, [TOKEN] * prompt, prompt, outputs))
+        """Queues a prompt of so many tokens, of many kinds: of one alone a GPU takes less power, and less time."""
+        ids = [3 + (31 * self._made + 7 * place) % 250 for place in range(prompt)]
+        self.scheduler.submit(Request(self._made, ids, prompt, outputs))
         self._made += 1
 
     def step(self) -> RaggedBatch:
