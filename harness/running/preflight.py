@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from harness.running.job import Job
 
 LOADED_BYTES = 430 * 2**20  # resident memory of a rank on a CPU whose model has no size (measured: 430 MiB)
+HELD = 0.8  # of what the longest sequences hold at their ends
 FORCE = "preflight=false tries it all the same"
 
 
@@ -61,6 +62,17 @@ def activations(job: Job, shape: ModelShape, tp: int) -> int:
     longest = max((length.prompt for length in _lengths(job).items), default=1)
     rows = min(engine.rows, len(job.workload.requests))
     return costs.activation_bytes(shape, engine.pass_tokens or longest, max(1, rows), tp)
+
+
+def held_tokens(job: Job) -> int | None:
+    """Returns about how many tokens the KV cache of a replica holds at most; None without requests.
+
+    The longest of as many requests as run at a time would all have to be at their ends at once: by then others are
+    younger. Measured with ``engine.order=longest_first``, 64 to 200 sequences: 82 to 91% of their sum.
+    """
+    rows = share(job).rows * job.dp
+    held = _lengths(job).held[-rows:]
+    return int(HELD * sum(held) / job.dp) if held else None
 
 
 def _lengths(job: Job) -> lengths.Lengths:

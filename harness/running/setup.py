@@ -12,7 +12,7 @@ from harness.ranks.rank import Rank, bind_cores
 from harness.ranks.rendezvous import Rendezvous
 from harness.running import target
 from harness.running.job import Job
-from harness.running.preflight import memory_needs
+from harness.running.preflight import held_tokens, memory_needs
 
 if TYPE_CHECKING:
     from harness.engines.base import Described, EngineSettings
@@ -67,6 +67,7 @@ def engine_settings(job: Job, rank: Rank, replicas: Replicas | None) -> EngineSe
         dtype=job.dtype,
         device=torch_device,
         max_context=job.max_context,
+        held_tokens=held_tokens(job),
         lookahead=lookahead(job.dp),
         tensor=replicas.tensor if replicas is not None else None,
         host_ranks=rank.local_world,

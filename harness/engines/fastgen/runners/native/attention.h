@@ -149,6 +149,19 @@ void attend(const Task& task, const Chunk& chunk, const Shape& shape, const Cach
     }
 }
 
+// Asks for the lines that remember() is going to write for a token: they are scattered, and rarely in a cache.
+template <class E>
+inline void fetch_place(const Shape& shape, int block, int offset, const Cache& cache) {
+    const int dim = shape.head_dim;
+    for (int head = 0; head < shape.kv_heads; ++head) {
+        const std::size_t where = cache.at(block, head);
+        const Word* key = cache.keys + where + offset;
+        const Word* value = cache.values + where + static_cast<std::size_t>(offset / E::STEP) * dim;
+        for (int w = 0; w < dim / E::STEP; ++w, key += shape.block_size) __builtin_prefetch(key, 1);
+        for (int w = 0; w < dim; w += LANES) __builtin_prefetch(value + w, 1);
+    }
+}
+
 // Stores one token's keys and values [kv_heads * head_dim], float32, into its place in the cache.
 template <class E>
 void remember(const float* key, const float* value, const Shape& shape, int block, int offset, const Cache& cache) {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_float, c_int32, c_void_p
+from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 PANEL = 32  # columns of weights that are laid out together
@@ -68,6 +68,8 @@ def load(path: Path) -> ctypes.CDLL:
     library.harness_pack.restype = None
     library.harness_new.argtypes = [c_int32]
     library.harness_new.restype = c_void_p
+    library.harness_touch.argtypes = [POINTER(Model), c_int64, c_int32]
+    library.harness_touch.restype = None
     library.harness_delete.argtypes = [c_void_p]
     library.harness_delete.restype = None
     library.harness_forward.argtypes = [c_void_p, POINTER(Model), POINTER(Pass), c_int32]

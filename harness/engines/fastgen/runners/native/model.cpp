@@ -105,6 +105,14 @@ public:
     virtual void run(const HarnessModel& model, const HarnessPass& pass, int threads) = 0;
 };
 
+// Rows of the residual stream: all of a pass, or the sampled ones alone, which are then numbered anew.
+struct Rows {
+    Tiling tiling;
+    const std::int32_t* chosen;  // null: all
+
+    int at(int row) const { return chosen ? chosen[row] : row; }
+};
+
 template <class E>
 class ForwardOf final : public Forward {
     using Raw = typename E::Raw;
@@ -117,8 +125,8 @@ public:
         query_width_ = model.heads * model.head_dim;
         key_width_ = model.kv_heads * model.head_dim;
         qkv_width_ = panels_of(query_width_ + 2 * key_width_) * PANEL;
-        tiling_ = Tiling(pass.tokens);
-        sampled_ = Tiling(pass.rows);
+        all_ = {Tiling(pass.tokens), nullptr};
+        sampled_ = {Tiling(pass.rows), pass.sampled};
         read_chunks();
         const auto hold = [&](auto& buffer, std::size_t width) { buffer.hold(pass.tokens * width); };
         hold(residual_, model.hidden);
@@ -138,8 +146,10 @@ public:
             team_ = omp_get_num_threads();
             embed();
             for (int l = 0; l < model.layer_count; ++l) {
-                attention(model.layers[l]);
-                mlp(model.layers[l]);
+                // Nobody reads what the last layer gives for rows that are not sampled; only their keys and values.
+                const bool few = few_ && l + 1 == model.layer_count;
+                attention(model.layers[l], few);
+                mlp(model.layers[l], few ? sampled_ : all_);
             }
             score_vocabulary();
         }
@@ -161,6 +171,21 @@ private:
             }
         }
         plan(chunks_, shape_, tasks_);
+        read_sampled();
+    }
+
+    // Where fewer rows are sampled than there are tokens, each becomes a chunk of its own for the last layer.
+    void read_sampled() {
+        number_.assign(pass_->tokens, -1);
+        sampled_chunks_.clear();
+        for (int r = 0; r < pass_->rows; ++r) {
+            const int row = pass_->sampled[r];
+            number_[row] = r;
+            sampled_chunks_.push_back({r, position_[row], 1, chunks_[owner_[row]].blocks});
+        }
+        const auto named = std::count_if(number_.begin(), number_.end(), [](int number) { return number >= 0; });
+        few_ = named == pass_->rows && pass_->rows < pass_->tokens;  // each once
+        if (few_) plan(sampled_chunks_, shape_, sampled_tasks_);
     }
 
     Cache cache(const HarnessLayer& layer) const {
@@ -168,6 +193,8 @@ private:
                 shape_.kv_heads};
     }
 
+    int block_of(int row) const { return chunks_[owner_[row]].blocks[position_[row] / shape_.block_size]; }
+    int offset_of(int row) const { return position_[row] % shape_.block_size; }
     float* residual(int row) { return residual_.get() + static_cast<std::size_t>(row) * model_->hidden; }
     Weights weights(const Word* packed, int columns, int depth) const {
         return {packed, panels_of(columns), depth / E::STEP};
@@ -184,10 +211,10 @@ private:
     }
 
     // What a product's done() does to add it to the residual stream.
-    auto add(const float* bias) {
-        return [this, bias](const float* sums, int start, int height, int panel) {
+    auto add(const float* bias, const Rows& rows) {
+        return [this, bias, &rows](const float* sums, int start, int height, int panel) {
             for (int r = 0; r < height; ++r) {
-                float* to = residual(start + r) + panel * PANEL;
+                float* to = residual(rows.at(start + r)) + panel * PANEL;
                 for (int v = 0; v < PANEL && panel * PANEL + v < model_->hidden; v += LANES) {
                     __m512 sum = _mm512_load_ps(sums + r * PANEL + v);
                     if (bias) sum = _mm512_add_ps(sum, _mm512_loadu_ps(bias + panel * PANEL + v));
@@ -197,10 +224,11 @@ private:
         };
     }
 
-    void attention(const HarnessLayer& layer) {
+    // With `few`, only the sampled rows get an attention; all rows' keys and values are kept.
+    void attention(const HarnessLayer& layer, bool few) {
         const int hidden = model_->hidden, dim = model_->head_dim;
-        normalise(layer.attention_norm, pass_->tokens, tiling_, [](int row) { return row; });
-        multiply<E>(weights(layer.qkv, qkv_width_, hidden), normed_.get(), tiling_, team_,
+        normalise(layer.attention_norm, all_);
+        multiply<E>(weights(layer.qkv, qkv_width_, hidden), normed_.get(), all_.tiling, team_,
                     [&](const float* sums, int start, int height, int panel) {
                         for (int r = 0; r < height; ++r) {
                             float* to = qkv_.get() + static_cast<std::size_t>(start + r) * qkv_width_ + panel * PANEL;
@@ -215,31 +243,37 @@ private:
         const Cache held = cache(layer);
 #pragma omp for
         for (int row = 0; row < pass_->tokens; ++row) {
-            const int position = position_[row];
+            const int position = position_[row], number = few ? number_[row] : row;
+            if (row + 1 < pass_->tokens) fetch_place<E>(shape_, block_of(row + 1), offset_of(row + 1), held);
             float* from = qkv_.get() + static_cast<std::size_t>(row) * qkv_width_;
             const float* cosine = model_->cosines + static_cast<std::size_t>(position) * (dim / 2);
             const float* sine = model_->sines + static_cast<std::size_t>(position) * (dim / 2);
-            for (int head = 0; head < model_->heads + model_->kv_heads; ++head)
+            for (int head = number < 0 ? model_->heads : 0; head < model_->heads + model_->kv_heads; ++head)
                 rotate(from + head * dim, head < model_->heads ? layer.query_norm : layer.key_norm, cosine, sine, dim,
                        model_->epsilon);
-            Raw* to = query_.get() + static_cast<std::size_t>(row) * query_width_;
-            for (int i = 0; i < query_width_; i += LANES) E::store(to + i, _mm512_loadu_ps(from + i));
-            remember<E>(from + query_width_, from + query_width_ + key_width_, shape_,
-                        chunks_[owner_[row]].blocks[position / shape_.block_size], position % shape_.block_size, held);
+            if (number >= 0) {
+                Raw* to = query_.get() + static_cast<std::size_t>(number) * query_width_;
+                for (int i = 0; i < query_width_; i += LANES) E::store(to + i, _mm512_loadu_ps(from + i));
+            }
+            const float* key = from + query_width_;
+            remember<E>(key, key + key_width_, shape_, block_of(row), offset_of(row), held);
         }
-        const int tasks = static_cast<int>(tasks_.size());
+        const Rows& rows = few ? sampled_ : all_;
+        const std::vector<Chunk>& chunks = few ? sampled_chunks_ : chunks_;
+        const std::vector<Task>& tasks = few ? sampled_tasks_ : tasks_;
+        const int count = static_cast<int>(tasks.size());
 #pragma omp for schedule(dynamic, 1)
-        for (int t = 0; t < tasks; ++t)
-            attend<E>(tasks_[t], chunks_[tasks_[t].chunk], shape_, held, query_.get(), attended_.get(), tiling_);
-        multiply<E>(weights(layer.output, hidden, query_width_), attended_.get(), tiling_, team_,
-                    add(layer.output_bias));
+        for (int t = 0; t < count; ++t)
+            attend<E>(tasks[t], chunks[tasks[t].chunk], shape_, held, query_.get(), attended_.get(), rows.tiling);
+        multiply<E>(weights(layer.output, hidden, query_width_), attended_.get(), rows.tiling, team_,
+                    add(layer.output_bias, rows));
     }
 
-    void mlp(const HarnessLayer& layer) {
+    void mlp(const HarnessLayer& layer, const Rows& rows) {
         const int hidden = model_->hidden, intermediate = model_->intermediate;
-        normalise(layer.mlp_norm, pass_->tokens, tiling_, [](int row) { return row; });
+        normalise(layer.mlp_norm, rows);
         // A panel is 16 columns of the gate, then the same 16 of the other projection.
-        multiply<E>(weights(layer.gate_up, 2 * intermediate, hidden), normed_.get(), tiling_, team_,
+        multiply<E>(weights(layer.gate_up, 2 * intermediate, hidden), normed_.get(), rows.tiling, team_,
                     [&](const float* sums, int start, int height, int panel) {
                         Word* tile = middle_.get() + static_cast<std::size_t>(start) * (intermediate / E::STEP);
                         for (int r = 0; r < height; ++r) {
@@ -250,17 +284,17 @@ private:
                             put16<E>({tile + r, height}, panel * LANES, _mm512_mul_ps(silu, up));
                         }
                     });
-        multiply<E>(weights(layer.down, hidden, intermediate), middle_.get(), tiling_, team_, add(nullptr));
+        multiply<E>(weights(layer.down, hidden, intermediate), middle_.get(), rows.tiling, team_, add(nullptr, rows));
     }
 
     void score_vocabulary() {
         const int vocab = model_->vocab, rows = pass_->rows;
-        normalise(model_->norm, rows, sampled_, [this](int row) { return pass_->sampled[row]; });
+        normalise(model_->norm, sampled_);
         // Each thread keeps, for each row and lane, the highest logit that it met and whose it is.
         float* best = best_.data() + static_cast<std::size_t>(omp_get_thread_num()) * rows * LANES;
         std::int32_t* best_id = best_id_.data() + static_cast<std::size_t>(omp_get_thread_num()) * rows * LANES;
         const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        multiply<E>(weights(model_->head, vocab, model_->hidden), normed_.get(), sampled_, team_,
+        multiply<E>(weights(model_->head, vocab, model_->hidden), normed_.get(), sampled_.tiling, team_,
                     [&](const float* sums, int start, int height, int panel) {
                         for (int r = 0; r < height; ++r) {
                             const std::size_t row = start + r;
@@ -301,13 +335,12 @@ private:
     }
 
     // RMSNorm of rows of the residual stream, into tiles.
-    template <class RowOf>
-    void normalise(const float* weight, int rows, const Tiling& tiling, RowOf&& row_of) {
+    void normalise(const float* weight, const Rows& rows) {
         const int hidden = model_->hidden;
 #pragma omp for
-        for (int r = 0; r < rows; ++r) {
-            const float* row = residual(row_of(r));
-            const RowWords to = row_words(normed_.get(), tiling, r, hidden / E::STEP);
+        for (int r = 0; r < rows.tiling.rows; ++r) {
+            const float* row = residual(rows.at(r));
+            const RowWords to = row_words(normed_.get(), rows.tiling, r, hidden / E::STEP);
             __m512 squares = _mm512_setzero_ps();
             for (int i = 0; i < hidden; i += LANES) {
                 const __m512 x = _mm512_loadu_ps(row + i);
@@ -342,11 +375,13 @@ private:
     const HarnessModel* model_ = nullptr;
     const HarnessPass* pass_ = nullptr;
     Shape shape_{};
-    Tiling tiling_, sampled_;
+    Rows all_{Tiling(), nullptr}, sampled_{Tiling(), nullptr};
+    bool few_ = false;  // whether fewer rows are sampled than there are tokens
     int query_width_ = 0, key_width_ = 0, qkv_width_ = 0, team_ = 1;
-    std::vector<Chunk> chunks_;
-    std::vector<Task> tasks_;
+    std::vector<Chunk> chunks_, sampled_chunks_;
+    std::vector<Task> tasks_, sampled_tasks_;
     std::vector<int> owner_, position_;  // of each row: its chunk, and its place in the sequence
+    std::vector<int> number_;            // of each row: which of the sampled ones it is, or -1
     Buffer<float> residual_, qkv_;
     Buffer<Raw> query_;
     Buffer<Word> normed_, attended_, middle_;
@@ -381,6 +416,15 @@ void* harness_new(std::int32_t bfloat16) {
 #else
     return nullptr;
 #endif
+}
+
+// Writes to the first `words` of each layer's keys and values, so that the memory is there before the clock starts.
+void harness_touch(const HarnessModel* model, std::int64_t words, std::int32_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int piece = 0; piece < 2 * model->layer_count; ++piece) {
+        const HarnessLayer& layer = model->layers[piece / 2];
+        std::memset(piece % 2 ? layer.values : layer.keys, 0, static_cast<std::size_t>(words) * sizeof(Word));
+    }
 }
 
 void harness_delete(void* forward) { delete static_cast<harness::Forward*>(forward); }
