@@ -46,6 +46,7 @@ ODD = [
     "new\nline",
 ]
 SMALL = [*RANDOM, "dataset.num_samples=40", "dataset.input_len=30", "dataset.output_len=12", "engine.max_sequences=4"]
+FEW = ["engine.max_sequences=4", "engine.token_budget=16"]  # at a time, so that neither replica takes all of a few requests
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ def start(tmp_path: Path) -> Callable[..., Hosts]:
 def odd_dataset(directory: Path) -> str:
     """Writes a dataset whose name needs all quoting there is, and returns the override that names it."""
     path = directory / ODD_NAME
-    path.write_text(json.dumps([["ab" * n, 2 * n + 1, 6] for n in range(1, 21)]))
+    path.write_text(json.dumps([["ab" * n, 2 * n + 1, 60] for n in range(1, 21)]))
     return f"dataset.path='{path}'"
 
 
@@ -108,7 +109,7 @@ def check_shared(run: Run, requests: int) -> None:
 
 def test_two_hosts_share_one_run(start: Callable[..., Hosts], tmp_path: Path) -> None:
     override = odd_dataset(tmp_path)
-    first, second = start(*TINY, "dataset=asc24", override, "engine.max_sequences=4").end()
+    first, second = start(*TINY, "dataset=asc24", override, *FEW).end()
     assert second.status == 0, second.stderr
     check_shared(first, 20)
     assert first.record["split"]["asked"] == {"tp": None, "dp": None}  # all ranks of all hosts were split
@@ -263,7 +264,7 @@ def test_multi_node_py_takes_arguments_and_variables_through_pdsh(tmp_path: Path
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
     flags = ["--hostfile", hostfile, "--no_ssh_check", "--master_addr", "127.0.0.1", "--log_level", "critical"]
-    job = [*TINY, "parallel.dp=2", "dataset=asc24", odd_dataset(tmp_path), "engine.max_sequences=4"]
+    job = [*TINY, "parallel.dp=2", "dataset=asc24", odd_dataset(tmp_path), *FEW]
     done = subprocess.run(
         [sys.executable, ROOT / "launch" / "multi_node.py", *flags, "--", *job, f"results_dir={tmp_path / 'results'}"],
         cwd=ROOT,
@@ -308,7 +309,7 @@ def test_the_slurm_file_starts_one_run_on_two_nodes(tmp_path: Path) -> None:
     subprocess.run(["bash", "-n", ROOT / "launch" / "slurm.sbatch"], check=True)
     copy = tmp_path / "slurm_script"  # Slurm runs a copy, in a directory of its own
     shutil.copy(ROOT / "launch" / "slurm.sbatch", copy)
-    job = [*TINY, "parallel.dp=2", "dataset=asc24", odd_dataset(tmp_path), "engine.max_sequences=4"]
+    job = [*TINY, "parallel.dp=2", "dataset=asc24", odd_dataset(tmp_path), *FEW]
     done = subprocess.run(
         ["bash", copy, *job, f"results_dir={tmp_path / 'results'}"],
         cwd=tmp_path,
