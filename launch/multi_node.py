@@ -30,6 +30,7 @@ VARIABLES = (
     "GLOO_",
     "GOMP_",
     "HARNESS_CACHE",
+    "HARNESS_CPU_ISA",
     "HF_HOME",
     "HF_HUB_OFFLINE",
     "HYDRA_FULL_ERROR",

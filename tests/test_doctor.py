@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from support.checkpoints import save
-from support.machine import kernels_on_cpu
+from support.machine import EVERY_FLAG, kernels_on_cpu
 from support.runs import ROOT, variables
 
 from harness.basics.errors import UserError
@@ -30,7 +30,6 @@ from harness.doctor.findings import CONFIG, VERDICT, Findings, Outcome
 from harness.doctor.heavy import Heavy
 from harness.doctor.kernels import Machine
 from harness.engines import catalogue
-from harness.engines.fastgen.runners.native import build
 from harness.engines.fastgen.runners.native import checks as native_checks
 from harness.models import demo
 from harness.ranks.rank import Rank
@@ -400,9 +399,7 @@ def test_a_launch_on_several_hosts_has_its_slots(demo_model: Path) -> None:
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, demo_model: Path) -> None:
-    flags = {*native_checks.INSTRUCTIONS, native_checks.BFLOAT16}
-    for module in (native_checks, build):
-        monkeypatch.setattr(module, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(native_checks, "cpu_flags", lambda: EVERY_FLAG)
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path))
     words = [f"model.path={demo_model}", "model.dtype=bfloat16"]
     said = [line for line in lines(examined(*words), Outcome.ok) if "computes it" in line]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 from support import families, families_table
-from support.machine import needs_native_bfloat16
+from support.machine import needs_native
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -16,7 +16,7 @@ FEW = ("llama", "mistral", "qwen2", "gemma2/short", "phi3/longrope", "bloom", "s
 
 
 @pytest.mark.slow
-@needs_native_bfloat16
+@needs_native
 @pytest.mark.endurance
 def test_every_family_is_computed_rightly_or_refused(scale: Callable[[int, int], int], tmp_path: Path) -> None:
     """In one process and on two ranks, in float32 and bfloat16; see the table with ``-s``."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from support.engines import generate, hugging_face, ids, requests, settings
-from support.machine import needs_native
+from support.machine import EVERY_FLAG, needs_native
 from support.models import save_model
 from support.runs import ROOT
 
@@ -139,7 +139,7 @@ def test_each_of_several_end_ids_ends_a_sequence(kind: type[Any]) -> None:
 @pytest.mark.parametrize("name", OF_THE_CONFIGS)
 def test_kernels_of_our_own_take_the_models_of_the_configs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but Phi-4, whose family keeps query, key and value in one matrix."""
-    monkeypatch.setattr(native_checks, "cpu_flags", lambda: {*native_checks.INSTRUCTIONS, native_checks.BFLOAT16})
+    monkeypatch.setattr(native_checks, "cpu_flags", lambda: EVERY_FLAG)
     architecture = yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text())["architecture"]
     known = KnownModel(architecture, "bfloat16", 1)
     refused = {found is None for found in (native_checks.unsupported(known), triton_checks.unsupported(known))}

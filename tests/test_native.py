@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from support.engines import generate, hugging_face, requests, settings, settings_of
-from support.machine import needs_native, needs_native_bfloat16
+from support.machine import EVERY_FLAG, needs_native
 from support.models import SIZES, save_model
 from support.runs import ROOT
 from torch import Tensor
@@ -92,13 +92,22 @@ def hugging_face_logits(directory: Path, tokens: list[list[int]], dtype: torch.d
     return [model(torch.tensor([ids]), use_cache=False).logits[0].float() for ids in tokens]
 
 
+@pytest.fixture(params=checks.INSTRUCTION_SETS)
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each set that this machine has, and may use."""
+    fastest, names = checks.instruction_set(), list(checks.INSTRUCTION_SETS)
+    if fastest is None or names.index(request.param) < names.index(fastest):
+        pytest.skip(f"this processor has no {request.param}, or may not use it")
+    monkeypatch.setenv("HARNESS_CPU_ISA", request.param)
+    return str(request.param)
+
+
 # --- it computes what Hugging Face computes -------------------------------------------------------------------------
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 128}
 
 
-@needs_native
 @pytest.mark.parametrize(
     ("family", "more", "block_size"),
     [
@@ -124,7 +133,9 @@ YARN = {"factor": 4.0, "original_max_position_embeddings": 128}
     ],
     ids=str,
 )
-def test_logits_are_hugging_faces(tmp_path: Path, family: str, more: dict[str, Any], block_size: int) -> None:
+def test_logits_are_hugging_faces(
+    instructions: str, tmp_path: Path, family: str, more: dict[str, Any], block_size: int
+) -> None:
     """In passes of every kind, with one thread and with two, over scattered blocks that held something else."""
     directory = save_model(tmp_path, family, torch.float32, **{**SIZES, **more})
     chosen = settings_of(directory, stop=Stop.eos, kv_block_size=block_size, kv_memory="64MiB")
@@ -146,9 +157,8 @@ def test_logits_are_hugging_faces(tmp_path: Path, family: str, more: dict[str, A
     assert os.sched_getaffinity(0) == cores  # a pass keeps its threads on cores of their own, and lets go of ours
 
 
-@needs_native_bfloat16
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_bfloat16_is_as_close_to_float32_as_hugging_faces(tmp_path: Path, family: str) -> None:
+def test_bfloat16_is_as_close_to_float32_as_hugging_faces(instructions: str, tmp_path: Path, family: str) -> None:
     more = {"hidden_size": 384, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 4}
     directory = save_model(tmp_path, family, torch.bfloat16, **{**SIZES, **more})
     runner = NativeRunner(settings_of(directory, "bfloat16", kv_block_size=16, kv_memory="64MiB"))
@@ -240,8 +250,12 @@ def test_a_token_that_the_model_does_not_know_ends_the_run(tmp_path: Path) -> No
 
 # --- what is refused ------------------------------------------------------------------------------------------------
 
-FLAGS = {*checks.INSTRUCTIONS, checks.BFLOAT16}
 LLAMA_7B = yaml.safe_load((ROOT / "conf" / "model" / "llama2_7b.yaml").read_text())["architecture"]
+
+
+def shown(value: object) -> str:
+    """Returns a parameter's name, the same in every process."""
+    return str(sorted(value) if isinstance(value, set) else value)
 
 
 def unsupported(architecture: dict[str, Any], dtype: str, tp: int, **more: Any) -> str | None:
@@ -250,7 +264,7 @@ def unsupported(architecture: dict[str, Any], dtype: str, tp: int, **more: Any) 
 
 @pytest.fixture
 def every_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "cpu_flags", lambda: FLAGS)
+    monkeypatch.setattr(checks, "cpu_flags", lambda: EVERY_FLAG)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -318,15 +332,17 @@ def test_harmless_settings_are_not_refused(every_instruction: None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "dtype", "found"),
+    ("flags", "found"),
     [
-        (set(), "float32", "this processor has no avx512f, avx512bw, avx512dq, avx512vl, fma"),
-        (FLAGS - {"fma", "avx512dq"}, "bfloat16", "this processor has no avx512dq, fma"),
-        (FLAGS - {"avx512_bf16"}, "bfloat16", "this processor has no avx512_bf16"),
-        (FLAGS - {"avx512_bf16"}, "float32", None),
-        (FLAGS, "bfloat16", None),
+        (set(), "this processor has no avx2, fma"),
+        (EVERY_FLAG - {"fma"}, "this processor has no fma"),
+        ({"fma", "avx512f"}, "this processor has no avx2"),
+        ({"avx2", "fma"}, None),
+        (EVERY_FLAG, None),
     ],
+    ids=shown,
 )
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_instructions_that_are_missing_are_named(
     monkeypatch: pytest.MonkeyPatch, flags: set[str], dtype: str, found: str | None
 ) -> None:
@@ -335,13 +351,45 @@ def test_instructions_that_are_missing_are_named(
 
 
 @pytest.mark.parametrize(
+    ("flags", "most", "taken"),
+    [
+        (EVERY_FLAG, "", "avx512_bf16"),
+        (EVERY_FLAG - {"avx512_bf16"}, "", "avx512"),
+        (EVERY_FLAG - {"avx512dq"}, "", "avx2"),
+        ({"avx2", "fma"}, "", "avx2"),
+        (EVERY_FLAG, "avx512_bf16", "avx512_bf16"),
+        (EVERY_FLAG, "avx512", "avx512"),
+        (EVERY_FLAG, "avx2", "avx2"),
+        ({"avx2", "fma"}, "avx512", "avx2"),
+        (EVERY_FLAG - {"avx2"}, "avx2", None),
+    ],
+    ids=shown,
+)
+def test_the_fastest_instructions_that_may_be_used_are(
+    monkeypatch: pytest.MonkeyPatch, flags: set[str], most: str, taken: str | None
+) -> None:
+    monkeypatch.setattr(checks, "cpu_flags", lambda: flags)
+    monkeypatch.setenv("HARNESS_CPU_ISA", most)
+    assert checks.instruction_set() == taken
+
+
+@pytest.mark.parametrize("kernels", [Kernels.auto, Kernels.native])
+def test_instructions_that_nobody_knows_are_refused(monkeypatch: pytest.MonkeyPatch, kernels: Kernels) -> None:
+    monkeypatch.setenv("HARNESS_CPU_ISA", "avx1024")
+    line = "HARNESS_CPU_ISA: 'avx1024' is not known; choose one of avx512_bf16, avx512, avx2, or leave it unset"
+    with pytest.raises(UserError, match=f"^{line}$"):
+        FastGenEngine(settings(kernels=kernels))
+
+
+@pytest.mark.parametrize(
     ("flags", "dtype", "slower"),
     [
-        (FLAGS | {"amx_bf16"}, "bfloat16", True),
-        (FLAGS | {"amx_bf16"}, "float32", False),
-        (FLAGS, "bfloat16", False),
-        (FLAGS, "float32", False),
+        (EVERY_FLAG | {"amx_bf16"}, "bfloat16", True),
+        (EVERY_FLAG | {"amx_bf16"}, "float32", False),
+        (EVERY_FLAG, "bfloat16", False),
+        (EVERY_FLAG, "float32", False),
     ],
+    ids=shown,
 )
 def test_pytorch_is_faster_where_it_has_amx(
     monkeypatch: pytest.MonkeyPatch, flags: set[str], dtype: str, slower: bool
@@ -353,9 +401,10 @@ def test_pytorch_is_faster_where_it_has_amx(
 # --- which kernels are used -----------------------------------------------------------------------------------------
 
 
-@needs_native_bfloat16
+@needs_native
 def test_auto_leaves_bfloat16_to_amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "cpu_flags", lambda: FLAGS | {"amx_bf16"})
+    flags = checks.cpu_flags() | {"amx_bf16"}
+    monkeypatch.setattr(checks, "cpu_flags", lambda: flags)
     chosen = dataclasses.replace(settings(kernels=Kernels.auto), dtype="bfloat16")
     engine = FastGenEngine(chosen)
     assert engine.kernels == "torch"

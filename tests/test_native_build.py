@@ -21,8 +21,6 @@ from harness.engines.fastgen.config import Kernels
 from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.fastgen.runners.native import build, checks
 
-FLAGS = {*checks.INSTRUCTIONS, checks.BFLOAT16}
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -74,12 +72,12 @@ def test_a_library_that_cannot_be_loaded_is_no_crash(monkeypatch: pytest.MonkeyP
     assert "the compiled kernels cannot be loaded: " in note
 
 
-PLAIN = FLAGS - {checks.BFLOAT16}
+PLAIN = {"avx2", "fma"}
 BUILDER = f"""
 import json, os, sys
 sys.path.insert(0, os.getcwd())
-from harness.engines.fastgen.runners.native import build
-build.cpu_flags = lambda: {PLAIN!r}
+from harness.engines.fastgen.runners.native import build, checks
+checks.cpu_flags = lambda: {PLAIN!r}
 path = build.library()
 print(json.dumps([str(path), path.stat().st_mtime_ns]))
 """
@@ -87,7 +85,7 @@ print(json.dumps([str(path), path.stat().st_mtime_ns]))
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """What two processes did that wanted the library at once, on a processor without AVX512-BF16."""
+    """What two processes did that wanted the library at once, on a processor with AVX2 alone."""
 
     environment: dict[str, str]
     answers: list[list[Any]]  # path and time of change, as each process saw them
@@ -118,17 +116,16 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 @pytest.fixture
 def plain_processor(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A processor without AVX512-BF16, and the library for it."""
+    """A processor with AVX2 alone, and the library for it."""
     for name, value in built.environment.items():
         monkeypatch.setenv(name, value)
-    for module in (build, checks):
-        monkeypatch.setattr(module, "cpu_flags", lambda: PLAIN)
+    monkeypatch.setattr(checks, "cpu_flags", lambda: PLAIN)
 
 
 def test_processes_compile_once_between_them_and_never_again(built: Built, plain_processor: None) -> None:
     assert built.answers[0] == built.answers[1]
     (command,) = built.compilations
-    assert "-mavx512f" in command and "bf16" not in command
+    assert "-mavx2 -mfma" in command and "avx512" not in command
     path = build.library()
     assert [str(path), path.stat().st_mtime_ns] == built.answers[0]
     assert built.compilations == [command]
@@ -137,14 +134,14 @@ def test_processes_compile_once_between_them_and_never_again(built: Built, plain
 
 
 @needs_native
-def test_a_processor_without_bfloat16_computes_float32(plain_processor: None, built: Built) -> None:
+def test_a_processor_without_avx512_computes_both_types(plain_processor: None, built: Built) -> None:
     chosen, jobs = settings(kernels=Kernels.auto, kv_memory="4MiB"), requests(8)
     engine = FastGenEngine(chosen)
-    assert (engine.kernels, engine.notes) == ("native", [])
+    assert (engine.kernels, engine.notes, engine.facts) == ("native", [], {"instruction_set": "avx2"})
     engine.load()
     found = generate(engine, jobs)
     assert {index: completion.token_ids for index, completion in found.items()} == hugging_face(chosen.source, jobs)
     assert len(built.compilations) == 1
     narrow = FastGenEngine(dataclasses.replace(chosen, dtype="bfloat16"))
-    assert narrow.kernels == "torch"
-    assert narrow.notes == ["engine.kernels=auto took torch, not the native kernels: this processor has no avx512_bf16"]
+    assert (narrow.kernels, narrow.notes) == ("native", [])
+    assert len(built.compilations) == 1

@@ -17,7 +17,7 @@ from harness.machine.device import supports_bfloat16_on_cpu
 # KV blocks of 16 tokens in fp32 are 16 * 46,080 bytes; the longest request of the sample needs 1,063 slots: 67 blocks.
 TIGHT = 80 * 16 * 46_080
 
-TORCH = ["engine.kernels=torch"]  # where nothing is said: the native kernels, if the machine has AVX-512
+TORCH = ["engine.kernels=torch"]  # where nothing is said: the native kernels, if the machine has AVX2
 # Requests: what differs between engines and ranks shows in the first few, if at all.
 SOME, FEWER, FEW, ALL = 24, 12, 8, 72
 

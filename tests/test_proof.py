@@ -99,6 +99,7 @@ def test_another_weight_setting_or_code_is_another_proof(tmp_path: Path) -> None
     assert len(keys) == 8 and None not in keys
     smaller = replace(one, engine=replace(one.engine, token_budget=64, max_sequences=8))
     assert cache.key(smaller, "torch") == cache.key(one, "torch")
+    assert cache.key(one, "native", {"instruction_set": "avx2"}) not in keys
 
 
 # --- engines that are wrong -----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import test_deepspeed_runner
 import torch
 from support.deepspeed_kernels import emulate
 from support.engines import LayersThatRemember, expected, generate, requests, settings, settings_of
-from support.machine import needs_native, needs_native_bfloat16
+from support.machine import needs_native
 from support.ragged import float_quantize
 from support.runs import SAMPLE
 from torch import Tensor
@@ -261,7 +261,7 @@ def reference_scores(demo_model: Path, texts: list[Scored]) -> dict[str, Tensor]
     ("dtype", "kernels"),
     [
         pytest.param("float32", Kernels.native, marks=needs_native),
-        pytest.param("bfloat16", Kernels.native, marks=needs_native_bfloat16),
+        pytest.param("bfloat16", Kernels.native, marks=needs_native),
         ("float32", Kernels.torch),
         ("bfloat16", Kernels.torch),
     ],

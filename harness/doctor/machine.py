@@ -33,7 +33,7 @@ def cpu(found: Findings) -> None:
     dtype = jobs.resolve_dtype(DType.auto, "cpu")
     multiplies = "multiplies" if device.supports_bfloat16_on_cpu() else "does not multiply"
     found.note("cpu", f"model.dtype=auto is {dtype} on it, which {multiplies} bfloat16 in hardware")
-    if (lacks := native_checks.processor_lacks(dtype)) is not None:
+    if (lacks := native_checks.processor_lacks()) is not None:
         found.note("cpu", f"no native kernels: {lacks}", "PyTorch's compute in their place, some times slower")
     available, free = psutil.virtual_memory(), available_memory_bytes()
     limit = cgroups.headroom(cgroups.membership())

@@ -9,15 +9,9 @@ import pytest
 
 from harness.engines.fastgen.runners.native import checks as native_checks
 from harness.engines.known_model import KnownModel
-from harness.machine.device import cpu_flags
 
-needs_native = pytest.mark.skipif(
-    not cpu_flags().issuperset(native_checks.INSTRUCTIONS), reason="this processor has no AVX-512"
-)
-needs_native_bfloat16 = pytest.mark.skipif(
-    not cpu_flags().issuperset((*native_checks.INSTRUCTIONS, native_checks.BFLOAT16)),
-    reason="this processor has no AVX512-BF16",
-)
+EVERY_FLAG = {flag for flags in native_checks.INSTRUCTION_SETS.values() for flag in flags}  # of the native kernels
+needs_native = pytest.mark.skipif(native_checks.processor_lacks() is not None, reason="this processor has no AVX2")
 
 
 def kernels_on_cpu(model: Path, dtype: str) -> str:

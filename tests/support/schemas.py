@@ -73,6 +73,7 @@ BESIDE: dict[str, Schema] = {
     "job_hash": a("string", "config, dataset, kind of device and code: equal for runs of one job", pattern=DIGEST),
     "work": a("object", "what whoever resumes the run must have in common with it"),
     "loaded": a("object", "what was found when the model was loaded: fingerprint, device, kernels"),
+    "instruction_set": a("string", "the processor's, with which native kernels computed"),
     "prediction": an_object("beforehand", peak_memory_bytes=COUNT, elapsed_s=SECONDS),
     "proof": an_object("how the engine's passes were compared with Hugging Face's model", nullable=True),
     "split": an_object("what the ranks were asked to be, and why they are what they are", tp=COUNT, dp=COUNT),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from harness.basics.clock import Clock
 from harness.basics.errors import UserError
@@ -15,6 +16,7 @@ from harness.engines.fastgen.config import FastGenConfig, Kernels
 from harness.engines.fastgen.ledger import Ledger
 from harness.engines.fastgen.loop import Loop
 from harness.engines.fastgen.runners import choice
+from harness.engines.fastgen.runners.native import checks as native_checks
 from harness.engines.fastgen.runners.sharded_runner import ShardedRunner
 from harness.engines.fastgen.scheduler import Scheduler, Sequence
 from harness.engines.fastgen.texts import Texts
@@ -45,6 +47,11 @@ class FastGenEngine(Engine[FastGenConfig]):
     @property
     def kernels(self) -> str:
         return self.runner.name
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Which instructions the native kernels compute with."""
+        return {"instruction_set": native_checks.instruction_set()} if self.kernels == "native" else {}
 
     @property
     def kv_pool(self) -> KvPool | None:

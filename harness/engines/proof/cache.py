@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ def root() -> Path:
     return cache_root() / "proofs"
 
 
-def key(settings: EngineSettings, kernels: str) -> str | None:
+def key(settings: EngineSettings, kernels: str, facts: Mapping[str, Any] | None = None) -> str | None:
     """Returns the name under which a proof is kept; None for weights that cannot be told from others.
 
     Args:
         kernels: what computes the passes, ``auto`` resolved.
+        facts: what the record says of them beside.
     """
     weights = fingerprint(settings.source)
     if weights is None:
@@ -37,15 +39,22 @@ def key(settings: EngineSettings, kernels: str) -> str | None:
     room = catalogue.find(settings.engine.name)
     keys = room.keys if room.proof_keys is None else room.proof_keys
     accelerator = "cpu" if settings.device == "cpu" else "cuda"
-    facts = [
+    whole = [
         weights,
         snapshot.code_fingerprint(),
         [_version(name) for name in LIBRARIES],
         [room.name, *(str(getattr(settings.engine, key)) for key in keys)],
-        [kernels, settings.dtype, settings.tp, settings.max_context, settings.source.trust_remote_code],
+        [
+            kernels,
+            dict(facts or {}),
+            settings.dtype,
+            settings.tp,
+            settings.max_context,
+            settings.source.trust_remote_code,
+        ],
         [accelerator, device.device_name(accelerator), sorted(device.cpu_flags())],
     ]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:32]
 
 
 def read(key: str) -> dict[str, Any] | None:

@@ -111,7 +111,7 @@ def _load(engine: Engine, say: Callable[[str], None]) -> None:
     if not engine.provable:
         _guarded_load(engine)
         return
-    key = cache.key(settings, engine.kernels) if settings.leads else None
+    key = cache.key(settings, engine.kernels, engine.facts) if settings.leads else None
     kept = cache.read(key) if key else None
     plan = kept, None if kept else shortened.layers_that_fit(settings), secrets.token_hex(8)
     if settings.tensor is not None:

@@ -91,7 +91,7 @@ def missing(
         return None
     if kernels not in ORDER[accelerator]:
         return "they need CUDA" if accelerator == "cpu" else "they compute on a CPU"
-    if kernels is Kernels.native and (lacks := native_checks.processor_lacks(dtype)) is not None:
+    if kernels is Kernels.native and (lacks := native_checks.processor_lacks()) is not None:
         return lacks
     return _missing(kernels, engine, dtype, lambda: capability) or _untried(kernels)
 

@@ -1,4 +1,4 @@
-"""Forward passes in C++ for CPUs with AVX-512, from the weights of the Hugging Face model.
+"""Forward passes in C++ for CPUs with AVX-512 or AVX2, from the weights of the Hugging Face model.
 
 The model is loaded by transformers and taken apart layer by layer: its weights are packed in the order in which
 ``native/matrix.h`` reads them.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from harness.engines.base import EngineSettings
 from harness.engines.fastgen.runners.base import AtOnce
 from harness.engines.fastgen.runners.native import build, library
-from harness.engines.fastgen.runners.native.library import HALF, LONGEST_BLOCK, PANEL, VECTOR
+from harness.engines.fastgen.runners.native.library import LINE, LONGEST_BLOCK, WIDTH
 from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
 from harness.engines.shared import auto_tp
 from harness.engines.shared.attention_checks import refuse_unusual_attention
@@ -37,11 +37,12 @@ class NativeRunner(AtOnce):
         self.settings = settings
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         wish = settings.engine.kv_block_size
-        self.block_size = min(-(-wish // VECTOR) * VECTOR, LONGEST_BLOCK)
+        self.block_size = min(-(-wish // WIDTH) * WIDTH, LONGEST_BLOCK)
         try:
             self.library = library.load(build.library())
         except OSError as error:
             raise build.BuildError(f"the compiled kernels cannot be loaded: {error}") from error
+        self.panel: int = self.library.harness_panel()  # columns of weights that are laid out together
         self.handle = self.library.harness_new(self.dtype is torch.bfloat16)
         if not self.handle:
             raise MemoryError
@@ -139,7 +140,7 @@ class NativeRunner(AtOnce):
         shapes = [(query + 2 * key, hidden), (hidden, query), (2 * intermediate, hidden), (hidden, intermediate)]
         shapes = [*shapes * layers, (config.vocab_size, hidden)]
         self.packed = _Words(
-            sum(_whole_panels(columns) * depth for columns, depth in shapes) * self.dtype.itemsize // 4
+            sum(self._whole_panels(columns) * depth for columns, depth in shapes) * self.dtype.itemsize // 4
         )
         self.layers = (library.Layer * layers)()
         for number, layer in enumerate(decoder.layers):
@@ -168,11 +169,11 @@ class NativeRunner(AtOnce):
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         biases = [linear.bias for linear in projections]
         gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
-        depth = gate.shape[1]
+        mixed = (-1, self.panel // 2, gate.shape[1])  # half a panel of the one, then half a panel of the other
         return library.Layer(
             qkv=self._pack(torch.cat([linear.weight for linear in projections])),
             output=self._pack(attention.o_proj.weight),
-            gate_up=self._pack(torch.stack([gate.view(-1, HALF, depth), up.view(-1, HALF, depth)], 1).flatten(0, 2)),
+            gate_up=self._pack(torch.stack([gate.view(mixed), up.view(mixed)], 1).flatten(0, 2)),
             down=self._pack(mlp.down_proj.weight),
             qkv_bias=None if biases[0] is None else self._vector(torch.cat(biases)),
             output_bias=None if attention.o_proj.bias is None else self._vector(attention.o_proj.bias),
@@ -186,15 +187,19 @@ class NativeRunner(AtOnce):
         """Returns the address of packed ``weight``, ``[columns, depth]``."""
         words = weight.detach().to(self.dtype).contiguous().view(torch.int32)
         columns, depth = words.shape
-        to = self.packed.take(_whole_panels(columns) * depth)
+        to = self.packed.take(self._whole_panels(columns) * depth)
         self.library.harness_pack(words.data_ptr(), columns, depth, to, torch.get_num_threads())
         return to
 
     def _vector(self, values: Tensor) -> int:
         """Returns the address of a float32 copy, which ends with zeros up to a whole panel."""
-        padded = torch.zeros(_whole_panels(len(values)))
+        padded = torch.zeros(self._whole_panels(len(values)))
         padded[: len(values)] = values.detach()
         return self._keep(padded)
+
+    def _whole_panels(self, columns: int) -> int:
+        """Returns the columns of as many panels as hold ``columns``."""
+        return -(-columns // self.panel) * self.panel
 
     def _keep(self, tensor: Tensor) -> int:
         self.kept.append(tensor)
@@ -227,11 +232,6 @@ def _sampled(batch: RaggedBatch) -> list[int]:
     return rows
 
 
-def _whole_panels(columns: int) -> int:
-    """Returns the columns of as many panels as hold ``columns``."""
-    return -(-columns // PANEL) * PANEL
-
-
 class _Words:
     """Zeroed memory, 32-bit words, handed out in pieces that start at a cache line.
 
@@ -240,8 +240,8 @@ class _Words:
     """
 
     def __init__(self, count: int) -> None:
-        self.array = np.zeros(count + VECTOR, np.int32)
-        self.at = self.array.ctypes.data + -self.array.ctypes.data % (4 * VECTOR)
+        self.array = np.zeros(count + LINE, np.int32)
+        self.at = self.array.ctypes.data + -self.array.ctypes.data % (4 * LINE)
 
     def take(self, count: int) -> int:
         """Returns the address of ``count`` words, a multiple of 16."""

@@ -1,7 +1,7 @@
 // Attention of a ragged batch over the paged cache.
 //
 // A block of the cache holds, for each key-value head, keys as [head_dim words][block_size] and values as
-// [block_size words][head_dim]: the layout of packed weights, so that both products run through the same kernel.
+// [block_size words][head_dim]: the layout of a panel of weights, so that both products run through the same kernel.
 #pragma once
 
 #include <algorithm>
@@ -54,13 +54,13 @@ inline void plan(const std::vector<Chunk>& chunks, const Shape& shape, std::vect
     }
 }
 
-// sums[rows][count] (+)= tile[words][rows] x columns[words][width], for any number of columns up to the next 16.
+// sums[rows][count] (+)= tile[words][rows] x columns[words][width], for any number of columns up to the next vector.
 // Decodes read each block once, from memory, and the processor's own prefetching loses its way between blocks: hence
 // `soon`, what will be read next.
 template <class E, bool ADD>
 inline void wide_product(const Word* tile, int rows, const Word* columns, int width, int words, int count, float* sums,
                          int leading, const Word* soon) {
-    const int vectors = (count + LANES - 1) / LANES, most = rows <= TILE / 2 ? 4 : 2;
+    const int vectors = (count + LANES - 1) / LANES, most = rows <= LOW<E> ? 4 : 2;
     for (int v = 0; v < vectors;) {
         const int left = vectors - v, take = left >= most ? most : left >= 2 ? 2 : 1;
         product_of<E, ADD, true>(rows, take)(tile, columns + v * LANES, width, words, sums + v * LANES, leading, soon);
@@ -74,7 +74,7 @@ template <class E>
 void attend(const Task& task, const Chunk& chunk, const Shape& shape, const Cache& cache,
             const typename E::Raw* query, Word* out, const Tiling& tiling) {
     const int group = shape.heads / shape.kv_heads, dim = shape.head_dim, rows = task.rows;
-    const int width = shape.heads * dim, head_words = dim / E::STEP, block_size = shape.block_size;
+    const int width = shape.heads * dim, held = dim / E::HELD, block_size = shape.block_size;
     const float factor = shape.scaling * LOG2_E;
 
     alignas(64) Word packed[MAX_HEAD_DIM * TILE];
@@ -88,8 +88,8 @@ void attend(const Task& task, const Chunk& chunk, const Shape& shape, const Cach
         visible[r] = chunk.start + token + 1;
         row_of[r] = chunk.row + token;
         column[r] = head * dim;
-        const Word* from = reinterpret_cast<const Word*>(query + static_cast<std::size_t>(row_of[r]) * width + column[r]);
-        for (int k = 0; k < head_words; ++k) packed[k * rows + r] = from[k];
+        const typename E::Raw* from = query + static_cast<std::size_t>(row_of[r]) * width + column[r];
+        for (int k = 0; k < held; ++k) packed[k * rows + r] = E::held(from, k);
         peak[r] = -std::numeric_limits<float>::infinity();
         total[r] = 0;
         std::memset(sums + r * MAX_HEAD_DIM, 0, dim * sizeof(float));
@@ -102,33 +102,32 @@ void attend(const Task& task, const Chunk& chunk, const Shape& shape, const Cach
             const int here = std::min(count - at, block_size);
             const bool more = at + block_size < count;
             const Word* soon = (more ? cache.keys : cache.values) + cache.at(block[more ? b + 1 : 0], task.kv_head);
-            wide_product<E, false>(packed, rows, cache.keys + cache.at(block[b], task.kv_head), block_size, head_words,
-                                   here, scores + at, GROUP, soon);
+            wide_product<E, false>(packed, rows, cache.keys + cache.at(block[b], task.kv_head), block_size,
+                                   dim / E::STEP, here, scores + at, GROUP, soon);
         }
         const int vectors = (count + LANES - 1) / LANES;
         for (int r = 0; r < rows; ++r) {
             const float* row = scores + r * GROUP;
             const int seen = visible[r] - begin;
             const RowWords to{weights + r, rows};
-            __m512 highest = _mm512_set1_ps(peak[r]);
+            Floats most = every(peak[r]);
             for (int v = 0; v < vectors && v * LANES < seen; ++v)
-                highest = _mm512_mask_max_ps(highest, first_lanes(seen - v * LANES), highest,
-                                             _mm512_loadu_ps(row + v * LANES));
-            const float top = _mm512_reduce_max_ps(highest);
-            const __m512 tops = _mm512_set1_ps(top), factors = _mm512_set1_ps(factor);
-            __m512 sum = _mm512_setzero_ps();
+                most = raise(first_lanes(seen - v * LANES), most, load(row + v * LANES));
+            const float top = max_of(most);
+            const Floats tops = every(top), factors = every(factor);
+            Floats sum{};
             for (int v = 0; v < vectors; ++v) {
-                const __m512 distance = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(row + v * LANES), tops), factors);
-                const __m512 weight = _mm512_maskz_mov_ps(first_lanes(seen - v * LANES), exp2(distance));
-                sum = _mm512_add_ps(sum, weight);
-                put16<E>(to, v * LANES, weight);
+                const Floats distance = (load(row + v * LANES) - tops) * factors;
+                const Floats weight = only(first_lanes(seen - v * LANES), exp2(distance));
+                sum += weight;
+                put<E>(to, v * LANES, weight);
             }
             const float fade = top > peak[r] ? exp2f((peak[r] - top) * factor) : 1.0f;
-            total[r] = total[r] * fade + _mm512_reduce_add_ps(sum);
+            total[r] = total[r] * fade + sum_of(sum);
             if (begin && fade != 1.0f)
                 for (int d = 0; d < dim; d += LANES) {
                     float* at = sums + r * MAX_HEAD_DIM + d;
-                    _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), _mm512_set1_ps(fade)));
+                    store(at, load(at) * every(fade));
                 }
             peak[r] = top;
         }
@@ -136,16 +135,15 @@ void attend(const Task& task, const Chunk& chunk, const Shape& shape, const Cach
             const int words = (std::min(count - at, block_size) + E::STEP - 1) / E::STEP;
             const bool more = at + block_size < count, ends = !more && begin + stride >= end;
             const Word* soon = (more || ends ? cache.values : cache.keys) + cache.at(block[ends ? b : b + 1], task.kv_head);
-            wide_product<E, true>(weights + static_cast<std::size_t>(at / E::STEP) * rows, rows,
+            wide_product<E, true>(weights + static_cast<std::size_t>(at / E::HELD) * rows, rows,
                                   cache.values + cache.at(block[b], task.kv_head), dim, words, dim, sums, MAX_HEAD_DIM,
                                   soon);
         }
     }
     for (int r = 0; r < rows; ++r) {
-        const RowWords to = row_words(out, tiling, row_of[r], width / E::STEP);
-        const __m512 whole = _mm512_set1_ps(1.0f / total[r]);
-        for (int d = 0; d < dim; d += LANES)
-            put16<E>(to, column[r] + d, _mm512_mul_ps(_mm512_load_ps(sums + r * MAX_HEAD_DIM + d), whole));
+        const RowWords to = row_words(out, tiling, row_of[r], width / E::HELD);
+        const Floats whole = every(1.0f / total[r]);
+        for (int d = 0; d < dim; d += LANES) put<E>(to, column[r] + d, load(sums + r * MAX_HEAD_DIM + d) * whole);
     }
 }
 
@@ -172,9 +170,12 @@ void remember(const float* key, const float* value, const Shape& shape, int bloc
         Word* key_words = cache.keys + where + offset;
         Raw* value_row = reinterpret_cast<Raw*>(cache.values + where + static_cast<std::size_t>(offset / E::STEP) * dim);
         for (int d = 0; d < dim; d += LANES) {
-            put16<E>({key_words, shape.block_size}, d, _mm512_loadu_ps(key + head * dim + d));
             alignas(64) Raw narrow[LANES];
-            E::store(narrow, _mm512_loadu_ps(value + head * dim + d));
+            E::store(narrow, load(key + head * dim + d));
+            for (int i = 0; i < LANES / E::STEP; ++i)
+                std::memcpy(key_words + static_cast<std::size_t>(d / E::STEP + i) * shape.block_size,
+                            narrow + i * E::STEP, sizeof(Word));
+            E::store(narrow, load(value + head * dim + d));
             for (int i = 0; i < LANES; ++i) value_row[(d + i) * E::STEP + offset % E::STEP] = narrow[i];
         }
     }

@@ -17,11 +17,11 @@ from pathlib import Path
 from harness.basics.cache import cache_root
 from harness.basics.errors import UserError, one_line
 from harness.basics.files import can_write
-from harness.engines.fastgen.runners.native.checks import BFLOAT16, INSTRUCTIONS
-from harness.machine.device import cpu_flags
+from harness.engines.fastgen.runners.native.checks import INSTRUCTION_SETS, instruction_set
 
 SOURCES = Path(__file__).parent
-OPTIONS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-w")
+# Hidden: the loader would give a second library, for other instructions, the first one's tables of functions.
+OPTIONS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
 LIMIT_S = 300
 # What stands for the sources where a compiler is only tried: the headers and the library that they need.
 TRIAL = '#include <immintrin.h>\n#include <omp.h>\nextern "C" int threads() { return omp_get_max_threads(); }\n'
@@ -81,7 +81,7 @@ def _wanted() -> tuple[list[str], Path]:
     if program is None:
         raise BuildError(f"no C++ compiler: {' '.join(wish)} is not installed (CXX names another)")
     # Named one by one: what -march=native means would depend on where the cache directory was filled.
-    names = [*INSTRUCTIONS, *([BFLOAT16] if BFLOAT16 in cpu_flags() else [])]
+    names = INSTRUCTION_SETS[instruction_set() or list(INSTRUCTION_SETS)[-1]]
     command = [program, *wish[1:], *OPTIONS, *(f"-m{name.replace('_', '')}" for name in names)]
     try:
         return command, cache_root() / "native" / f"{_fingerprint(command)}.so"

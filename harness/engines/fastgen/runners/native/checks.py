@@ -1,17 +1,25 @@
-"""Which models the C++ forward pass computes, told from a checkpoint's config alone and without torch."""
+"""Which models the C++ forward pass computes, and with which instructions: told without torch.
+
+Of a model it needs a checkpoint's config alone.
+"""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from harness.engines.fastgen.runners.native.library import LARGEST_HEAD, VECTOR
+from harness.basics.errors import UserError
+from harness.engines.fastgen.runners.native.library import LARGEST_HEAD, WIDTH
 from harness.engines.known_model import KnownModel
 from harness.engines.shared import llama_like
 from harness.machine.device import cpu_flags
 from harness.models.architecture import attention_heads
 
-INSTRUCTIONS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma")
-BFLOAT16 = "avx512_bf16"
+AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma")
+# What the sources are compiled for, the fastest first, and what each needs of a processor. Without avx512_bf16 bfloat16
+# is computed in float32, from bfloat16 weights.
+INSTRUCTION_SETS = {"avx512_bf16": (*AVX512, "avx512_bf16"), "avx512": AVX512, "avx2": ("avx2", "fma")}
+VARIABLE = "HARNESS_CPU_ISA"  # the fastest that may be used
 
 
 def unsupported(known: KnownModel) -> str | None:
@@ -19,18 +27,35 @@ def unsupported(known: KnownModel) -> str | None:
     dtype = known.dtype
     if dtype not in ("float32", "bfloat16"):
         return f"they compute in float32 or bfloat16, not in {dtype}"
-    if (lacks := processor_lacks(dtype)) is not None:
+    if (lacks := processor_lacks()) is not None:
         return lacks
     if known.tp > 1:
         return "they do not shard a model (parallel.tp)"
     return llama_like.unlike(known) or _unlike_sizes(known.architecture)
 
 
-def processor_lacks(dtype: str) -> str | None:
-    """Returns which instructions for a type this processor has not, in a clause; None when it has all."""
-    flags, wanted = cpu_flags(), [*INSTRUCTIONS, *([BFLOAT16] if dtype == "bfloat16" else [])]
-    missing = [name for name in wanted if name not in flags]
-    return f"this processor has no {', '.join(missing)}" if missing else None
+def instruction_set() -> str | None:
+    """Returns the fastest of :data:`INSTRUCTION_SETS` that this processor has, None where it has none of them.
+
+    ``HARNESS_CPU_ISA`` leaves out those before the one that it names.
+
+    Raises:
+        UserError: it names none.
+    """
+    names = list(INSTRUCTION_SETS)
+    wish = os.environ.get(VARIABLE) or names[0]
+    if wish not in names:
+        raise UserError(VARIABLE, f"{wish!r} is not known", f"choose one of {', '.join(names)}, or leave it unset")
+    flags = cpu_flags()
+    return next((name for name in names[names.index(wish) :] if flags.issuperset(INSTRUCTION_SETS[name])), None)
+
+
+def processor_lacks() -> str | None:
+    """Returns which instructions this processor has not, in a clause; None when it has enough. Raises UserError."""
+    if instruction_set() is not None:
+        return None
+    flags, least = cpu_flags(), list(INSTRUCTION_SETS)[-1]
+    return f"this processor has no {', '.join(name for name in INSTRUCTION_SETS[least] if name not in flags)}"
 
 
 def slower(dtype: str) -> str | None:
@@ -42,9 +67,9 @@ def slower(dtype: str) -> str | None:
 
 def _unlike_sizes(architecture: dict[str, Any]) -> str | None:
     for key in ("hidden_size", "intermediate_size"):
-        if architecture[key] % VECTOR:
-            return f"its {key} {architecture[key]} is not a multiple of {VECTOR}"
+        if architecture[key] % WIDTH:
+            return f"its {key} {architecture[key]} is not a multiple of {WIDTH}"
     heads, kv_heads, head_dim = attention_heads(architecture)
-    if head_dim % VECTOR or head_dim > LARGEST_HEAD or heads % kv_heads:
+    if head_dim % WIDTH or head_dim > LARGEST_HEAD or heads % kv_heads:
         return f"{heads} query and {kv_heads} key-value heads of {head_dim}"
     return None

@@ -1,65 +1,97 @@
-// What a kernel needs to know of an element type. Matrices are read in 32-bit words: one float32, or two bfloat16
-// that follow each other along the summed dimension, which is how AVX512-BF16's dot product takes them.
+// What a kernel needs to know of an element type. Weights and the cache are kept in 32-bit words: one float32, or two
+// bfloat16 that follow each other along the summed dimension. What they are multiplied by, activations in tiles, is
+// kept in such words too, or one element a word.
 #pragma once
 
-#include <immintrin.h>
-
 #include <cstddef>
-#include <cstdint>
-#include <cstring>
+
+#include "vector.h"
 
 namespace harness {
 
-using Word = std::uint32_t;
-constexpr int LANES = 16;  // floats, or words, in a vector
-constexpr float LOG2_E = 1.44269504088896341f;
-
 struct Float32 {
     using Raw = float;
-    static constexpr int STEP = 1;  // elements in a word
+    static constexpr int STEP = 1;  // elements in a word of weights
+    static constexpr int HELD = 1;  // elements in a word of a tile
 
-    static inline __m512 dot(__m512 sum, __m512i a, __m512i b) {
-        return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+    // The elements of words of weights that stand in words `part` of STEP / HELD of a tile.
+    static inline Words part(Words words, int) { return words; }
+    static inline Floats dot(Floats sum, Words a, Words b) { return fma(floats(a), floats(b), sum); }
+    static inline Floats load(const Raw* from) { return harness::load(from); }
+    static inline void store(Raw* to, Floats values) { harness::store(to, values); }
+    // Stores LANES values as LANES / HELD words of a tile.
+    static inline void hold(Word* to, Floats values) { harness::store(to, words(values)); }
+    // Word `at` of a tile's row, of elements as they are stored.
+    static inline Word held(const Raw* from, int at) {
+        Word word;
+        std::memcpy(&word, from + at, sizeof word);
+        return word;
     }
-    static inline __m512 load(const Raw* from) { return _mm512_loadu_ps(from); }
-    static inline void store(Raw* to, __m512 values) { _mm512_storeu_ps(to, values); }
 };
 
 #ifdef __AVX512BF16__
+
+// Two products at once, by AVX512-BF16.
 struct BFloat16 {
     using Raw = std::uint16_t;
     static constexpr int STEP = 2;
+    static constexpr int HELD = 2;
 
-    static inline __m512 dot(__m512 sum, __m512i a, __m512i b) {
-        return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-    }
-    static inline __m512 load(const Raw* from) {
+    static inline Words part(Words words, int) { return words; }
+    static inline Floats dot(Floats sum, Words a, Words b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+    static inline Floats load(const Raw* from) {
         const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
         return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
     }
-    static inline void store(Raw* to, __m512 values) {
+    static inline void store(Raw* to, Floats values) {
         const __m256bh narrow = _mm512_cvtneps_pbh(values);
         std::memcpy(to, &narrow, sizeof narrow);
     }
+    static inline void hold(Word* to, Floats values) { store(reinterpret_cast<Raw*>(to), values); }
+    static inline Word held(const Raw* from, int at) {
+        Word word;
+        std::memcpy(&word, from + at * HELD, sizeof word);
+        return word;
+    }
 };
+
+#else
+
+// Computed in float32, of which a bfloat16 is the upper half: tiles hold floats, and each word of weights is multiplied
+// in two parts.
+struct BFloat16 {
+    using Raw = std::uint16_t;
+    using Raws = Raw __attribute__((vector_size(2 * LANES)));
+    static constexpr int STEP = 2;
+    static constexpr int HELD = 1;
+
+    static inline Words part(Words words, int part) { return part ? words & 0xffff0000 : words << 16; }
+    // Not fma(), after which the compiler may put the sum into the register of a factor: with all registers in use, g++
+    // then keeps sums in memory.
+    static inline Floats dot(Floats sum, Words a, Words b) {
+        asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+        return sum;
+    }
+    static inline Floats load(const Raw* from) {
+        Raws raw;
+        std::memcpy(&raw, from, sizeof raw);
+        return floats(__builtin_convertvector(raw, Words) << 16);
+    }
+    static inline void store(Raw* to, Floats values) {
+        const Raws raw = __builtin_convertvector(rounded(values) >> 16, Raws);
+        std::memcpy(to, &raw, sizeof raw);
+    }
+    static inline void hold(Word* to, Floats values) { harness::store(to, rounded(values) & 0xffff0000); }
+    static inline Word held(const Raw* from, int at) { return static_cast<Word>(from[at]) << 16; }
+
+private:
+    // Has the nearest bfloat16 in each lane's upper half, of two equally near the even one, as AVX512-BF16 rounds.
+    static inline Words rounded(Floats values) {
+        const Words bits = words(values);
+        return values == values ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
+    }
+};
+
 #endif
-
-inline __mmask16 first_lanes(int count) {
-    return count >= LANES ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
-}
-
-// 2 to the power of each lane, relative error below 2e-7; lanes below -126 give 0 or next to it.
-inline __m512 exp2(__m512 x) {
-    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 part = _mm512_sub_ps(x, whole);
-    __m512 value = _mm512_set1_ps(1.54035303933816e-4f);
-    value = _mm512_fmadd_ps(value, part, _mm512_set1_ps(1.33335581464284e-3f));
-    value = _mm512_fmadd_ps(value, part, _mm512_set1_ps(9.61812910762848e-3f));
-    value = _mm512_fmadd_ps(value, part, _mm512_set1_ps(5.55041086648216e-2f));
-    value = _mm512_fmadd_ps(value, part, _mm512_set1_ps(2.40226506959101e-1f));
-    value = _mm512_fmadd_ps(value, part, _mm512_set1_ps(6.93147180559945e-1f));
-    value = _mm512_fmadd_ps(value, part, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(value, whole);
-}
 
 }  // namespace harness

@@ -6,9 +6,8 @@ import ctypes
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-PANEL = 32  # columns of weights that are laid out together
-HALF = PANEL // 2
-VECTOR = 16  # widths are multiples of it
+WIDTH = 16  # widths and blocks are multiples of it
+LINE = 16  # words in a line of the processor's cache
 LONGEST_BLOCK = 256  # tokens
 LARGEST_HEAD = 256
 
@@ -64,6 +63,8 @@ class Pass(ctypes.Structure):
 def load(path: Path) -> ctypes.CDLL:
     """Returns the library with its functions' types set; raises OSError when it cannot be loaded."""
     library = ctypes.CDLL(str(path))
+    library.harness_panel.argtypes = []
+    library.harness_panel.restype = c_int32
     library.harness_pack.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_int32]
     library.harness_pack.restype = None
     library.harness_new.argtypes = [c_int32]

@@ -1,8 +1,8 @@
 // Matrix products of a few rows of activations with packed weights.
 //
-// Weights [columns, depth] are cut into panels of 32 columns, each laid out [depth words][32 columns], so that the
-// kernel reads them in order. Activations [rows, depth] are cut into tiles of at most 14 rows, each [depth words][rows]:
-// 14 rows x 2 vectors of columns are the 28 sums that stay in registers.
+// Weights [columns, depth] are cut into panels of two vectors of columns, each laid out [depth words][columns], so that
+// the kernel reads them in order. Activations [rows, depth] are cut into tiles of a few rows, each [depth words][rows].
+// A tile's rows x 2 vectors of columns are the sums that stay in registers: 28 of AVX-512's 32, 12 of AVX2's 16.
 #pragma once
 
 #include <array>
@@ -12,8 +12,16 @@
 
 namespace harness {
 
-constexpr int PANEL = 32;
-constexpr int TILE = 14;
+constexpr int PANEL = 2 * LANES;  // columns
+constexpr int TILE = LANES == 16 ? 14 : 6;  // rows, at most
+constexpr int LINE = 16;  // words in a line of the processor's cache
+
+// Words of a tile that a word of weights is multiplied by.
+template <class E>
+constexpr int PARTS = E::STEP / E::HELD;
+// Rows of a tile, at most, whose sums for four vectors of columns stay in registers beside all else.
+template <class E>
+constexpr int LOW = TILE / (PARTS<E> + 1);
 
 inline int panels_of(int columns) { return (columns + PANEL - 1) / PANEL; }
 
@@ -44,46 +52,50 @@ inline RowWords row_words(Word* tiles, const Tiling& tiling, int row, int words)
     return {tiles + static_cast<std::size_t>(start) * words + (row - start), tiling.height(tile)};
 }
 
-// Puts 16 values of a row, elements `at`.. of it, into its tile.
+// Puts a vector of values of a row, elements `at`.. of it, into its tile.
 template <class E>
-inline void put16(const RowWords& row, int at, __m512 values) {
+inline void put(const RowWords& row, int at, Floats values) {
     alignas(64) Word words[LANES];
-    E::store(reinterpret_cast<typename E::Raw*>(words), values);
-    Word* to = row.base + static_cast<std::size_t>(at / E::STEP) * row.stride;
-    for (int i = 0; i < LANES / E::STEP; ++i) to[static_cast<std::size_t>(i) * row.stride] = words[i];
+    E::hold(words, values);
+    Word* to = row.base + static_cast<std::size_t>(at / E::HELD) * row.stride;
+    for (int i = 0; i < LANES / E::HELD; ++i) to[static_cast<std::size_t>(i) * row.stride] = words[i];
 }
 
-// sums[ROWS][VECTORS * 16] (+)= tile[words][ROWS] x columns[words][width]. With FETCH it asks meanwhile for as much
-// memory from `soon` on as it reads of the columns.
+// sums[ROWS][VECTORS * LANES] (+)= tile[words * PARTS][ROWS] x columns[words][width]. With FETCH it asks meanwhile for
+// as much memory from `soon` on as it reads of the columns.
 template <class E, int ROWS, int VECTORS, bool ADD, bool FETCH>
 void product(const Word* tile, const Word* columns, int width, int words, float* sums, int leading, const Word* soon) {
-    __m512 sum[ROWS][VECTORS];
+    Floats sum[ROWS][VECTORS];
 #pragma GCC unroll 14
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v)
-            sum[r][v] = ADD ? _mm512_loadu_ps(sums + r * leading + v * LANES) : _mm512_setzero_ps();
+            sum[r][v] = ADD ? load(sums + r * leading + v * LANES) : Floats{};
     for (int k = 0; k < words; ++k) {
-        __m512i column[VECTORS];
+#pragma GCC unroll 2
+        for (int part = 0; part < PARTS<E>; ++part) {
+            Words column[VECTORS];
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) {
-            column[v] = _mm512_loadu_si512(columns + v * LANES);
-            if (FETCH) _mm_prefetch(reinterpret_cast<const char*>(soon + v * LANES), _MM_HINT_T1);
+            for (int v = 0; v < VECTORS; ++v) {
+                column[v] = E::part(load(columns + v * LANES), part);
+                if (FETCH && !part && v * LANES % LINE == 0)
+                    _mm_prefetch(reinterpret_cast<const char*>(soon + v * LANES), _MM_HINT_T1);
+            }
+#pragma GCC unroll 14
+            for (int r = 0; r < ROWS; ++r) {
+                const Words value = every(tile[r]);
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; ++v) sum[r][v] = E::dot(sum[r][v], value, column[v]);
+            }
+            tile += ROWS;
         }
         if (FETCH) soon += VECTORS * LANES;
-#pragma GCC unroll 14
-        for (int r = 0; r < ROWS; ++r) {
-            const __m512i value = _mm512_set1_epi32(static_cast<int>(tile[r]));
-#pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; ++v) sum[r][v] = E::dot(sum[r][v], value, column[v]);
-        }
-        tile += ROWS;
         columns += width;
     }
 #pragma GCC unroll 14
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) _mm512_storeu_ps(sums + r * leading + v * LANES, sum[r][v]);
+        for (int v = 0; v < VECTORS; ++v) store(sums + r * leading + v * LANES, sum[r][v]);
 }
 
 using Product = void (*)(const Word*, const Word*, int, int, float*, int, const Word*);
@@ -93,12 +105,12 @@ constexpr std::array<Product, sizeof...(ROWS) + 1> products(std::integer_sequenc
     return {nullptr, &product<E, ROWS + 1, VECTORS, ADD, FETCH>...};
 }
 
-// The product for a tile's height and a number of vectors: at most 28 sums.
+// The product for a tile's height and a number of vectors, four of them for a low tile alone.
 template <class E, bool ADD, bool FETCH>
 inline Product product_of(int rows, int vectors) {
     static constexpr auto one = products<E, 1, ADD, FETCH>(std::make_integer_sequence<int, TILE>());
     static constexpr auto two = products<E, 2, ADD, FETCH>(std::make_integer_sequence<int, TILE>());
-    static constexpr auto four = products<E, 4, ADD, FETCH>(std::make_integer_sequence<int, TILE / 2>());
+    static constexpr auto four = products<E, 4, ADD, FETCH>(std::make_integer_sequence<int, LOW<E>>());
     return vectors == 4 ? four[rows] : vectors == 2 ? two[rows] : one[rows];
 }
 
@@ -108,12 +120,12 @@ struct Weights {
     int panels, words;
 };
 
-// Computes all columns of `tiles` x weights; calls done(sums[height][32], first row, height, panel) for each block of
+// Computes all columns of `tiles` x weights; calls done(sums[height][PANEL], first row, height, panel) for each block of
 // them. All threads of a team call it together; it ends with a barrier.
 template <class E, class Done>
 void multiply(const Weights& weights, const Word* tiles, const Tiling& tiling, int threads, Done&& done) {
     if (!tiling.tiles) return;
-    const int panels = weights.panels, words = weights.words;
+    const int panels = weights.panels, words = weights.words, tile_words = words * PARTS<E>;
     int splits = (8 * threads + panels - 1) / panels;  // enough tasks for all threads to end together
     splits = splits < 1 ? 1 : splits > tiling.tiles ? tiling.tiles : splits;
 #pragma omp for schedule(dynamic, 1)
@@ -124,8 +136,8 @@ void multiply(const Weights& weights, const Word* tiles, const Tiling& tiling, i
         alignas(64) float sums[TILE * PANEL];
         for (int tile = first; tile < last; ++tile) {
             const int start = tiling.start(tile), height = tiling.height(tile);
-            product_of<E, false, false>(height, 2)(tiles + static_cast<std::size_t>(start) * words, columns, PANEL, words,
-                                                   sums, PANEL, nullptr);
+            product_of<E, false, false>(height, 2)(tiles + static_cast<std::size_t>(start) * tile_words, columns, PANEL,
+                                                   words, sums, PANEL, nullptr);
             done(sums, start, height, panel);
         }
     }

@@ -1,4 +1,4 @@
-// Forward passes of a Llama-like model over a ragged batch, on a CPU with AVX-512; called through ctypes.
+// Forward passes of a Llama-like model over a ragged batch, on a CPU with AVX-512 or AVX2; called through ctypes.
 #include <omp.h>
 #include <sched.h>
 
@@ -99,6 +99,8 @@ private:
     std::vector<int> cores_;
 };
 
+constexpr Word NONE = ~Word{0};  // no token's id
+
 class Forward {
 public:
     virtual ~Forward() = default;
@@ -132,12 +134,12 @@ public:
         hold(residual_, model.hidden);
         hold(qkv_, qkv_width_);
         hold(query_, query_width_);
-        hold(normed_, model.hidden / E::STEP);
-        hold(attended_, query_width_ / E::STEP);
-        hold(middle_, model.intermediate / E::STEP);
+        hold(normed_, model.hidden / E::HELD);
+        hold(attended_, query_width_ / E::HELD);
+        hold(middle_, model.intermediate / E::HELD);
         const std::size_t candidates = static_cast<std::size_t>(threads) * pass.rows * LANES;
         best_.assign(candidates, -std::numeric_limits<float>::infinity());
-        best_id_.assign(candidates, -1);
+        best_id_.assign(candidates, NONE);
         const Cores cores(threads);
 #pragma omp parallel num_threads(threads)
         {
@@ -206,7 +208,7 @@ private:
         for (int row = 0; row < pass_->tokens; ++row) {
             const Raw* from =
                 static_cast<const Raw*>(model_->embedding) + static_cast<std::size_t>(pass_->token_ids[row]) * hidden;
-            for (int i = 0; i < hidden; i += LANES) _mm512_storeu_ps(residual(row) + i, E::load(from + i));
+            for (int i = 0; i < hidden; i += LANES) store(residual(row) + i, E::load(from + i));
         }
     }
 
@@ -216,9 +218,9 @@ private:
             for (int r = 0; r < height; ++r) {
                 float* to = residual(rows.at(start + r)) + panel * PANEL;
                 for (int v = 0; v < PANEL && panel * PANEL + v < model_->hidden; v += LANES) {
-                    __m512 sum = _mm512_load_ps(sums + r * PANEL + v);
-                    if (bias) sum = _mm512_add_ps(sum, _mm512_loadu_ps(bias + panel * PANEL + v));
-                    _mm512_storeu_ps(to + v, _mm512_add_ps(_mm512_loadu_ps(to + v), sum));
+                    Floats sum = load(sums + r * PANEL + v);
+                    if (bias) sum += load(bias + panel * PANEL + v);
+                    store(to + v, load(to + v) + sum);
                 }
             }
         };
@@ -233,10 +235,9 @@ private:
                         for (int r = 0; r < height; ++r) {
                             float* to = qkv_.get() + static_cast<std::size_t>(start + r) * qkv_width_ + panel * PANEL;
                             for (int v = 0; v < PANEL; v += LANES) {
-                                __m512 sum = _mm512_load_ps(sums + r * PANEL + v);
-                                if (layer.qkv_bias)
-                                    sum = _mm512_add_ps(sum, _mm512_loadu_ps(layer.qkv_bias + panel * PANEL + v));
-                                _mm512_storeu_ps(to + v, sum);
+                                Floats sum = load(sums + r * PANEL + v);
+                                if (layer.qkv_bias) sum += load(layer.qkv_bias + panel * PANEL + v);
+                                store(to + v, sum);
                             }
                         }
                     });
@@ -253,7 +254,7 @@ private:
                        model_->epsilon);
             if (number >= 0) {
                 Raw* to = query_.get() + static_cast<std::size_t>(number) * query_width_;
-                for (int i = 0; i < query_width_; i += LANES) E::store(to + i, _mm512_loadu_ps(from + i));
+                for (int i = 0; i < query_width_; i += LANES) E::store(to + i, load(from + i));
             }
             const float* key = from + query_width_;
             remember<E>(key, key + key_width_, shape_, block_of(row), offset_of(row), held);
@@ -272,16 +273,14 @@ private:
     void mlp(const HarnessLayer& layer, const Rows& rows) {
         const int hidden = model_->hidden, intermediate = model_->intermediate;
         normalise(layer.mlp_norm, rows);
-        // A panel is 16 columns of the gate, then the same 16 of the other projection.
+        // A panel is a vector of columns of the gate, then the same columns of the other projection.
         multiply<E>(weights(layer.gate_up, 2 * intermediate, hidden), normed_.get(), rows.tiling, team_,
                     [&](const float* sums, int start, int height, int panel) {
-                        Word* tile = middle_.get() + static_cast<std::size_t>(start) * (intermediate / E::STEP);
+                        Word* tile = middle_.get() + static_cast<std::size_t>(start) * (intermediate / E::HELD);
                         for (int r = 0; r < height; ++r) {
-                            const __m512 gate = _mm512_load_ps(sums + r * PANEL);
-                            const __m512 up = _mm512_load_ps(sums + r * PANEL + LANES);
-                            const __m512 power = exp2(_mm512_mul_ps(gate, _mm512_set1_ps(-LOG2_E)));
-                            const __m512 silu = _mm512_div_ps(gate, _mm512_add_ps(_mm512_set1_ps(1.0f), power));
-                            put16<E>({tile + r, height}, panel * LANES, _mm512_mul_ps(silu, up));
+                            const Floats gate = load(sums + r * PANEL), up = load(sums + r * PANEL + LANES);
+                            const Floats power = exp2(gate * every(-LOG2_E)), silu = gate / (every(1.0f) + power);
+                            put<E>({tile + r, height}, panel * LANES, silu * up);
                         }
                     });
         multiply<E>(weights(layer.down, hidden, intermediate), middle_.get(), rows.tiling, team_, add(nullptr, rows));
@@ -292,26 +291,24 @@ private:
         normalise(model_->norm, sampled_);
         // Each thread keeps, for each row and lane, the highest logit that it met and whose it is.
         float* best = best_.data() + static_cast<std::size_t>(omp_get_thread_num()) * rows * LANES;
-        std::int32_t* best_id = best_id_.data() + static_cast<std::size_t>(omp_get_thread_num()) * rows * LANES;
-        const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        Word* best_id = best_id_.data() + static_cast<std::size_t>(omp_get_thread_num()) * rows * LANES;
         multiply<E>(weights(model_->head, vocab, model_->hidden), normed_.get(), sampled_.tiling, team_,
                     [&](const float* sums, int start, int height, int panel) {
                         for (int r = 0; r < height; ++r) {
                             const std::size_t row = start + r;
-                            __m512 top = _mm512_loadu_ps(best + row * LANES);
-                            __m512i top_id = _mm512_loadu_si512(best_id + row * LANES);
+                            Floats top = load(best + row * LANES);
+                            Words top_id = load(best_id + row * LANES);
                             for (int v = 0; v < PANEL; v += LANES) {
                                 const int id = panel * PANEL + v;
-                                const __mmask16 real = first_lanes(vocab - id);
-                                const __m512 logit = _mm512_load_ps(sums + r * PANEL + v);
-                                const __mmask16 higher = _mm512_mask_cmp_ps_mask(real, logit, top, _CMP_GT_OQ);
-                                top = _mm512_mask_mov_ps(top, higher, logit);
-                                top_id = _mm512_mask_add_epi32(top_id, higher, lanes, _mm512_set1_epi32(id));
-                                if (pass_->logits)
-                                    _mm512_mask_storeu_ps(pass_->logits + row * vocab + id, real, logit);
+                                const Mask real = first_lanes(vocab - id);
+                                const Floats logit = load(sums + r * PANEL + v);
+                                const Mask better = higher(real, logit, top);
+                                top = select(better, logit, top);
+                                top_id = select(better, numbers() + id, top_id);
+                                if (pass_->logits) store(pass_->logits + row * vocab + id, real, logit);
                             }
-                            _mm512_storeu_ps(best + row * LANES, top);
-                            _mm512_storeu_si512(best_id + row * LANES, top_id);
+                            store(best + row * LANES, top);
+                            store(best_id + row * LANES, top_id);
                         }
                     });
     }
@@ -320,17 +317,17 @@ private:
     void choose() {
         for (int row = 0; row < pass_->rows; ++row) {
             float top = -std::numeric_limits<float>::infinity();
-            std::int32_t id = -1;
+            Word id = NONE;
             for (int thread = 0; thread < team_; ++thread)
                 for (int lane = 0; lane < LANES; ++lane) {
                     const std::size_t at = (static_cast<std::size_t>(thread) * pass_->rows + row) * LANES + lane;
-                    if (best_id_[at] < 0) continue;
+                    if (best_id_[at] == NONE) continue;
                     if (best_[at] > top || (best_[at] == top && best_id_[at] < id)) {
                         top = best_[at];
                         id = best_id_[at];
                     }
                 }
-            pass_->next_ids[row] = id;
+            pass_->next_ids[row] = id == NONE ? -1 : static_cast<std::int64_t>(id);
         }
     }
 
@@ -340,18 +337,15 @@ private:
 #pragma omp for
         for (int r = 0; r < rows.tiling.rows; ++r) {
             const float* row = residual(rows.at(r));
-            const RowWords to = row_words(normed_.get(), rows.tiling, r, hidden / E::STEP);
-            __m512 squares = _mm512_setzero_ps();
+            const RowWords to = row_words(normed_.get(), rows.tiling, r, hidden / E::HELD);
+            Floats squares{};
             for (int i = 0; i < hidden; i += LANES) {
-                const __m512 x = _mm512_loadu_ps(row + i);
-                squares = _mm512_fmadd_ps(x, x, squares);
+                const Floats x = load(row + i);
+                squares = fma(x, x, squares);
             }
-            const float mean = _mm512_reduce_add_ps(squares) / hidden;
-            const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(mean + model_->epsilon));
-            for (int i = 0; i < hidden; i += LANES) {
-                const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(row + i), factor);
-                put16<E>(to, i, _mm512_mul_ps(scaled, _mm512_loadu_ps(weight + i)));
-            }
+            const float mean = sum_of(squares) / hidden;
+            const Floats factor = every(1.0f / std::sqrt(mean + model_->epsilon));
+            for (int i = 0; i < hidden; i += LANES) put<E>(to, i, load(row + i) * factor * load(weight + i));
         }
     }
 
@@ -386,12 +380,13 @@ private:
     Buffer<Raw> query_;
     Buffer<Word> normed_, attended_, middle_;
     std::vector<float> best_;
-    std::vector<std::int32_t> best_id_;
+    std::vector<Word> best_id_;
 };
 
 }  // namespace
 }  // namespace harness
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // Lays out weights [columns, depth words] as panels; columns missing in the last panel are zero.
@@ -408,14 +403,13 @@ void harness_pack(const Word* weights, std::int32_t columns, std::int32_t words,
     }
 }
 
-// A place for the working memory of passes, one at a time; null where this build cannot compute the type.
+// Columns of a panel.
+std::int32_t harness_panel() { return harness::PANEL; }
+
+// A place for the working memory of passes, one at a time; null where memory ran out.
 void* harness_new(std::int32_t bfloat16) {
     if (!bfloat16) return new (std::nothrow) harness::ForwardOf<harness::Float32>;
-#ifdef __AVX512BF16__
     return new (std::nothrow) harness::ForwardOf<harness::BFloat16>;
-#else
-    return nullptr;
-#endif
 }
 
 // Writes to the first `words` of each layer's keys and values, so that the memory is there before the clock starts.
@@ -439,3 +433,4 @@ std::int32_t harness_forward(void* forward, const HarnessModel* model, const Har
     }
 }
 }
+#pragma GCC visibility pop
