@@ -46,7 +46,10 @@ ODD = [
     "new\nline",
 ]
 SMALL = [*RANDOM, "dataset.num_samples=40", "dataset.input_len=30", "dataset.output_len=12", "engine.max_sequences=4"]
-FEW = ["engine.max_sequences=4", "engine.token_budget=16"]  # at a time, so that neither replica takes all of a few requests
+FEW = [
+    "engine.max_sequences=4",
+    "engine.token_budget=16",
+]  # at a time, so that neither replica takes all of a few requests
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,6 @@ Models have random weights, biases and norms included; only so does each part of
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import random
 import shutil
@@ -102,12 +101,17 @@ def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     return str(request.param)
 
 
+# In float32 those with AVX-512 differ in nothing.
+IN_FLOAT32 = list(dict.fromkeys([checks.instruction_set("float32") or "avx2", "avx2"]))
+
+
 # --- it computes what Hugging Face computes -------------------------------------------------------------------------
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 128}
 
 
+@pytest.mark.parametrize("instructions", IN_FLOAT32, indirect=True)
 @pytest.mark.parametrize(
     ("family", "more", "block_size"),
     [
@@ -353,7 +357,8 @@ def test_instructions_that_are_missing_are_named(
 @pytest.mark.parametrize(
     ("flags", "most", "taken"),
     [
-        (EVERY_FLAG, "", "avx512_bf16"),
+        (EVERY_FLAG, "", "amx_bf16"),
+        (EVERY_FLAG - {"amx_tile"}, "", "avx512_bf16"),
         (EVERY_FLAG - {"avx512_bf16"}, "", "avx512"),
         (EVERY_FLAG - {"avx512dq"}, "", "avx2"),
         ({"avx2", "fma"}, "", "avx2"),
@@ -371,50 +376,20 @@ def test_the_fastest_instructions_that_may_be_used_are(
     monkeypatch.setattr(checks, "cpu_flags", lambda: flags)
     monkeypatch.setenv("HARNESS_CPU_ISA", most)
     assert checks.instruction_set() == taken
+    assert checks.instruction_set("float32") == ("avx512_bf16" if taken == "amx_bf16" else taken)  # it has none
 
 
 @pytest.mark.parametrize("kernels", [Kernels.auto, Kernels.native])
 def test_instructions_that_nobody_knows_are_refused(monkeypatch: pytest.MonkeyPatch, kernels: Kernels) -> None:
     monkeypatch.setenv("HARNESS_CPU_ISA", "avx1024")
-    line = "HARNESS_CPU_ISA: 'avx1024' is not known; choose one of avx512_bf16, avx512, avx2, or leave it unset"
+    line = (
+        "HARNESS_CPU_ISA: 'avx1024' is not known; choose one of amx_bf16, avx512_bf16, avx512, avx2, or leave it unset"
+    )
     with pytest.raises(UserError, match=f"^{line}$"):
         FastGenEngine(settings(kernels=kernels))
 
 
-@pytest.mark.parametrize(
-    ("flags", "dtype", "slower"),
-    [
-        (EVERY_FLAG | {"amx_bf16"}, "bfloat16", True),
-        (EVERY_FLAG | {"amx_bf16"}, "float32", False),
-        (EVERY_FLAG, "bfloat16", False),
-        (EVERY_FLAG, "float32", False),
-    ],
-    ids=shown,
-)
-def test_pytorch_is_faster_where_it_has_amx(
-    monkeypatch: pytest.MonkeyPatch, flags: set[str], dtype: str, slower: bool
-) -> None:
-    monkeypatch.setattr(checks, "cpu_flags", lambda: flags)
-    assert (checks.slower(dtype) is not None) == slower
-
-
 # --- which kernels are used -----------------------------------------------------------------------------------------
-
-
-@needs_native
-def test_auto_leaves_bfloat16_to_amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = checks.cpu_flags() | {"amx_bf16"}
-    monkeypatch.setattr(checks, "cpu_flags", lambda: flags)
-    chosen = dataclasses.replace(settings(kernels=Kernels.auto), dtype="bfloat16")
-    engine = FastGenEngine(chosen)
-    assert engine.kernels == "torch"
-    assert engine.notes == [
-        "engine.kernels=auto took torch, not the native kernels: "
-        "this processor has amx_bf16, which PyTorch uses and they do not"
-    ]
-    assert FastGenEngine(settings(kernels=Kernels.auto)).kernels == "native"
-    asked = dataclasses.replace(chosen, engine=dataclasses.replace(chosen.engine, kernels=Kernels.native))
-    assert FastGenEngine(asked).kernels == "native"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ needs_native = pytest.mark.skipif(native_checks.processor_lacks() is not None, r
 def kernels_on_cpu(model: Path, dtype: str) -> str:
     """Returns what ``engine.kernels=auto`` takes on this machine for the checkpoint in ``model``."""
     architecture = json.loads((model / "config.json").read_text())
-    reason = native_checks.unsupported(KnownModel(architecture, dtype)) or native_checks.slower(dtype)
+    reason = native_checks.unsupported(KnownModel(architecture, dtype))
     return "native" if reason is None else "torch"
 
 

@@ -51,7 +51,9 @@ class FastGenEngine(Engine[FastGenConfig]):
     @property
     def facts(self) -> dict[str, Any]:
         """Which instructions the native kernels compute with."""
-        return {"instruction_set": native_checks.instruction_set()} if self.kernels == "native" else {}
+        return (
+            {"instruction_set": native_checks.instruction_set(self.settings.dtype)} if self.kernels == "native" else {}
+        )
 
     @property
     def kv_pool(self) -> KvPool | None:

@@ -91,7 +91,7 @@ def missing(
         return None
     if kernels not in ORDER[accelerator]:
         return "they need CUDA" if accelerator == "cpu" else "they compute on a CPU"
-    if kernels is Kernels.native and (lacks := native_checks.processor_lacks()) is not None:
+    if kernels is Kernels.native and (lacks := native_checks.processor_lacks(dtype)) is not None:
         return lacks
     return _missing(kernels, engine, dtype, lambda: capability) or _untried(kernels)
 
@@ -150,9 +150,9 @@ def _candidates(asked: Kernels, accelerator: str) -> tuple[Kernels, ...]:
 def _missing(
     kernels: Kernels, engine: FastGenConfig, dtype: str, capability: Callable[[], Capability | None]
 ) -> str | None:
-    """Returns why kernels cannot, or should not, run on this machine."""
+    """Returns what kernels lack on this machine; None when all is there."""
     if kernels is Kernels.native:
-        return native_checks.slower(dtype) if engine.kernels is Kernels.auto else None
+        return None  # instructions are looked at with the model
     quantization = engine.quantization
     reason = triton_checks.not_installed() if kernels is Kernels.triton else ragged_kernels.not_installed(quantization)
     if reason is not None or (found := capability()) is None:

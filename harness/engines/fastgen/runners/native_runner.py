@@ -39,13 +39,13 @@ class NativeRunner(AtOnce):
         wish = settings.engine.kv_block_size
         self.block_size = min(-(-wish // WIDTH) * WIDTH, LONGEST_BLOCK)
         try:
-            self.library = library.load(build.library())
+            self.library = library.load(build.library(settings.dtype))
         except OSError as error:
             raise build.BuildError(f"the compiled kernels cannot be loaded: {error}") from error
         self.panel: int = self.library.harness_panel()  # columns of weights that are laid out together
         self.handle = self.library.harness_new(self.dtype is torch.bfloat16)
-        if not self.handle:
-            raise MemoryError
+        if not self.handle:  # so little memory there always is
+            raise build.BuildError("the system keeps AMX's registers from this process")
         weakref.finalize(self, self.library.harness_delete, self.handle)
         self.kept: list[Any] = []  # what the structures have the addresses of
         self.ids: frozenset[int] = frozenset()

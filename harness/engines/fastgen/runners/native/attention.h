@@ -58,12 +58,13 @@ inline void plan(const std::vector<Chunk>& chunks, const Shape& shape, std::vect
 // Decodes read each block once, from memory, and the processor's own prefetching loses its way between blocks: hence
 // `soon`, what will be read next.
 template <class E, bool ADD>
-inline void wide_product(const Word* tile, int rows, const Word* columns, int width, int words, int count, float* sums,
+inline void wide_product(const Word* tile, int rows, int apart, const Word* columns, int width, int words, int count, float* sums,
                          int leading, const Word* soon) {
     const int vectors = (count + LANES - 1) / LANES, most = rows <= LOW<E> ? 4 : 2;
     for (int v = 0; v < vectors;) {
         const int left = vectors - v, take = left >= most ? most : left >= 2 ? 2 : 1;
-        product_of<E, ADD, true>(rows, take)(tile, columns + v * LANES, width, words, sums + v * LANES, leading, soon);
+        product_of<E, ADD, true>(rows, take)(tile, apart, columns + v * LANES, width, words, sums + v * LANES, leading,
+                                             soon);
         soon += static_cast<std::size_t>(words) * take * LANES;
         v += take;
     }
@@ -89,7 +90,8 @@ void attend(const Task& task, const Chunk& chunk, const Shape& shape, const Cach
         row_of[r] = chunk.row + token;
         column[r] = head * dim;
         const typename E::Raw* from = query + static_cast<std::size_t>(row_of[r]) * width + column[r];
-        for (int k = 0; k < held; ++k) packed[k * rows + r] = E::held(from, k);
+        const RowWords to = row_of_tile(packed, r, rows, held);
+        for (int k = 0; k < held; ++k) to.base[k * to.stride] = E::held(from, k);
         peak[r] = -std::numeric_limits<float>::infinity();
         total[r] = 0;
         std::memset(sums + r * MAX_HEAD_DIM, 0, dim * sizeof(float));
@@ -102,14 +104,14 @@ void attend(const Task& task, const Chunk& chunk, const Shape& shape, const Cach
             const int here = std::min(count - at, block_size);
             const bool more = at + block_size < count;
             const Word* soon = (more ? cache.keys : cache.values) + cache.at(block[more ? b + 1 : 0], task.kv_head);
-            wide_product<E, false>(packed, rows, cache.keys + cache.at(block[b], task.kv_head), block_size,
+            wide_product<E, false>(packed, rows, held, cache.keys + cache.at(block[b], task.kv_head), block_size,
                                    dim / E::STEP, here, scores + at, GROUP, soon);
         }
         const int vectors = (count + LANES - 1) / LANES;
         for (int r = 0; r < rows; ++r) {
             const float* row = scores + r * GROUP;
             const int seen = visible[r] - begin;
-            const RowWords to{weights + r, rows};
+            const RowWords to = row_of_tile(weights, r, rows, GROUP / E::HELD);
             Floats most = every(peak[r]);
             for (int v = 0; v < vectors && v * LANES < seen; ++v)
                 most = raise(first_lanes(seen - v * LANES), most, load(row + v * LANES));
@@ -135,7 +137,7 @@ void attend(const Task& task, const Chunk& chunk, const Shape& shape, const Cach
             const int words = (std::min(count - at, block_size) + E::STEP - 1) / E::STEP;
             const bool more = at + block_size < count, ends = !more && begin + stride >= end;
             const Word* soon = (more || ends ? cache.values : cache.keys) + cache.at(block[ends ? b : b + 1], task.kv_head);
-            wide_product<E, true>(weights + static_cast<std::size_t>(at / E::HELD) * rows, rows,
+            wide_product<E, true>(weights + static_cast<std::size_t>(at / E::HELD) * (AMX ? 1 : rows), rows, GROUP / E::HELD,
                                   cache.values + cache.at(block[b], task.kv_head), dim, words, dim, sums, MAX_HEAD_DIM,
                                   soon);
         }

@@ -31,8 +31,8 @@ class BuildError(Exception):
     """The library cannot be had on this machine; the message says why, in a line."""
 
 
-def library() -> Path:
-    """Returns the compiled library, compiled first if need be; safe to call from several processes.
+def library(dtype: str = "bfloat16") -> Path:
+    """Returns the library that computes a type, compiled first if need be; safe to call from several processes.
 
     The compiler is the one that ``CXX`` names, else ``g++``.
 
@@ -41,7 +41,7 @@ def library() -> Path:
     """
     from filelock import FileLock, Timeout
 
-    command, final = _wanted()
+    command, final = _wanted(dtype)
     if final.exists():
         return final
     try:
@@ -60,7 +60,7 @@ def ready() -> bool:
     Raises:
         BuildError: as :func:`library`, as far as it shows without compiling the sources.
     """
-    command, final = _wanted()
+    command, final = _wanted("bfloat16")
     if final.exists():
         return True
     try:
@@ -74,15 +74,16 @@ def ready() -> bool:
     return False
 
 
-def _wanted() -> tuple[list[str], Path]:
+def _wanted(dtype: str) -> tuple[list[str], Path]:
     """Returns the compiler with its options, and the file that the library is kept in; raises BuildError."""
     wish = shlex.split(os.environ.get("CXX") or "g++")
     program = shutil.which(wish[0]) if wish else None
     if program is None:
         raise BuildError(f"no C++ compiler: {' '.join(wish)} is not installed (CXX names another)")
     # Named one by one: what -march=native means would depend on where the cache directory was filled.
-    names = INSTRUCTION_SETS[instruction_set() or list(INSTRUCTION_SETS)[-1]]
-    command = [program, *wish[1:], *OPTIONS, *(f"-m{name.replace('_', '')}" for name in names)]
+    names = INSTRUCTION_SETS[instruction_set(dtype) or list(INSTRUCTION_SETS)[-1]]
+    options = [f"-m{name.replace('amx_', 'amx-').replace('_', '')}" for name in names]
+    command = [program, *wish[1:], *OPTIONS, *options]
     try:
         return command, cache_root() / "native" / f"{_fingerprint(command)}.so"
     except UserError as error:

@@ -18,7 +18,13 @@ from harness.models.architecture import attention_heads
 AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma")
 # What the sources are compiled for, the fastest first, and what each needs of a processor. Without avx512_bf16 bfloat16
 # is computed in float32, from bfloat16 weights.
-INSTRUCTION_SETS = {"avx512_bf16": (*AVX512, "avx512_bf16"), "avx512": AVX512, "avx2": ("avx2", "fma")}
+INSTRUCTION_SETS = {
+    "amx_bf16": (*AVX512, "avx512_bf16", "amx_tile", "amx_bf16"),
+    "avx512_bf16": (*AVX512, "avx512_bf16"),
+    "avx512": AVX512,
+    "avx2": ("avx2", "fma"),
+}
+BFLOAT16_ALONE = ("amx_bf16",)  # what computes in bfloat16 and nothing else
 VARIABLE = "HARNESS_CPU_ISA"  # the fastest that may be used
 
 
@@ -27,15 +33,15 @@ def unsupported(known: KnownModel) -> str | None:
     dtype = known.dtype
     if dtype not in ("float32", "bfloat16"):
         return f"they compute in float32 or bfloat16, not in {dtype}"
-    if (lacks := processor_lacks()) is not None:
+    if (lacks := processor_lacks(dtype)) is not None:
         return lacks
     if known.tp > 1:
         return "they do not shard a model (parallel.tp)"
     return llama_like.unlike(known) or _unlike_sizes(known.architecture)
 
 
-def instruction_set() -> str | None:
-    """Returns the fastest of :data:`INSTRUCTION_SETS` that this processor has, None where it has none of them.
+def instruction_set(dtype: str = "bfloat16") -> str | None:
+    """Returns the fastest of :data:`INSTRUCTION_SETS` that this processor has for a type, None where it has none.
 
     ``HARNESS_CPU_ISA`` leaves out those before the one that it names.
 
@@ -46,23 +52,17 @@ def instruction_set() -> str | None:
     wish = os.environ.get(VARIABLE) or names[0]
     if wish not in names:
         raise UserError(VARIABLE, f"{wish!r} is not known", f"choose one of {', '.join(names)}, or leave it unset")
-    flags = cpu_flags()
-    return next((name for name in names[names.index(wish) :] if flags.issuperset(INSTRUCTION_SETS[name])), None)
+    flags, left = cpu_flags(), names[names.index(wish) :]
+    able = (name for name in left if dtype == "bfloat16" or name not in BFLOAT16_ALONE)
+    return next((name for name in able if flags.issuperset(INSTRUCTION_SETS[name])), None)
 
 
-def processor_lacks() -> str | None:
+def processor_lacks(dtype: str = "float32") -> str | None:
     """Returns which instructions this processor has not, in a clause; None when it has enough. Raises UserError."""
-    if instruction_set() is not None:
+    if instruction_set(dtype) is not None:
         return None
     flags, least = cpu_flags(), list(INSTRUCTION_SETS)[-1]
     return f"this processor has no {', '.join(name for name in INSTRUCTION_SETS[least] if name not in flags)}"
-
-
-def slower(dtype: str) -> str | None:
-    """Returns why PyTorch's kernels are expected to be faster here, None where they are not."""
-    if dtype == "bfloat16" and "amx_bf16" in cpu_flags():
-        return "this processor has amx_bf16, which PyTorch uses and they do not"
-    return None
 
 
 def _unlike_sizes(architecture: dict[str, Any]) -> str | None:

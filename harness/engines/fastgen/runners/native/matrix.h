@@ -2,18 +2,26 @@
 //
 // Weights [columns, depth] are cut into panels of two vectors of columns, each laid out [depth words][columns], so that
 // the kernel reads them in order. Activations [rows, depth] are cut into tiles of a few rows, each [depth words][rows].
-// A tile's rows x 2 vectors of columns are the sums that stay in registers: 28 of AVX-512's 32, 12 of AVX2's 16.
+// A tile's rows x 2 vectors of columns are the sums that stay in registers: 28 of AVX-512's 32, 12 of AVX2's 16. With AMX
+// a tile is 32 rows, each [depth words], and its sums fill four of AMX's registers.
 #pragma once
 
 #include <array>
 #include <utility>
 
+#include "amx.h"
 #include "element.h"
 
 namespace harness {
 
 constexpr int PANEL = 2 * LANES;  // columns
-constexpr int TILE = LANES == 16 ? 14 : 6;  // rows, at most
+#ifdef __AMX_BF16__
+constexpr bool AMX = true;
+constexpr int TILE = 32;  // rows, at most
+#else
+constexpr bool AMX = false;
+constexpr int TILE = LANES == 16 ? 14 : 6;
+#endif
 constexpr int LINE = 16;  // words in a line of the processor's cache
 
 // Words of a tile that a word of weights is multiplied by.
@@ -21,11 +29,12 @@ template <class E>
 constexpr int PARTS = E::STEP / E::HELD;
 // Rows of a tile, at most, whose sums for four vectors of columns stay in registers beside all else.
 template <class E>
-constexpr int LOW = TILE / (PARTS<E> + 1);
+constexpr int LOW = AMX ? TILE / 2 : TILE / (PARTS<E> + 1);
 
 inline int panels_of(int columns) { return (columns + PANEL - 1) / PANEL; }
 
-// How a number of rows is cut into tiles, as equal as can be.
+// How a number of rows is cut into tiles: as equal as can be, or with AMX, where 17 rows cost what 32 do, all full but
+// the last.
 struct Tiling {
     int rows, tiles, low, extra;  // the first `extra` tiles have low + 1 rows, the others `low`
 
@@ -33,8 +42,11 @@ struct Tiling {
         low = tiles ? rows / tiles : 0;
         extra = tiles ? rows % tiles : 0;
     }
-    int start(int tile) const { return tile * low + (tile < extra ? tile : extra); }
-    int height(int tile) const { return low + (tile < extra); }
+    int start(int tile) const { return AMX ? tile * TILE : tile * low + (tile < extra ? tile : extra); }
+    int height(int tile) const {
+        if (AMX) return rows - tile * TILE < TILE ? rows - tile * TILE : TILE;
+        return low + (tile < extra);
+    }
     int tile_of(int row) const {
         const int split = extra * (low + 1);
         return row < split ? row / (low + 1) : extra + (row - split) / low;
@@ -47,14 +59,22 @@ struct RowWords {
     int stride;
 };
 
+// Row r of a tile of so many rows, each of so many words.
+inline RowWords row_of_tile(Word* tile, int row, int rows, int words) {
+    if (AMX) return {tile + static_cast<std::size_t>(row) * words, 1};
+    return {tile + row, rows};
+}
+
 inline RowWords row_words(Word* tiles, const Tiling& tiling, int row, int words) {
+    if (AMX) return row_of_tile(tiles, row, tiling.rows, words);
     const int tile = tiling.tile_of(row), start = tiling.start(tile);
-    return {tiles + static_cast<std::size_t>(start) * words + (row - start), tiling.height(tile)};
+    return row_of_tile(tiles + static_cast<std::size_t>(start) * words, row - start, tiling.height(tile), words);
 }
 
 // Puts a vector of values of a row, elements `at`.. of it, into its tile.
 template <class E>
 inline void put(const RowWords& row, int at, Floats values) {
+    if (AMX) return E::hold(row.base + at / E::HELD, values);
     alignas(64) Word words[LANES];
     E::hold(words, values);
     Word* to = row.base + static_cast<std::size_t>(at / E::HELD) * row.stride;
@@ -62,9 +82,17 @@ inline void put(const RowWords& row, int at, Floats values) {
 }
 
 // sums[ROWS][VECTORS * LANES] (+)= tile[words * PARTS][ROWS] x columns[words][width]. With FETCH it asks meanwhile for
-// as much memory from `soon` on as it reads of the columns.
+// as much memory from `soon` on as it reads of the columns. `apart` is between rows that stand one after the other.
+#ifdef __AMX_BF16__
 template <class E, int ROWS, int VECTORS, bool ADD, bool FETCH>
-void product(const Word* tile, const Word* columns, int width, int words, float* sums, int leading, const Word* soon) {
+void product(const Word* tile, int apart, const Word* columns, int width, int words, float* sums, int leading,
+             const Word* soon) {
+    amx_product_of_any<(ROWS > SIDE), VECTORS, ADD, FETCH>(tile, apart, ROWS, columns, width, words, sums, leading, soon);
+}
+#else
+template <class E, int ROWS, int VECTORS, bool ADD, bool FETCH>
+void product(const Word* tile, int apart, const Word* columns, int width, int words, float* sums, int leading,
+             const Word* soon) {
     Floats sum[ROWS][VECTORS];
 #pragma GCC unroll 14
     for (int r = 0; r < ROWS; ++r)
@@ -97,8 +125,9 @@ void product(const Word* tile, const Word* columns, int width, int words, float*
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) store(sums + r * leading + v * LANES, sum[r][v]);
 }
+#endif
 
-using Product = void (*)(const Word*, const Word*, int, int, float*, int, const Word*);
+using Product = void (*)(const Word*, int, const Word*, int, int, float*, int, const Word*);
 
 template <class E, int VECTORS, bool ADD, bool FETCH, int... ROWS>
 constexpr std::array<Product, sizeof...(ROWS) + 1> products(std::integer_sequence<int, ROWS...>) {
@@ -136,8 +165,8 @@ void multiply(const Weights& weights, const Word* tiles, const Tiling& tiling, i
         alignas(64) float sums[TILE * PANEL];
         for (int tile = first; tile < last; ++tile) {
             const int start = tiling.start(tile), height = tiling.height(tile);
-            product_of<E, false, false>(height, 2)(tiles + static_cast<std::size_t>(start) * tile_words, columns, PANEL,
-                                                   words, sums, PANEL, nullptr);
+            product_of<E, false, false>(height, 2)(tiles + static_cast<std::size_t>(start) * tile_words, tile_words,
+                                                   columns, PANEL, words, sums, PANEL, nullptr);
             done(sums, start, height, panel);
         }
     }

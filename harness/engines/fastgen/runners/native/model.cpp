@@ -130,7 +130,8 @@ public:
         all_ = {Tiling(pass.tokens), nullptr};
         sampled_ = {Tiling(pass.rows), pass.sampled};
         read_chunks();
-        const auto hold = [&](auto& buffer, std::size_t width) { buffer.hold(pass.tokens * width); };
+        // AMX reads whole tiles of rows, whatever lies behind the last.
+        const auto hold = [&](auto& buffer, std::size_t width) { buffer.hold((pass.tokens + TILE) * width); };
         hold(residual_, model.hidden);
         hold(qkv_, qkv_width_);
         hold(query_, query_width_);
@@ -144,6 +145,9 @@ public:
 #pragma omp parallel num_threads(threads)
         {
             cores.bind();
+#ifdef __AMX_BF16__
+            const AmxTiles tiles;
+#endif
 #pragma omp single
             team_ = omp_get_num_threads();
             embed();
@@ -280,7 +284,7 @@ private:
                         for (int r = 0; r < height; ++r) {
                             const Floats gate = load(sums + r * PANEL), up = load(sums + r * PANEL + LANES);
                             const Floats power = exp2(gate * every(-LOG2_E)), silu = gate / (every(1.0f) + power);
-                            put<E>({tile + r, height}, panel * LANES, silu * up);
+                            put<E>(row_of_tile(tile, r, height, intermediate / E::HELD), panel * LANES, silu * up);
                         }
                     });
         multiply<E>(weights(layer.down, hidden, intermediate), middle_.get(), rows.tiling, team_, add(nullptr, rows));
@@ -406,9 +410,13 @@ void harness_pack(const Word* weights, std::int32_t columns, std::int32_t words,
 // Columns of a panel.
 std::int32_t harness_panel() { return harness::PANEL; }
 
-// A place for the working memory of passes, one at a time; null where memory ran out.
+// A place for the working memory of passes, one at a time; null where the system keeps AMX from this process.
 void* harness_new(std::int32_t bfloat16) {
+#ifdef __AMX_BF16__
+    if (!bfloat16 || !harness::allow_amx()) return nullptr;
+#else
     if (!bfloat16) return new (std::nothrow) harness::ForwardOf<harness::Float32>;
+#endif
     return new (std::nothrow) harness::ForwardOf<harness::BFloat16>;
 }
 
@@ -433,4 +441,5 @@ std::int32_t harness_forward(void* forward, const HarnessModel* model, const Har
     }
 }
 }
+
 #pragma GCC visibility pop
