@@ -12,7 +12,8 @@ class EngineStatistics:
 
     All times in seconds. ``prefill_s`` and ``decode_s`` are forward time, shared out by tokens where one
     pass held both; ``tokenize_s`` and ``detokenize_s`` are what of that work no pass hid; ``host_s`` is the rest:
-    scheduling, building batches, bookkeeping. ``dropped_tokens`` were fed after an end that was not known yet.
+    scheduling, building batches, bookkeeping. ``dropped_tokens`` were fed after an end that was not known yet,
+    ``shared_prompt_tokens`` were not fed at all: another prompt had the same beginning, whose KV blocks they share.
     ``device_busy_s`` and ``device_gap_s`` are a GPU's time with a pass and between two, by its own clock; None where
     that is not measured.
     """
@@ -21,6 +22,7 @@ class EngineStatistics:
     preemptions: int | None = None
     recomputed_tokens: int | None = None
     dropped_tokens: int | None = None
+    shared_prompt_tokens: int | None = None
     kv_blocks: int | None = None
     kv_peak_utilisation: float | None = None
     peak_sequences: int | None = None
@@ -37,7 +39,8 @@ def merged_statistics(all_ranks: Sequence[EngineStatistics]) -> EngineStatistics
     """Returns the statistics of several replicas as one: counts add up, peaks are the highest, times the mean."""
     whole = EngineStatistics()
     count = len(all_ranks)
-    for name in ("steps", "preemptions", "recomputed_tokens", "dropped_tokens", "kv_blocks"):
+    counts = ("steps", "preemptions", "recomputed_tokens", "dropped_tokens", "shared_prompt_tokens", "kv_blocks")
+    for name in counts:
         values = [getattr(rank, name) for rank in all_ranks]
         setattr(whole, name, None if None in values else sum(values))
     for name in ("kv_peak_utilisation", "peak_sequences"):

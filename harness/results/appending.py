@@ -101,7 +101,7 @@ class CompletionsFile(LineFile):
         """Appends one line; raises UserError as :meth:`append` does."""
         # json writes the ids itself: plain() over each of them would cost the run's clock a second or two.
         entry = {field.name: getattr(completion, field.name) for field in fields(completion)}
-        for name in ("error", "id"):
+        for name in ("error", "id", "shared_tokens"):
             if entry[name] is None:
                 del entry[name]
         self.append(json_bytes(entry) + b"\n")

@@ -139,7 +139,7 @@ TABLE: tuple[Column, ...] = (
            int, Source.COUNT, Combine.WHOLE, Combine.WHOLE),
     Column("rejected", "requests", "could not fit",
            int, Source.COUNT, Combine.WHOLE, Combine.WHOLE),
-    Column("prompt_tokens", "tokens", "fed, of completed requests",
+    Column("prompt_tokens", "tokens", "fed, of completed requests; or shared, with `engine.prefix_sharing`",
            int, Source.COUNT, Combine.WHOLE, Combine.WHOLE),
     Column("output_tokens", "tokens", "generated, of completed requests",
            int, Source.COUNT, Combine.WHOLE, Combine.WHOLE),

@@ -60,7 +60,7 @@ class Completion:
     """One finished or rejected request: one line of ``completions.jsonl``, fields in this order."""
 
     index: int
-    prompt_tokens: int  # ids fed to the model, BOS included, padding never; 0 when rejected
+    prompt_tokens: int  # its ids, BOS included, padding never; 0 when rejected
     output_tokens: int  # ids generated, EOS included
     finish_reason: str  # "eos", "stop" (a stop string or stop id), "length" or "rejected"
     token_ids: list[int]  # the generated ids
@@ -69,6 +69,7 @@ class Completion:
     finished_s: float | None
     error: str | None = None  # why it was rejected
     id: str | None = None  # the request's; None where the dataset has no ids
+    shared_tokens: int | None = None  # of the prompt, not computed, as another begins alike; None: nothing is shared
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,7 @@ class _Part:
     tokens: list[int]
     blocks: list[int]
     last: bool
+    before: list[int]  # where blocks are shared: the prompt's tokens that others may have computed
 
 
 class LateDevice:
@@ -84,6 +85,7 @@ class LateDevice:
         pass_s: seconds that a pass takes.
         eos_at: by uid, the number of the output token that is the end of sequence.
         fails: what raises :class:`Broken`, ``launch`` or ``wait``, and in which pass, from 0.
+        shared: whether a block may have several holders, whose prompts are the same so far.
     """
 
     name = "late"
@@ -99,8 +101,10 @@ class LateDevice:
         pass_s: float = 0.0,
         eos_at: dict[int, int] | None = None,
         fails: tuple[str, int] | None = None,
+        shared: bool = False,
     ) -> None:
         self.depth = depth
+        self.shared = shared
         self.block_size = block_size
         self.blocks = blocks
         self.pass_s = pass_s
@@ -179,14 +183,16 @@ class LateDevice:
             tokens = sequence.tokens[start : start + length]
             assert 0 <= sequence.slot < len(self.table)
             assert self.table[sequence.slot] == sequence.blocks, "the block table was not told of a change"
-            assert all(self.holders[block] == sequence.uid for block in sequence.blocks), "a block has one holder"
+            if not self.shared:
+                assert all(self.holders[block] == sequence.uid for block in sequence.blocks), "a block has one holder"
             assert len(tokens) == length and len(sequence.blocks) * self.block_size >= start + length
             assert last == (start + length == len(sequence.tokens))
             if min(tokens) < 0:
                 assert self.depth and length == 1 and place < batch.decode_tokens, "only a decode waits for an id"
                 assert -tokens[0] <= self._rows, "the pass before has no such row"
             blocks = list(sequence.blocks)
-            parts.append(_Part(sequence.uid, sequence.prompt_len, start, tokens, blocks, last))
+            before = sequence.tokens[: min(start, sequence.prompt_len)] if self.shared else []
+            parts.append(_Part(sequence.uid, sequence.prompt_len, start, tokens, blocks, last, before))
         return parts
 
     def _run(self) -> None:
@@ -212,6 +218,10 @@ class LateDevice:
                 self._cells[block, place % self.block_size] = (part.uid, place, state)
             for place in range(part.start):
                 self._cell(part, place)
+            expected = 0
+            for place, token in enumerate(part.before):
+                expected, _ = next_id(expected, token)
+                assert self._cell(part, place) == expected, "keys and values of another prompt"
             if part.last:
                 number = part.start + len(part.tokens) - part.prompt_len
                 ids.append(EOS if self.eos_at.get(part.uid) == number else following)
@@ -219,7 +229,9 @@ class LateDevice:
 
     def _cell(self, part: _Part, place: int) -> int:
         uid, position, state = self._cells[part.blocks[place // self.block_size], place % self.block_size]
-        assert (uid, position) == (part.uid, place), "keys and values of another sequence"
+        assert position == place and (uid == part.uid or place < len(part.before)), (
+            "keys and values of another sequence"
+        )
         return state
 
 

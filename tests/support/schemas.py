@@ -109,7 +109,7 @@ BESIDE: dict[str, Schema] = {
 }
 COMPLETION: dict[str, Schema] = {
     "index": a("integer", "position among the requests, from 0", minimum=0),
-    "prompt_tokens": a("integer", "ids fed to the model, BOS included, padding never; 0 if rejected", minimum=0),
+    "prompt_tokens": a("integer", "ids of the prompt, BOS included, padding never; 0 if rejected", minimum=0),
     "output_tokens": a("integer", "ids generated, the last one's included", minimum=0),
     "finish_reason": a("string", "why it ended", enum=["eos", "length", "stop", "rejected"]),
     "token_ids": a("array", "the ids generated", items={"type": "integer", "minimum": 0}),
@@ -118,6 +118,7 @@ COMPLETION: dict[str, Schema] = {
     "finished_s": a("number?", "of the clock, seconds", minimum=0),
     "error": a("string", "why it was rejected"),
     "id": a("string", "what the dataset calls the request"),
+    "shared_tokens": a("integer", "of the prompt, not computed, since another begins alike", minimum=0),
 }
 EVALUATION: dict[str, Schema] = {
     "run_id": a("string", "the evaluation's directory"),

@@ -52,6 +52,9 @@ class FastGenConfig(EngineConfig):
         unit="bytes",
         allowed="a fraction up to 1, bytes, or a size such as `2GiB`; `auto`",
     )
+    prefix_sharing: bool = key(
+        False, "prompts that begin with the same tokens share whole blocks of the KV cache, computed once"
+    )
     quantization: str | None = key(
         None, "`deepspeed` kernels: FP6 weights, float16 activations (A100)", allowed="`null`, `wf6af16`"
     )

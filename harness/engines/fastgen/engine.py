@@ -21,7 +21,7 @@ from harness.engines.fastgen.runners.sharded_runner import ShardedRunner
 from harness.engines.fastgen.scheduler import Scheduler, Sequence
 from harness.engines.fastgen.texts import Texts
 from harness.engines.scoring import Forced, Score, Scored, no_prefill
-from harness.engines.shared.kv_blocks import KvBlocks, KvPool
+from harness.engines.shared.kv_blocks import KvBlocks, KvPool, SharedKvBlocks
 from harness.engines.shared.order import arranged
 from harness.engines.statistics import EngineStatistics
 from harness.models import tokenizer
@@ -161,7 +161,7 @@ class FastGenEngine(Engine[FastGenConfig]):
     def generate(self, requests: Iterable[Request], clock: Clock) -> Iterator[Completion]:
         """Yields completions as their sequences finish; see :meth:`Engine.generate`."""
         self.statistics = EngineStatistics(kv_blocks=self.total_blocks)
-        scheduler = self._scheduler(self.ends)
+        scheduler = self._scheduler(self.ends, shared=self.settings.engine.prefix_sharing)
         loop, ledger = Loop(self.runner, scheduler, clock), Ledger(self)
         device_time = self.runner.device_time
         if device_time is not None:
@@ -187,10 +187,16 @@ class FastGenEngine(Engine[FastGenConfig]):
         if device_time is not None and (busy := device_time.end()) is not None:
             self.statistics.device_busy_s, self.statistics.device_gap_s = busy.busy_s, busy.gap_s
 
-    def _scheduler(self, ends: Ends, budget: int | None = None) -> Scheduler:
-        """Returns a new scheduler; ``budget`` lowers ``engine.token_budget``."""
+    def _scheduler(self, ends: Ends, budget: int | None = None, shared: bool = False) -> Scheduler:
+        """Returns a new scheduler, whose blocks have no contents yet.
+
+        Args:
+            budget: lowers ``engine.token_budget``.
+            shared: whether prompts share blocks. Where tokens are scored they do not: each has to be computed.
+        """
         engine = self.settings.engine
-        blocks = KvBlocks(self.total_blocks, self.runner.block_size)
+        pool = SharedKvBlocks if shared else KvBlocks
+        blocks = pool(self.total_blocks, self.runner.block_size)
         budget = min(budget or engine.token_budget, engine.token_budget)
         return Scheduler(budget, min(engine.max_sequences, budget), blocks, ends)
 
@@ -207,6 +213,8 @@ class FastGenEngine(Engine[FastGenConfig]):
         """Returns what came of a request; :class:`Texts` books the time."""
         reason, ids = sequence.finish_reason or "length", sequence.output_ids
         prompt = sequence.tokens[: sequence.prompt_len]
-        return self.completion(
+        completion = self.completion(
             sequence.uid, sequence.prompt_len, ids, reason, first_token_s, clock, booked=False, prompt=prompt
         )
+        completion.shared_tokens = sequence.shared if self.settings.engine.prefix_sharing else None
+        return completion

@@ -55,6 +55,7 @@ class Ledger:
         statistics.preemptions = scheduler.preemptions
         statistics.recomputed_tokens = scheduler.recomputed_tokens
         statistics.dropped_tokens = scheduler.dropped_tokens
+        statistics.shared_prompt_tokens = scheduler.shared_prompt_tokens
         statistics.kv_peak_utilisation = scheduler.blocks.peak / scheduler.blocks.total
         statistics.peak_sequences = scheduler.peak_sequences
         statistics.mean_tokens_per_pass = self._tokens / self._steps if self._steps else None

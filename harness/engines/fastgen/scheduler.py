@@ -37,6 +37,8 @@ class Sequence:
         finish_reason: None while unfinished, then ``eos``, ``stop`` or ``length``.
         slot: its number among the running sequences, from 0, for what a runner keeps of each; -1 while it waits.
         most_tokens: prompt and output.
+        keys: of the whole blocks of its prompt, where blocks are shared.
+        shared: how many tokens of its prompt were not computed for it, since others had; None before it is admitted.
     """
 
     uid: int
@@ -48,6 +50,8 @@ class Sequence:
     finish_reason: str | None = None
     slot: int = -1
     most_tokens: int = field(init=False)
+    keys: tuple[bytes, ...] = ()
+    shared: int | None = None
 
     def __post_init__(self) -> None:
         self.most_tokens = self.prompt_len + self.max_new_tokens
@@ -119,10 +123,14 @@ class Scheduler:
     admitted only with blocks for all its present tokens; and when a decode finds no free block, the
     youngest running sequence gives its own back, so the oldest always moves on.
 
+    Where blocks can be shared, a sequence is admitted with those that hold the beginning of its prompt, but never its
+    last token, whose logits are wanted. They are whole blocks of prompts, which no later pass writes, and can be found
+    once the pass that fills them is launched: what reads them is launched after it, and a device computes in order.
+
     Args:
         token_budget: most tokens in one pass.
         max_sequences: most sequences running at a time, at most ``token_budget``.
-        blocks: the KV cache's blocks.
+        blocks: the KV cache's blocks; :class:`SharedKvBlocks` to share them.
         ends: what ends a sequence before its length does.
     """
 
@@ -140,6 +148,7 @@ class Scheduler:
         self.preempted: list[Sequence] = []  # by the latest schedule(), their cache contents void
         self.preemptions = 0
         self.recomputed_tokens = 0
+        self.shared_prompt_tokens = 0  # see Sequence.shared
         self.dropped_tokens = 0  # fed after an end that was not known yet
         self.peak_sequences = 0
         self._slots = list(range(max_sequences))  # the free ones; ascending, hence already a heap
@@ -153,6 +162,7 @@ class Scheduler:
         reason = self.refusal(sequence.prompt_len, sequence.max_new_tokens)
         if reason or not sequence.tokens or sequence.max_new_tokens < 1:
             raise ValueError(reason or "a sequence needs a prompt and room for one token")
+        sequence.keys = self.blocks.keys(sequence.tokens)
         self.waiting.append(sequence)
 
     @property
@@ -167,6 +177,8 @@ class Scheduler:
         missing = 2 * self.token_budget
         for sequence in self.waiting:
             missing -= len(sequence.tokens)
+            if sequence.keys:
+                missing += len(self._found(sequence)) * self.blocks.block_size
             if missing <= 0:
                 return False
         return True
@@ -194,6 +206,9 @@ class Scheduler:
         the device begins after this one.
         """
         row, ended = 0, False
+        for sequence, start, length, _ in batch.chunks[batch.decode_tokens :]:
+            if sequence.keys:
+                self.blocks.publish(sequence.blocks, sequence.keys, start, start + length)
         for sequence, start, length, last in batch.chunks:
             sequence.computed = computed = start + length
             if last:
@@ -299,17 +314,35 @@ class Scheduler:
         """Admits waiting sequences while tokens, sequences and blocks allow; returns the room left."""
         while room and self.waiting and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
-            needed = self.blocks.needed(len(sequence.tokens))
-            # One block of headroom for each that runs already: each may ask for one within block_size passes.
-            if needed + len(self.running) > self.blocks.free and self.running:
+            if not self._hold(sequence):
                 break
             self.waiting.popleft()
-            sequence.blocks += self.blocks.take(needed)
             sequence.slot = heapq.heappop(self._slots)
             self.running.append(sequence)
             grown.append(sequence)
             room -= self._chunk(sequence, room, chunks)
         return room
+
+    def _hold(self, sequence: Sequence) -> bool:
+        """Gives a waiting sequence blocks for all of its tokens; returns whether there are enough."""
+        blocks = self.blocks
+        found = self._found(sequence)
+        needed = blocks.needed(len(sequence.tokens)) - len(found)
+        # One block of headroom for each that runs already: each may ask for one within block_size passes.
+        if needed + blocks.idle(found) + len(self.running) > blocks.free and self.running:
+            return False
+        sequence.blocks += blocks.hold(found) + blocks.take(needed)
+        sequence.computed = len(found) * blocks.block_size
+        if sequence.shared is None:
+            sequence.shared = sequence.computed
+            self.shared_prompt_tokens += sequence.computed
+        else:  # it was preempted, and this was to be computed again
+            self.recomputed_tokens -= sequence.computed
+        return True
+
+    def _found(self, sequence: Sequence) -> list[int]:
+        """Returns the blocks that hold the beginning of a waiting sequence, but never its last token."""
+        return self.blocks.find(sequence.keys[: (len(sequence.tokens) - 1) // self.blocks.block_size])
 
 
 def _on_its_prompt(sequence: Sequence) -> bool:

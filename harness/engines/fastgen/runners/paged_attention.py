@@ -140,8 +140,10 @@ def _plan_decodes(
         filled += [block_size] * (count - 1)
         filled.append(tokens - (count - 1) * block_size)
     prefix = max(blocks) + 1
+    shared = len(set(blocks)) < len(blocks)  # by several decodes, and in place a block has one owner
     chosen: slice | Tensor
-    if prefix <= 2 * len(blocks):  # mostly ours: computing a few foreign blocks is cheaper than copying our own
+    # Mostly ours: computing a few foreign blocks is cheaper than copying our own.
+    if prefix <= 2 * len(blocks) and not shared:
         chosen = slice(0, prefix)
         owners = torch.full((prefix,), len(rows))
         lengths = torch.zeros(prefix, dtype=torch.int64)

@@ -123,6 +123,7 @@ class ShardedRunner:
         chunks: list[Chunk] = []
         for uid, start, last, tokens in told.chunks:
             sequence = followed[uid]
+            sequence.tokens += [0] * (start - len(sequence.tokens))  # what lies in blocks that it shares is never read
             sequence.tokens[start:] = tokens  # a preempted sequence starts anew
             chunks.append((sequence, start, len(tokens), last))
         prompt_tokens = sum(length for _, _, length, _ in chunks) - told.decode_tokens

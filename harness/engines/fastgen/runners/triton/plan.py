@@ -31,6 +31,7 @@ class Limits:
         width: blocks of the longest sequence.
         group: query heads that share a key-value head.
         vocab: token ids are below it.
+        sharing: whether several sequences may hold a block.
     """
 
     tokens: int
@@ -40,6 +41,12 @@ class Limits:
     width: int
     group: int
     vocab: int
+    sharing: bool = False
+
+    @property
+    def listed(self) -> int:
+        """The most blocks that the sequences of a pass hold, a shared one counted for each."""
+        return self.sequences * self.width if self.sharing else self.blocks
 
     @property
     def tile_tokens(self) -> int:
@@ -62,7 +69,7 @@ class Limits:
         tiles = self.sequences + self.tokens // self.tile_tokens
         each = dict.fromkeys(("sources", "positions", "slots", "outputs"), self.tokens)
         each |= dict.fromkeys(("begin", "start", "length", "row", "singles", "zeros"), self.sequences)
-        return each | {"tile_chunk": tiles, "tile_first": tiles, "blocks": self.blocks + 1}
+        return each | {"tile_chunk": tiles, "tile_first": tiles, "blocks": self.listed + 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +114,13 @@ class Planner:
         self._hosts = [torch.zeros(begins[-1], dtype=torch.int32, pin_memory=cuda) for _ in range(2)]
         self._views = [{name: host.numpy()[place] for name, place in places.items()} for host in self._hosts]
         self._sent: list[Any] = [torch.cuda.Event() if cuda else None for _ in range(2)]
+        # The last section is long, and sent as far as a pass fills it: so many numbers of each buffer.
+        self._blocks_begin = places["blocks"].start
+        self._filled = [self._blocks_begin] * 2
         self._turn = 0
         self._table = np.zeros((limits.sequences, limits.width), np.int32)  # the blocks of each slot's sequence
         self._rows = 0  # outputs of the pass before, which placeholders name
-        for views in self._views:
-            views["blocks"][-1] = limits.blocks  # the scratch block
+        self.device["blocks"][-1] = limits.blocks  # the scratch block, which no pass replaces
 
     def plan(self, batch: RaggedBatch, outputs: list[int] | None = None) -> Plan:
         """Writes a pass to the host's buffer; :meth:`send` follows.
@@ -159,12 +168,13 @@ class Planner:
             views[name][new] = 0
         views["length"][new] = 1
         views["slots"][new] = limits.blocks * limits.block_size
-        views["row"][new] = limits.blocks
+        views["row"][new] = limits.listed
         return Plan(rows, rows, rows, 0, rows)
 
     def send(self) -> None:
         """Copies what was planned to the device, where earlier passes are done with what it replaces by then."""
-        self.buffer.copy_(self._hosts[self._turn], non_blocking=True)
+        filled = self._filled[self._turn]
+        self.buffer[:filled].copy_(self._hosts[self._turn][:filled], non_blocking=True)
         if self._sent[self._turn] is not None:
             self._sent[self._turn].record()
 
@@ -206,6 +216,7 @@ class Planner:
         held_ends = np.cumsum(held)
         views["row"][: len(own)] = held_ends - held
         total = int(held_ends[-1])
+        self._filled[self._turn] = self._blocks_begin + total
         views["blocks"][:total] = table[np.repeat(own * width - held_ends + held, held) + np.arange(total)]
 
     def _cut_into_tiles(self, views: dict[str, Numbers], length: Numbers) -> tuple[int, int]:

@@ -201,6 +201,7 @@ class TritonRunner:
             width=min(blocks, -(-context // self.block_size)) if context else blocks,
             group=self.shard.heads // self.shard.kv_heads,
             vocab=self.shard.vocab,
+            sharing=engine.prefix_sharing,
         )
 
     def _decoder(self, limits: Limits, blocks: int) -> Decoder:
