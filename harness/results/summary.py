@@ -92,6 +92,9 @@ def _simulated(row: dict[str, Any], simulation: dict[str, Any]) -> list[tuple[st
 
 def _throughput(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, str]]:
     most, least = ("at most ", "at least ") if record.get("elapsed_is_estimated") else ("", "")
+    parts, which = _known(record, "engine_statistics")
+    shared = sum(part["engine_statistics"].get("shared_prompt_tokens") or 0 for part in parts)
+    found = f"{shared:,} of the prompt tokens were not computed: prompts that begin alike shared KV blocks{which}"
     return [
         (
             "Throughput",
@@ -104,6 +107,7 @@ def _throughput(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, 
             f"first token p50 {_seconds(row['ttft_p50_s'])}, p99 {_seconds(row['ttft_p99_s'])}; "
             f"finished p50 {_seconds(row['latency_p50_s'])}, p99 {_seconds(row['latency_p99_s'])}",
         ),
+        *([("", found)] if shared else []),
     ]
 
 

@@ -54,6 +54,8 @@ class PromptLengths:
 class ModelFlops:
     """Floating-point operations that the completed requests need at least: matrix products and attention.
 
+    What prompts share is needed once, for the first of them.
+
     Args:
         peak: of one rank, FLOP/s in the run's type; None where it is not known (:mod:`harness.running.peaks`).
     """
@@ -71,9 +73,9 @@ class ModelFlops:
         if self.count is None or completion.finish_reason == "rejected":
             return
         # The last generated token is never fed back.
-        fed = completion.prompt_tokens + completion.output_tokens - 1
-        self.total += 2 * self.count.matmul * fed + 2 * self.count.head * completion.output_tokens
-        self.total += self.per_pair * fed * (fed + 1) // 2
+        held, shared = completion.prompt_tokens + completion.output_tokens - 1, completion.shared_tokens or 0
+        self.total += 2 * self.count.matmul * (held - shared) + 2 * self.count.head * completion.output_tokens
+        self.total += self.per_pair * (held * (held + 1) - shared * (shared + 1)) // 2
 
     def utilisation(self, elapsed_s: float) -> float | None:
         """Returns the share of the devices' peak, None when that is not known."""

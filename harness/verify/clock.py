@@ -15,6 +15,7 @@ from harness.basics.files import numbered_lines
 from harness.engines import catalogue, room
 from harness.machine.telemetry import INTERVAL_S, SERIES, STOP_S
 from harness.results.passes import pass_figures, pass_rows
+from harness.verify import sharing
 from harness.verify.runs import RecordedRun
 
 PASSES = "passes.csv"
@@ -198,6 +199,7 @@ def _sums(run: RecordedRun, passes: Passes, completed: list[dict[str, Any]]) -> 
     needed = prompt_tokens + sum(len(line["token_ids"]) for line in completed)
     if kind is room.Passes.steps:  # a request's last token is fed back only where its end was not known in time
         needed += _statistic(run, "recomputed_tokens") + _statistic(run, "dropped_tokens") - len(completed)
+        needed -= sum(sharing.tokens_of(line) for line in completed)
     if sum(passes.tokens) != needed:
         yield f"the passes of {PASSES} have {sum(passes.tokens):.0f} tokens, the completions need {needed}"
     if str(len(passes)) != str(run.record.get("steps")) or list(passes.step) != [*range(1, len(passes) + 1)]:
