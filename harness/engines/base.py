@@ -21,7 +21,7 @@ from harness.workload.records import Completion, PassRecord, Request
 if TYPE_CHECKING:
     from harness.engines.shared.kv_blocks import KvPool
     from harness.models.source import Source
-    from harness.models.token_counts import Counter
+    from harness.models.token_counts import Encoder
     from harness.ranks.tensor_parallel import TensorParallel
 
 SCORING = "use engine=fastgen, ds_inference or baseline"
@@ -36,7 +36,7 @@ class Described:
         tp, dp: ranks that share a model, and replicas.
         memory: what its ranks find.
         needs: of memory, of a replica; None where the model's sizes are not known.
-        count_tokens: as the model's tokenizer does; None where that is not at hand.
+        encode: texts into ids, as the model's tokenizer does; None where that is not at hand.
         seed: of what is drawn.
     """
 
@@ -46,7 +46,7 @@ class Described:
     host_ranks: int
     memory: Memory
     needs: Needs | None
-    count_tokens: Counter | None
+    encode: Encoder | None
     seed: int
 
 

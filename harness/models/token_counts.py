@@ -1,9 +1,10 @@
-"""How many tokens a text has, where no model is loaded: by a tokenizer file alone, without transformers."""
+"""The tokens of a text, or how many they are, where no model is loaded: by a tokenizer file alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from harness.basics.cache import cache_root
 from harness.basics.errors import UserError, one_line
@@ -14,6 +15,7 @@ from harness.models.source import Source
 FILE = "tokenizer.json"
 
 Counter = Callable[[Sequence[str]], list[int]]
+Encoder = Callable[[Sequence[str]], list[list[int]]]
 
 
 def place_of(model: ModelConfig, source: Source) -> str | None:
@@ -31,6 +33,21 @@ def counter(model: ModelConfig, source: Source) -> Counter | None:
     Raises:
         UserError: the file is there and cannot be read.
     """
+    tokenizer = _tokenizer(model, source)
+    if tokenizer is None:
+        return None
+    return lambda texts: [len(encoded) for encoded in tokenizer.encode_batch(list(texts))]
+
+
+def encoder(model: ModelConfig, source: Source) -> Encoder | None:
+    """Returns what gives the ids themselves; otherwise as :func:`counter`."""
+    tokenizer = _tokenizer(model, source)
+    if tokenizer is None:
+        return None
+    return lambda texts: [encoded.ids for encoded in tokenizer.encode_batch(list(texts))]
+
+
+def _tokenizer(model: ModelConfig, source: Source) -> Any:
     place = place_of(model, source)
     if place is None or not (file := Path(place) / FILE).is_file():
         return None
@@ -42,4 +59,4 @@ def counter(model: ModelConfig, source: Source) -> Counter | None:
         raise UserError("model.tokenizer", f"{file}: {one_line(str(error), 200)}", "copy the file again") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return lambda texts: [len(encoded) for encoded in tokenizer.encode_batch(list(texts))]
+    return tokenizer

@@ -24,6 +24,7 @@ from harness.running import preflight, sizes, target
 from harness.running.job import Job
 from harness.running.target import Target
 
+NOT_SHARED = "; every prompt computed in full, engine.prefix_sharing is not planned: engine=simulate has it"
 YES, SHORT, NO = "yes", "with short contexts only", "no"
 
 
@@ -128,13 +129,14 @@ def model(case: Case) -> dict[str, Any]:
 
 def dataset(case: Case) -> dict[str, Any]:
     """Returns what is said of the dataset."""
+    sharing = getattr(case.job.config.engine, "prefix_sharing", False)
     return {
         "name": case.job.workload.name,
         "requests": len(case.lengths.items),
         "rejected": case.lengths.rejected,
         "prompt_tokens": case.lengths.prompt_tokens,
         "output_tokens": case.lengths.output_tokens,
-        "lengths": case.lengths.source,
+        "lengths": case.lengths.source + (NOT_SHARED if sharing else ""),
         "mean_length": case.lengths.mean_held,
         "p99_length": case.lengths.p99_held,
     }

@@ -80,6 +80,9 @@ def explained(run: Measured, given: HardwareConfig, say: Callable[[str], None] =
     Raises:
         UserError: they tell too little, and there is no fit.
     """
+    if shared := (run.record.get("engine_statistics") or {}).get("shared_prompt_tokens"):
+        found = f"{run.name} did not compute {shared:,} prompt tokens that others shared, and a simulation of it would"
+        raise UserError("--explain", found, "explain a run with engine.prefix_sharing=false")
     hardware, reached = figures([run], given)
     observed = run.observed(hardware)
     factors, notes = _factors(run, observed, given, hardware)

@@ -88,6 +88,6 @@ def _described(job: Job) -> Described:
         host_ranks=machine.launch.host_ranks,
         memory=machine.memory,
         needs=memory_needs(job),
-        count_tokens=token_counts.counter(config.model, job.source),
+        encode=token_counts.encoder(config.model, job.source),
         seed=config.dataset.seed,
     )

@@ -33,6 +33,7 @@ class SimulateConfig(EngineConfig):
         unit="bytes",
         allowed="a fraction up to 1, bytes, or a size such as `2GiB`; `auto`",
     )
+    prefix_sharing: bool = key(False, "as of fastgen; prompts whose ids are not at hand share nothing")
     eos_rate: Union[int, float, str, None] = key(  # noqa: UP007 (OmegaConf reads typing.Union)
         AUTO,
         "chance that an output token ends its sequence, with `generation.stop=eos`; `auto` is what `hardware.fit` has "

@@ -62,7 +62,7 @@ class SimulateEngine(Engine[SimulateConfig]):
                 "figures": "data sheet" if self._times.fitted is None else "fit",
                 "outside": list(self._times.outside),
                 "eos_hazard": [list(pair) for pair in self.hazard],
-                "counted": self.machine.count_tokens is not None,
+                "counted": self.machine.encode is not None,
             },
         }
 
@@ -88,10 +88,11 @@ class SimulateEngine(Engine[SimulateConfig]):
         self._times = PassTime(shape, hardware, settings.dtype, machine.tp, ranks, budget, sequences)
         self.blocks = self._affordable_blocks()
         self.hazard = self._hazard(self._times, shape)
-        if machine.count_tokens is None:
+        if machine.encode is None:
             self.notes.append(
                 "no tokenizer.json at hand: prompts are as long as the dataset says, "
                 f"or a token for {CHARACTERS_A_TOKEN} characters"
+                + (", and those that are texts share no blocks" if engine.prefix_sharing else "")
             )
         if not self.hazard and settings.generation.stop is Stop.eos:
             self.notes.append("no engine.eos_rate is given, or fitted for this model: every output runs to output_len")
@@ -159,6 +160,7 @@ class SimulateEngine(Engine[SimulateConfig]):
             text="",
             first_token_s=event.first_token_s,
             finished_s=event.finished_s,
+            shared_tokens=event.shared_tokens if self.settings.engine.prefix_sharing else None,
         )
 
     def _setup(self, started_s: float) -> Setup:
@@ -171,24 +173,28 @@ class SimulateEngine(Engine[SimulateConfig]):
             replicas=self.machine.dp,
             lookahead=self.settings.lookahead,
             started_s=started_s,
+            prefix_sharing=engine.prefix_sharing,
         )
 
     def _items(self, requests: list[Request]) -> Iterator[Item]:
         """Yields what the scheduler has to know of each request."""
         texts = [request.prompt for request in requests if request.prompt_ids is None]
-        count_tokens = self.machine.count_tokens
-        counts = iter(count_tokens(texts) if count_tokens is not None and texts else [])
+        encode, shared = self.machine.encode, self.settings.engine.prefix_sharing
+        encoded = iter(encode(texts) if encode is not None and texts else [])
         for request in requests:
             assert request.output_len is not None  # workload.resolve() has seen to it
-            counted = count_tokens is not None and request.prompt_ids is None
-            prompt_tokens = next(counts) if counted else uncounted_tokens(request)
+            ids: Sequence[int] | None = request.prompt_ids
+            if ids is None and encode is not None:
+                ids = next(encoded)
+            prompt_tokens = uncounted_tokens(request) if ids is None else len(ids)
             ends = drawn_length(self.machine.seed, request.index, self.hazard) or request.output_len
-            yield Item(request.index, prompt_tokens, request.output_len, min(ends, request.output_len))
+            known = None if ids is None or not shared else tuple(ids)
+            yield Item(request.index, prompt_tokens, request.output_len, min(ends, request.output_len), known)
 
     def _encoded(self, texts: list[str]) -> Encoding:
         """Returns, in place of ids, as many numbers as each text has tokens: what is asked of them is their count."""
-        count_tokens = self.machine.count_tokens
-        counts = [guessed_tokens(text) for text in texts] if count_tokens is None else count_tokens(texts)
+        encode = self.machine.encode
+        counts = map(guessed_tokens, texts) if encode is None else map(len, encode(texts))
         return Encoding([range(count) for count in counts])
 
     def _affordable_blocks(self) -> int:
@@ -264,6 +270,7 @@ def _statistics(replica: Replica, prefill_s: float, decode_s: float) -> EngineSt
         preemptions=scheduler.preemptions,
         recomputed_tokens=scheduler.recomputed_tokens,
         dropped_tokens=scheduler.dropped_tokens,
+        shared_prompt_tokens=scheduler.shared_prompt_tokens,
         kv_blocks=scheduler.blocks.total,
         kv_peak_utilisation=scheduler.blocks.peak / scheduler.blocks.total,
         peak_sequences=scheduler.peak_sequences,

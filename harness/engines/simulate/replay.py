@@ -1,7 +1,7 @@
 """The passes of a list of requests on a virtual clock: FastGen's own scheduler over a model of how long a pass takes.
 
-No tokens, no device, no files: ``engine=simulate`` writes down what comes out of it, and ``harness.plan`` changes one
-cause at a time.
+No device, no files, and of tokens only prompts that share blocks: ``engine=simulate`` writes down what comes out of it,
+and ``harness.plan`` changes one cause at a time.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import NamedTuple, Protocol
 
 from harness.costs.work import PassWork
 from harness.engines.fastgen.scheduler import RaggedBatch, Scheduler, Sequence
-from harness.engines.shared.kv_blocks import KvBlocks
+from harness.engines.shared.kv_blocks import KvBlocks, SharedKvBlocks
 from harness.models.ends import Ends
 
 ENGINE = "fastgen"  # whose scheduler it is
-STOP, OTHER = 1, 0  # the only ids that the scheduler is shown
+STOP, OTHER = 1, 0  # the only ids of outputs that the scheduler is shown
 ENDS = Ends(frozenset({STOP}))
 
 
@@ -39,12 +39,18 @@ class Times(Protocol):
 
 
 class Item(NamedTuple):
-    """A request: ``output_tokens`` is where it really ends, ``max_new_tokens`` where it would at the latest."""
+    """A request.
+
+    Attributes:
+        output_tokens, max_new_tokens: where it really ends, and where it would at the latest.
+        prompt_ids: of which beginnings may be shared; None where they are not known, and nothing is shared.
+    """
 
     uid: int
     prompt_tokens: int
     max_new_tokens: int
     output_tokens: int
+    prompt_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +64,7 @@ class Setup:
         lookahead: requests that a replica takes at a time, before they can start.
         slow: by replica, the factor on its time; those that are not named have 1.
         started_s: the clock at the beginning.
+        prefix_sharing: whether prompts that begin alike share blocks.
     """
 
     token_budget: int
@@ -68,6 +75,7 @@ class Setup:
     lookahead: int = 256
     slow: tuple[float, ...] = ()
     started_s: float = 0.0
+    prefix_sharing: bool = False
 
 
 class Pass(NamedTuple):
@@ -83,7 +91,7 @@ class Pass(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """A request that has come to its end; times in seconds of the clock."""
+    """A request that has come to its end; times in seconds of the clock, ``shared_tokens`` of its prompt not fed."""
 
     replica: int
     uid: int
@@ -91,6 +99,7 @@ class Finished(NamedTuple):
     finished_s: float
     output_tokens: int
     finish_reason: str
+    shared_tokens: int = 0
 
 
 class Rejected(NamedTuple):
@@ -113,7 +122,7 @@ class Replica:
         self.times = times
         self.factor = setup.slow[number] if number < len(setup.slow) else 1.0
         self.lookahead = setup.lookahead
-        blocks = KvBlocks(setup.blocks, setup.block_size)
+        blocks = (SharedKvBlocks if setup.prefix_sharing else KvBlocks)(setup.blocks, setup.block_size)
         self.scheduler = Scheduler(setup.token_budget, min(setup.max_sequences, setup.token_budget), blocks, ENDS)
         self.clock_s = setup.started_s
         self.ended_s = setup.started_s  # of its last pass, or of its last look at the queue
@@ -150,7 +159,7 @@ class Replica:
             self._ends.pop(sequence.uid, None)
             first, tokens = self._first_token_s.pop(sequence.uid), len(sequence.tokens) - sequence.prompt_len
             reason = sequence.finish_reason or "length"
-            events.append(Finished(self.number, sequence.uid, first, ended, tokens, reason))
+            events.append(Finished(self.number, sequence.uid, first, ended, tokens, reason, sequence.shared or 0))
         return events
 
     def _next_tokens(self, batch: RaggedBatch, rows: int) -> list[int]:
@@ -164,7 +173,7 @@ class Replica:
         while self._more and scheduler.hungry(self.lookahead):
             taken = list(islice(queue, self.lookahead))
             self._more = len(taken) == self.lookahead
-            for uid, prompt_tokens, max_new_tokens, output_tokens in taken:
+            for uid, prompt_tokens, max_new_tokens, output_tokens, prompt_ids in taken:
                 admitted += prompt_tokens
                 reason = scheduler.refusal(prompt_tokens, max_new_tokens)
                 if reason:
@@ -172,7 +181,9 @@ class Replica:
                     continue
                 if output_tokens < max_new_tokens:  # else the scheduler itself ends it
                     self._ends[uid] = prompt_tokens + output_tokens - 1
-                scheduler.submit(Sequence(uid, [OTHER] * prompt_tokens, prompt_tokens, max_new_tokens))
+                # Prompts that are not known share nothing: each consists of an id that no other has.
+                tokens = [-1 - uid] * prompt_tokens if prompt_ids is None else list(prompt_ids)
+                scheduler.submit(Sequence(uid, tokens, prompt_tokens, max_new_tokens))
         return admitted
 
 
