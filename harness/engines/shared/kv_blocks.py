@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from array import array
+from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
 from typing import NamedTuple
@@ -103,7 +104,7 @@ class SharedKvBlocks(KvBlocks):
         self._holders = [0] * total
         self._keys: list[bytes | None] = [None] * total
         self._blocks: dict[bytes, int] = {}  # by key, those that can be found
-        self._idle: dict[int, None] = {}  # free and still to be found, the longest free first
+        self._idle: OrderedDict[int, None] = OrderedDict()  # free and still to be found, the longest free first
 
     @property
     def free(self) -> int:
@@ -173,8 +174,7 @@ class SharedKvBlocks(KvBlocks):
                 self._keys[blocks[place]] = keys[place]
 
     def _forget(self) -> int:
-        block = next(iter(self._idle))
-        del self._idle[block]
+        block, _ = self._idle.popitem(last=False)
         key = self._keys[block]
         assert key is not None
         del self._blocks[key]
@@ -185,8 +185,8 @@ class SharedKvBlocks(KvBlocks):
 def prefix_keys(tokens: Sequence[int], block_size: int) -> tuple[bytes, ...]:
     """Returns a key for each whole block of a prompt: the BLAKE2b digest, 32 bytes, of all ids up to the block's end.
 
-    Keys and values of a block depend on all tokens before them, and so does its key. No two prompts with one key are
-    known or can be looked for in earnest, so that equal keys are taken for equal tokens.
+    Keys and values of a block depend on all tokens before them, and so does its key. The digest is cryptographic:
+    nobody can find two prompts with one key, so that equal keys are equal tokens.
     """
     digest, keys = blake2b(digest_size=32), []
     for begin in range(0, len(tokens) - block_size + 1, block_size):
