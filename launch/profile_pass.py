@@ -6,13 +6,15 @@ The overrides are those of harness/main.py, with engine=fastgen on one device; n
 and warmed as for a run. Then N sequences of --context tokens are brought into its cache, and two passes are profiled:
 one in which each of them decodes a token, and one in which prompts of --prompt tokens fill what these leave of
 engine.token_budget. Printed are the kernels (on a CPU the operators) by the time that they took themselves; before, the
-pass is timed without the profiler. DIR gets a trace of each, NAME.json.gz for ui.perfetto.dev, and profile.json.
+pass is timed without the profiler. DIR gets a trace of each, NAME.json.gz for ui.perfetto.dev, and profile.json. Of the
+native kernels, a pass of which is one call, the stages are printed, which a library compiled for it takes the time of.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -28,6 +30,7 @@ from harness.basics.command import positive
 from harness.basics.errors import UserError, report
 from harness.config.compose import compose
 from harness.engines import catalogue
+from harness.engines.fastgen.runners.native import build
 from harness.engines.fastgen.scheduler import RaggedBatch, Scheduler
 from harness.engines.fastgen.scheduler import Sequence as Request
 from harness.engines.shared.kv_blocks import KvBlocks
@@ -158,18 +161,23 @@ def profiles(engine: Any, decodes: int | None, context: int, prompt: int) -> lis
         return passes.step()
 
     on_cuda = engine.settings.device.startswith("cuda")
-    return [_profile(name, step, on_cuda) for name, step in (("decode", decode), ("mixed", mixed))]
+    stages = getattr(engine.runner, "stages", None)
+    return [_profile(name, step, on_cuda, stages) for name, step in (("decode", decode), ("mixed", mixed))]
 
 
-def _profile(name: str, step: Callable[[], RaggedBatch], on_cuda: bool) -> tuple[Profile, Any]:
+def _profile(
+    name: str, step: Callable[[], RaggedBatch], on_cuda: bool, stages: Callable[[], dict[str, float]] | None
+) -> tuple[Profile, Any]:
     times = []
     for _ in range(TIMED):
         started = time.perf_counter()
         step()
         times.append(time.perf_counter() - started)
     _profiled(step, on_cuda)  # the first one has the profiler itself start
+    before = stages() if stages else {}
     found, batch = _profiled(step, on_cuda)
-    kernels = sorted(_kernels(found, on_cuda), key=lambda kernel: -kernel.seconds)
+    kernels = [Kernel(stage, 1, seconds - before[stage]) for stage, seconds in stages().items()] if stages else []
+    kernels = sorted(kernels or _kernels(found, on_cuda), key=lambda kernel: -kernel.seconds)
     busy_s, span_s = _busy(found) if on_cuda else (None, None)
     work, seconds = batch.work, statistics.median(times)
     counts = (work.tokens, work.decode_tokens, work.prompt_tokens, work.sequences, work.kv_read_tokens)
@@ -274,6 +282,7 @@ def main() -> int:
     parser.add_argument("--context", type=positive, default=400, metavar="N", help="tokens of each (400)")
     parser.add_argument("--prompt", type=positive, default=256, metavar="N", help="tokens of a prompt (256)")
     options, overrides = parser.parse_known_args()
+    os.environ[build.STAGES] = "1"
     try:
         engine = loaded(overrides)
         found = profiles(engine, options.decodes, options.context, options.prompt)

@@ -24,7 +24,7 @@ from harness.basics.errors import UserError
 from harness.config.schema import Stop
 from harness.engines.fastgen.config import Kernels
 from harness.engines.fastgen.engine import FastGenEngine
-from harness.engines.fastgen.runners.native import checks
+from harness.engines.fastgen.runners.native import build, checks, library
 from harness.engines.fastgen.runners.native_runner import NativeRunner
 from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
 from harness.engines.known_model import KnownModel
@@ -173,6 +173,20 @@ def test_bfloat16_is_as_close_to_float32_as_hugging_faces(instructions: str, tmp
     ours = torch.cat(logits_of(runner, tokens))
     error, usual = ((logits - exact).norm(dim=-1).mean().item() for logits in (ours, theirs))
     assert 0 < error < 1.1 * usual  # measured: half of it
+
+
+@needs_native
+@pytest.mark.slow
+def test_a_library_that_is_compiled_for_it_takes_the_time_of_each_stage(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    directory = save_model(tmp_path, "llama", torch.float32, **SIZES)
+    for timed in (False, True):
+        monkeypatch.setenv(build.STAGES, "1" if timed else "")
+        runner = NativeRunner(settings_of(directory, "float32", kv_block_size=16, kv_memory="64MiB"))
+        runner.load()
+        logits_of(runner, prompts(runner.model.vocab))
+        assert [seconds > 0 for seconds in runner.stages().values()] == [timed] * len(library.STAGES)
 
 
 REQUESTS = requests(30)

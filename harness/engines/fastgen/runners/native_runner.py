@@ -89,6 +89,10 @@ class NativeRunner(AtOnce):
         self._run(batch.chunks, rows, logits)
         return logits
 
+    def stages(self) -> dict[str, float]:
+        """Returns the seconds of each stage of all passes so far; zeros unless the library takes them."""
+        return dict(zip(library.STAGES, self.library.harness_stages(self.handle), strict=False))
+
     def free(self, sequence: Sequence) -> None:
         """Nothing to do: the blocks are the scheduler's, and their next holder overwrites them."""
 

@@ -23,6 +23,7 @@ SOURCES = Path(__file__).parent
 # Hidden: the loader would give a second library, for other instructions, the first one's tables of functions.
 OPTIONS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
 LIMIT_S = 300
+STAGES = "HARNESS_STAGES"  # variable, and macro: the library is to take the time of each stage of a pass
 # What stands for the sources where a compiler is only tried: the headers and the library that they need.
 TRIAL = '#include <immintrin.h>\n#include <omp.h>\nextern "C" int threads() { return omp_get_max_threads(); }\n'
 
@@ -83,7 +84,8 @@ def _wanted(dtype: str) -> tuple[list[str], Path]:
     # Named one by one: what -march=native means would depend on where the cache directory was filled.
     names = INSTRUCTION_SETS[instruction_set(dtype) or list(INSTRUCTION_SETS)[-1]]
     options = [f"-m{name.replace('amx_', 'amx-').replace('_', '')}" for name in names]
-    command = [program, *wish[1:], *OPTIONS, *options]
+    timed = [f"-D{STAGES}"] if os.environ.get(STAGES) else []
+    command = [program, *wish[1:], *OPTIONS, *options, *timed]
     try:
         return command, cache_root() / "native" / f"{_fingerprint(command)}.so"
     except UserError as error:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 WIDTH = 16  # widths and blocks are multiples of it
 LINE = 16  # words in a line of the processor's cache
 LONGEST_BLOCK = 256  # tokens
 LARGEST_HEAD = 256
+# Of a pass, in model.cpp's order.
+STAGES = ("embedding", "norms", "query, key, value", "rotary, cache", "attention", "output", "gate, up", "down", "head")
 
 
 class Layer(ctypes.Structure):
@@ -71,6 +73,8 @@ def load(path: Path) -> ctypes.CDLL:
     library.harness_new.restype = c_void_p
     library.harness_touch.argtypes = [POINTER(Model), c_int64, c_int32]
     library.harness_touch.restype = None
+    library.harness_stages.argtypes = [c_void_p]
+    library.harness_stages.restype = POINTER(c_double)
     library.harness_delete.argtypes = [c_void_p]
     library.harness_delete.restype = None
     library.harness_forward.argtypes = [c_void_p, POINTER(Model), POINTER(Pass), c_int32]

@@ -101,9 +101,37 @@ private:
 
 constexpr Word NONE = ~Word{0};  // no token's id
 
+// What a pass consists of; library.py has their names.
+enum Stage { EMBED, NORMS, QKV, ROTARY, ATTENTION, OUTPUT, GATE_UP, DOWN, HEAD, STAGES };
+
+// Seconds of each stage, of all passes so far: the first thread's, which waits for the others at the end of each. Only
+// where the library is compiled to be profiled (launch/profile_pass.py).
+class Stopwatch {
+public:
+    void begin() {
+        if (RUNS && !omp_get_thread_num()) last_ = omp_get_wtime();
+    }
+    void end(Stage stage) {
+        if (!RUNS || omp_get_thread_num()) return;
+        const double now = omp_get_wtime();
+        seconds[stage] += now - last_;
+        last_ = now;
+    }
+    double seconds[STAGES] = {};
+
+private:
+#ifdef HARNESS_STAGES
+    static constexpr bool RUNS = true;
+#else
+    static constexpr bool RUNS = false;
+#endif
+    double last_ = 0;
+};
+
 class Forward {
 public:
     virtual ~Forward() = default;
+    Stopwatch watch;
     virtual void run(const HarnessModel& model, const HarnessPass& pass, int threads) = 0;
 };
 
@@ -150,7 +178,9 @@ public:
 #endif
 #pragma omp single
             team_ = omp_get_num_threads();
+            watch.begin();
             embed();
+            watch.end(EMBED);
             for (int l = 0; l < model.layer_count; ++l) {
                 // Nobody reads what the last layer gives for rows that are not sampled; only their keys and values.
                 const bool few = few_ && l + 1 == model.layer_count;
@@ -158,6 +188,7 @@ public:
                 mlp(model.layers[l], few ? sampled_ : all_);
             }
             score_vocabulary();
+            watch.end(HEAD);
         }
         choose();
     }
@@ -234,6 +265,7 @@ private:
     void attention(const HarnessLayer& layer, bool few) {
         const int hidden = model_->hidden, dim = model_->head_dim;
         normalise(layer.attention_norm, all_);
+        watch.end(NORMS);
         multiply<E>(weights(layer.qkv, qkv_width_, hidden), normed_.get(), all_.tiling, team_,
                     [&](const float* sums, int start, int height, int panel) {
                         for (int r = 0; r < height; ++r) {
@@ -245,6 +277,7 @@ private:
                             }
                         }
                     });
+        watch.end(QKV);
         const Cache held = cache(layer);
 #pragma omp for
         for (int row = 0; row < pass_->tokens; ++row) {
@@ -263,6 +296,7 @@ private:
             const float* key = from + query_width_;
             remember<E>(key, key + key_width_, shape_, block_of(row), offset_of(row), held);
         }
+        watch.end(ROTARY);
         const Rows& rows = few ? sampled_ : all_;
         const std::vector<Chunk>& chunks = few ? sampled_chunks_ : chunks_;
         const std::vector<Task>& tasks = few ? sampled_tasks_ : tasks_;
@@ -270,13 +304,16 @@ private:
 #pragma omp for schedule(dynamic, 1)
         for (int t = 0; t < count; ++t)
             attend<E>(tasks[t], chunks[tasks[t].chunk], shape_, held, query_.get(), attended_.get(), rows.tiling);
+        watch.end(ATTENTION);
         multiply<E>(weights(layer.output, hidden, query_width_), attended_.get(), rows.tiling, team_,
                     add(layer.output_bias, rows));
+        watch.end(OUTPUT);
     }
 
     void mlp(const HarnessLayer& layer, const Rows& rows) {
         const int hidden = model_->hidden, intermediate = model_->intermediate;
         normalise(layer.mlp_norm, rows);
+        watch.end(NORMS);
         // A panel is a vector of columns of the gate, then the same columns of the other projection.
         multiply<E>(weights(layer.gate_up, 2 * intermediate, hidden), normed_.get(), rows.tiling, team_,
                     [&](const float* sums, int start, int height, int panel) {
@@ -287,12 +324,15 @@ private:
                             put<E>(row_of_tile(tile, r, height, intermediate / E::HELD), panel * LANES, silu * up);
                         }
                     });
+        watch.end(GATE_UP);
         multiply<E>(weights(layer.down, hidden, intermediate), middle_.get(), rows.tiling, team_, add(nullptr, rows));
+        watch.end(DOWN);
     }
 
     void score_vocabulary() {
         const int vocab = model_->vocab, rows = pass_->rows;
         normalise(model_->norm, sampled_);
+        watch.end(NORMS);
         // Each thread keeps, for each row and lane, the highest logit that it met and whose it is.
         float* best = best_.data() + static_cast<std::size_t>(omp_get_thread_num()) * rows * LANES;
         Word* best_id = best_id_.data() + static_cast<std::size_t>(omp_get_thread_num()) * rows * LANES;
@@ -428,6 +468,9 @@ void harness_touch(const HarnessModel* model, std::int64_t words, std::int32_t t
         std::memset(piece % 2 ? layer.values : layer.keys, 0, static_cast<std::size_t>(words) * sizeof(Word));
     }
 }
+
+// Seconds of each stage of all passes so far; zeros where the library is not compiled to be profiled.
+const double* harness_stages(void* forward) { return static_cast<harness::Forward*>(forward)->watch.seconds; }
 
 void harness_delete(void* forward) { delete static_cast<harness::Forward*>(forward); }
 
