@@ -1,4 +1,4 @@
-"""Forward passes in C++ for CPUs with AVX-512 or AVX2, from the weights of the Hugging Face model.
+"""Forward passes in C++ for CPUs with AVX2, AVX-512 or AMX, from the weights of the Hugging Face model.
 
 The model is loaded by transformers and taken apart layer by layer: its weights are packed in the order in which
 ``native/matrix.h`` reads them.

@@ -1,4 +1,4 @@
-// Forward passes of a Llama-like model over a ragged batch, on a CPU with AVX-512 or AVX2; called through ctypes.
+// Forward passes of a Llama-like model over a ragged batch, on a CPU with AVX2, AVX-512 or AMX; called through ctypes.
 #include <omp.h>
 #include <sched.h>
 
