@@ -211,6 +211,7 @@ def test_completion_fields_in_the_order_of_the_file() -> None:
         "finished_s",
         "error",
         "id",
+        "shared_tokens",
     ]
 
 
