@@ -269,6 +269,7 @@ def test_ranks_that_share_a_model_share_blocks(whole: Run, tmp_path: Path) -> No
     assert run.token_ids == whole.token_ids and shared_by(run) > 0
 
 
+@pytest.mark.slow
 def test_a_resumed_run_begins_with_an_empty_pool(
     tmp_path: Path, demo_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
