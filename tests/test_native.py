@@ -5,12 +5,14 @@ Models have random weights, biases and norms included; only so does each part of
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import shutil
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 import yaml
@@ -187,6 +189,22 @@ def test_a_library_that_is_compiled_for_it_takes_the_time_of_each_stage(
         runner.load()
         logits_of(runner, prompts(runner.model.vocab))
         assert [seconds > 0 for seconds in runner.stages().values()] == [timed] * len(library.STAGES)
+
+
+@needs_native
+def test_the_cache_is_there_before_the_clock_as_far_as_the_run_fills_it(tmp_path: Path) -> None:
+    directory = save_model(tmp_path, "llama", torch.float32, **SIZES)
+    taken = {}
+    for share in (0.0, 0.5):
+        given = settings_of(directory, "float32", kv_block_size=16, kv_memory="256MiB")
+        runner = NativeRunner(given)
+        runner.load()
+        blocks = runner.allocate(1 << 20)
+        runner.settings = dataclasses.replace(runner.settings, held_tokens=int(share * blocks * runner.block_size))
+        before = psutil.Process().memory_info().rss
+        assert runner.allocate(1 << 20) == blocks
+        taken[share] = psutil.Process().memory_info().rss - before
+    assert 100 << 20 < taken[0.5] - taken[0.0] < 160 << 20
 
 
 REQUESTS = requests(30)

@@ -14,7 +14,7 @@ from harness.costs.memory import Memory, Needs, shortage, useful_tokens
 from harness.engines.catalogue import register
 from harness.machine import snapshot
 from harness.ranks.rank import Rank
-from harness.running import job, split
+from harness.running import job, preflight, split
 from harness.running.split import Launch, choose
 from harness.workload.records import Request
 
@@ -224,3 +224,14 @@ def test_a_rank_that_drives_a_sweep_has_its_launch_for_each_job(
         for word in ("repeat=1", "parallel.dp=1", "parallel.dp=3", "parallel.tp=2", "parallel=single")
     }
     assert [(one.tp, one.dp) for one in splits.values()] == [(1, 2), (1, 1), (1, 3), (2, 1), (1, 1)]
+
+
+@pytest.mark.parametrize(("ranks", "most", "held"), [(1, 2, 25), (1, 64, 64), (2, 2, 25), (2, 64, 32)])
+def test_a_cache_is_reckoned_to_hold_the_longest_that_run_at_a_time(
+    conf: None, demo_model: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, most: int, held: int
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    words = ["dataset=synthetic", "dataset.prompt=random", "dataset.num_samples=5", "dataset.input_len=10"]
+    words += ["dataset.output_len=7", f"engine.max_sequences={most}", f"parallel.dp={ranks}"]
+    prepared = job.prepare(compose("config", words), Rank(0, ranks, 0, ranks))
+    assert preflight.held_tokens(prepared) == held  # 0.8 of 16 tokens each, of two a replica, or of all five
