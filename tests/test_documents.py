@@ -83,6 +83,7 @@ PROGRAMS = (
     "launch/compile_kernels.py",
     "launch/matrix_rate.py",
     "launch/measure_rounding.py",
+    "launch/profile_pass.py",
     "launch/recount.py",
     "tests/",
 )
@@ -215,7 +216,7 @@ def test_a_command_is_one_that_works(command: Command) -> None:
         pytest_arguments(words[1:] if words[0] == "pytest" else words[3:])
     elif words[0] == "python" and words[1].startswith(PROGRAMS):
         assert (ROOT / words[1]).is_file()
-        if words[1].startswith(("launch/bench_", "launch/compile_")):
+        if words[1].startswith(("launch/bench_", "launch/compile_", "launch/profile_")):
             options_are_known(words[1], words[2:])
     elif words[:2] == ("python", "-c"):
         compile(words[2], str(command), "exec")
