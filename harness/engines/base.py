@@ -58,7 +58,7 @@ class EngineSettings(Generic[C]):
         dtype: name of the torch type of weights and activations, resolved (never ``auto``).
         device: torch device of this rank, ``cpu`` or ``cuda:N``.
         max_context: longest prompt plus output in tokens; None where the model states none.
-        held_tokens: about how many the KV cache holds at most in this run; None where nobody knows.
+        held_tokens: about how many the KV cache holds at most in this run; 0 where nobody knows.
         lookahead: requests taken from the queue at a time, before they can start.
         tensor: the ranks that share this engine's model; None when it has the model to itself.
         host_ranks: ranks on this host, which share its memory where the device is the CPU.
@@ -71,7 +71,7 @@ class EngineSettings(Generic[C]):
     dtype: str
     device: str
     max_context: int | None = None
-    held_tokens: int | None = None
+    held_tokens: int = 0
     lookahead: int = 256
     tensor: TensorParallel | None = None
     host_ranks: int = 1

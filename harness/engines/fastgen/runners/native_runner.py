@@ -222,7 +222,7 @@ class NativeRunner(AtOnce):
         self.tables = [table[0, :, :half].contiguous() for table in tables]
         model.cosines, model.sines = (table.data_ptr() for table in self.tables)
         # The blocks that are used are a dense prefix. Touched now, in the clock their pages need not be found.
-        used = min(blocks, -(-(self.settings.held_tokens or 0) // self.block_size))
+        used = min(blocks, -(-self.settings.held_tokens // self.block_size))
         self.library.harness_touch(model, used * words // blocks, torch.get_num_threads())
 
 
