@@ -1,1 +1,1 @@
-"""The forward pass in C++ for CPUs with AVX-512 or AVX2: sources, their compilation and their interface."""
+"""The forward pass in C++ for CPUs with AVX2, AVX-512 or AMX: sources, their compilation and their interface."""

@@ -39,13 +39,13 @@ struct Tiling {
     int rows, tiles, low, extra;  // the first `extra` tiles have low + 1 rows, the others `low`
 
     explicit Tiling(int rows = 0) : rows(rows), tiles((rows + TILE - 1) / TILE) {
-        low = tiles ? rows / tiles : 0;
-        extra = tiles ? rows % tiles : 0;
+        low = AMX ? TILE : tiles ? rows / tiles : 0;
+        extra = AMX ? 0 : tiles ? rows % tiles : 0;
     }
-    int start(int tile) const { return AMX ? tile * TILE : tile * low + (tile < extra ? tile : extra); }
+    int start(int tile) const { return tile * low + (tile < extra ? tile : extra); }
     int height(int tile) const {
-        if (AMX) return rows - tile * TILE < TILE ? rows - tile * TILE : TILE;
-        return low + (tile < extra);
+        const int full = low + (tile < extra), left = rows - start(tile);
+        return full < left ? full : left;
     }
     int tile_of(int row) const {
         const int split = extra * (low + 1);
@@ -66,7 +66,6 @@ inline RowWords row_of_tile(Word* tile, int row, int rows, int words) {
 }
 
 inline RowWords row_words(Word* tiles, const Tiling& tiling, int row, int words) {
-    if (AMX) return row_of_tile(tiles, row, tiling.rows, words);
     const int tile = tiling.tile_of(row), start = tiling.start(tile);
     return row_of_tile(tiles + static_cast<std::size_t>(start) * words, row - start, tiling.height(tile), words);
 }
