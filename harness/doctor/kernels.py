@@ -64,10 +64,9 @@ def all_of_them(found: Findings, machine: Machine) -> None:
 
 def lacks(machine: Machine) -> dict[str, str | None]:
     """Returns, by kernels, why they cannot be had here, whatever the model; None where they can."""
-    dtype = jobs.resolve_dtype(DType.auto, machine.accelerator)
     known = [kernels for kernels in Kernels if kernels is not Kernels.auto]
     return {
-        kernels.value: choice.missing(kernels, FastGenConfig(), dtype, machine.accelerator, machine.capability)
+        kernels.value: choice.missing(kernels, FastGenConfig(), machine.accelerator, machine.capability)
         for kernels in known
     }
 

@@ -80,10 +80,8 @@ def foretell(
     return _first(engine, known, accelerator, lambda: capability, _untried)
 
 
-def missing(
-    kernels: Kernels, engine: FastGenConfig, dtype: str, accelerator: str, capability: Capability | None
-) -> str | None:
-    """Returns why kernels cannot, or should not, run on this machine, whatever the model; None when they can.
+def missing(kernels: Kernels, engine: FastGenConfig, accelerator: str, capability: Capability | None) -> str | None:
+    """Returns why kernels cannot run on this machine, whatever the model; None when they can.
 
     Args: see :func:`foretell`.
     """
@@ -91,9 +89,9 @@ def missing(
         return None
     if kernels not in ORDER[accelerator]:
         return "they need CUDA" if accelerator == "cpu" else "they compute on a CPU"
-    if kernels is Kernels.native and (lacks := native_checks.processor_lacks(dtype)) is not None:
+    if kernels is Kernels.native and (lacks := native_checks.processor_lacks()) is not None:
         return lacks
-    return _missing(kernels, engine, dtype, lambda: capability) or _untried(kernels)
+    return _missing(kernels, engine, lambda: capability) or _untried(kernels)
 
 
 def unsupported(kernels: Kernels, known: KnownModel, quantization: str | None = None) -> str | None:
@@ -129,7 +127,7 @@ def _first(
             break
         reason = (
             unsupported(kernels, known, engine.quantization)
-            or _missing(kernels, engine, known.dtype, capability)
+            or _missing(kernels, engine, capability)
             or attempt(kernels)
         )
         if reason is None:
@@ -147,9 +145,7 @@ def _candidates(asked: Kernels, accelerator: str) -> tuple[Kernels, ...]:
     return ORDER[accelerator] if asked is Kernels.auto else (asked,)
 
 
-def _missing(
-    kernels: Kernels, engine: FastGenConfig, dtype: str, capability: Callable[[], Capability | None]
-) -> str | None:
+def _missing(kernels: Kernels, engine: FastGenConfig, capability: Callable[[], Capability | None]) -> str | None:
     """Returns what kernels lack on this machine; None when all is there."""
     if kernels is Kernels.native:
         return None  # instructions are looked at with the model

@@ -33,7 +33,7 @@ def unsupported(known: KnownModel) -> str | None:
     dtype = known.dtype
     if dtype not in ("float32", "bfloat16"):
         return f"they compute in float32 or bfloat16, not in {dtype}"
-    if (lacks := processor_lacks(dtype)) is not None:
+    if (lacks := processor_lacks()) is not None:
         return lacks
     if known.tp > 1:
         return "they do not shard a model (parallel.tp)"
@@ -57,9 +57,9 @@ def instruction_set(dtype: str = "bfloat16") -> str | None:
     return next((name for name in able if flags.issuperset(INSTRUCTION_SETS[name])), None)
 
 
-def processor_lacks(dtype: str = "float32") -> str | None:
+def processor_lacks() -> str | None:
     """Returns which instructions this processor has not, in a clause; None when it has enough. Raises UserError."""
-    if instruction_set(dtype) is not None:
+    if instruction_set() is not None:
         return None
     flags, least = cpu_flags(), list(INSTRUCTION_SETS)[-1]
     return f"this processor has no {', '.join(name for name in INSTRUCTION_SETS[least] if name not in flags)}"
