@@ -20,7 +20,8 @@ from harness.machine.snapshot import code_fingerprint, git_state
 from harness.results.completions import read_completions
 
 BUILT_FROM = ("harness", "conf", "setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
-SHORT = ["dataset.num_samples=4", "generation.max_output_len=8", "engine.token_budget=64"]
+# In float32 on every processor, as the simulation is that a fit of it serves.
+SHORT = ["model.dtype=float32", "dataset.num_samples=4", "generation.max_output_len=8", "engine.token_budget=64"]
 JOBS = [*TINY, *SIMULATED, "dataset=synthetic", "dataset.num_samples=4", "dataset.output_len=4", "model.tokenizer=null"]
 
 

@@ -12,7 +12,7 @@ from support import answers
 from support.machine import kernels_on_cpu
 from support.runs import SAMPLE, Run
 
-from harness.machine.device import supports_bfloat16_on_cpu
+from harness.machine.device import cpu_flags, supports_bfloat16_on_cpu
 
 # KV blocks of 16 tokens in fp32 are 16 * 46,080 bytes; the longest request of the sample needs 1,063 slots: 67 blocks.
 TIGHT = 80 * 16 * 46_080
@@ -106,8 +106,9 @@ def test_sample_in_bfloat16_differs_from_float32_by_rounding_only(
 ) -> None:
     """Every token chosen in bf16 is, fp32 teacher-forced over the same ids, the best or all but the best.
 
-    Hugging Face's own bf16 ``generate`` measured so on the same prompts: mean gap 0.0007, largest 0.24; where the
-    processor has no bf16 instructions, mean 0.0014 over the first 24 prompts. The bound is twice that.
+    Hugging Face's own bf16 ``generate`` measured so on the same prompts: mean gap 0.0007, largest 0.24, with
+    avx512_bf16; where the processor has no bf16 instructions, mean 0.0014 over the first 24 prompts. The bound is twice
+    that. With AMX, which sums in another order, it is not known: PyTorch's kernels measured 0.0016 there.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -130,4 +131,5 @@ def test_sample_in_bfloat16_differs_from_float32_by_rounding_only(
     gap = torch.cat(gaps)
     assert len(gap) == int(run.row["output_tokens"]) > scale(600, 3000)
     assert gap.max() < 0.4
-    assert gap.mean() < (0.0014 if supports_bfloat16_on_cpu() else 0.0028)
+    known = supports_bfloat16_on_cpu() and "amx_bf16" not in cpu_flags()
+    assert gap.mean() < (0.0014 if known else 0.0028)
