@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from harness.engines.known_model import KnownModel
-from harness.models.architecture import LLAMA_LIKE, not_plain, rotary_settings, rotary_types
+from harness.models.architecture import not_plain, rotary_settings, rotary_types
 
 # The others' frequencies change with the length of the sequence (dynamic, longrope).
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
-def unlike(known: KnownModel) -> str | None:
-    """Returns, in one clause, why a model is not computed as a Llama is; None when it is."""
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What one of the passes computes.
+
+    Attributes:
+        families: by ``model_type``.
+        activations: of the gate, by ``hidden_act``.
+    """
+
+    families: tuple[str, ...]
+    activations: tuple[str, ...] = ("silu",)
+
+
+def unlike(known: KnownModel, computed: Computed) -> str | None:
+    """Returns, in one clause, why a pass that computes so much does not compute a model; None when it does."""
     architecture = known.architecture
     if not architecture:
         return "its config is not known before it is downloaded"
     family = architecture.get("model_type")
-    if family not in LLAMA_LIKE:
-        return f"{family} is not one of the families that they compute ({', '.join(LLAMA_LIKE)})"
+    if family not in computed.families:
+        return f"{family} is not one of the families that they compute ({', '.join(computed.families)})"
     # Made-up weights are drawn without the checkpoint's code.
     remote_code = known.remote_code and not known.dummy
     reason = not_plain(architecture, dummy=known.dummy, remote_code=remote_code)
@@ -28,8 +43,8 @@ def unlike(known: KnownModel) -> str | None:
         (entry.get("partial_rotary_factor") or 1.0) != 1.0 for entry in (architecture, *rotary_settings(architecture))
     ):
         return "only a part of each head is rotated (partial_rotary_factor)"
-    if architecture.get("hidden_act", "silu") != "silu":
-        return f"its hidden_act is {architecture['hidden_act']}, not silu"
+    if (activation := architecture.get("hidden_act", "silu")) not in computed.activations:
+        return f"its hidden_act is {activation}, not {' or '.join(computed.activations)}"
     if architecture.get("mlp_bias"):
         return "it has mlp_bias"
     return None

@@ -13,8 +13,9 @@ from harness.engines.fastgen.runners.native.library import LARGEST_HEAD, WIDTH
 from harness.engines.known_model import KnownModel
 from harness.engines.shared import llama_like
 from harness.machine.device import cpu_flags
-from harness.models.architecture import attention_heads
+from harness.models.architecture import LLAMA_LIKE, attention_heads
 
+COMPUTED = llama_like.Computed(LLAMA_LIKE)
 AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma")
 # What the sources are compiled for, the fastest first, and what each needs of a processor. Without avx512_bf16 bfloat16
 # is computed in float32, from bfloat16 weights.
@@ -37,7 +38,7 @@ def unsupported(known: KnownModel) -> str | None:
         return lacks
     if known.tp > 1:
         return "they do not shard a model (parallel.tp)"
-    return llama_like.unlike(known) or _unlike_sizes(known.architecture)
+    return llama_like.unlike(known, COMPUTED) or _unlike_sizes(known.architecture)
 
 
 def instruction_set(dtype: str = "bfloat16") -> str | None:

@@ -9,8 +9,9 @@ from harness.engines.fastgen.runners.triton.shard import row_share
 from harness.engines.known_model import KnownModel
 from harness.engines.shared import llama_like
 from harness.engines.shared.ragged_kernels import PICKLED
-from harness.models.architecture import attention_heads
+from harness.models.architecture import LLAMA_LIKE, attention_heads
 
+COMPUTED = llama_like.Computed(LLAMA_LIKE)
 HEAD_SIZES = (64, 80, 96, 128)
 DTYPES = ("float16", "bfloat16")
 OLDEST_DEVICE = (8, 0)  # compute capability: bfloat16 and asynchronous copies
@@ -32,7 +33,7 @@ def unsupported(known: KnownModel) -> str | None:
     dtypes = (*DTYPES, "float32") if interpreted() else DTYPES
     if known.dtype not in dtypes:
         return f"they compute in {' or '.join(DTYPES)}, not in {known.dtype}"
-    return llama_like.unlike(known) or _unlike_sizes(known)
+    return llama_like.unlike(known, COMPUTED) or _unlike_sizes(known)
 
 
 def not_installed() -> str | None:
