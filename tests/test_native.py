@@ -111,6 +111,8 @@ IN_FLOAT32 = list(dict.fromkeys([checks.instruction_set("float32") or "avx2", "a
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 128}
+GRANITE = {"embedding_multiplier": 12.0, "attention_multiplier": 0.3}
+GRANITE |= {"residual_multiplier": 0.22, "logits_scaling": 3.0}
 
 
 @pytest.mark.parametrize("instructions", IN_FLOAT32, indirect=True)
@@ -136,6 +138,7 @@ YARN = {"factor": 4.0, "original_max_position_embeddings": 128}
         ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}}, 16),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, **LLAMA3}}, 16),
         ("qwen2", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, **YARN}}, 160),
+        ("granite", {"tie_word_embeddings": True, "attention_bias": True, **GRANITE}, 16),
     ],
     ids=str,
 )
@@ -163,9 +166,10 @@ def test_logits_are_hugging_faces(
     assert os.sched_getaffinity(0) == cores  # a pass keeps its threads on cores of their own, and lets go of ours
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "granite"])
 def test_bfloat16_is_as_close_to_float32_as_hugging_faces(instructions: str, tmp_path: Path, family: str) -> None:
     more = {"hidden_size": 384, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 4}
+    more |= GRANITE if family == "granite" else {}
     directory = save_model(tmp_path, family, torch.bfloat16, **{**SIZES, **more})
     runner = NativeRunner(settings_of(directory, "bfloat16", kv_block_size=16, kv_memory="64MiB"))
     runner.load()
@@ -422,6 +426,18 @@ def test_instructions_that_nobody_knows_are_refused(monkeypatch: pytest.MonkeyPa
 
 
 # --- which kernels are used -----------------------------------------------------------------------------------------
+
+
+@needs_native
+@pytest.mark.parametrize("family", checks.COMPUTED.families)
+def test_made_up_weights_are_computed_as_a_checkpoints_are(family: str) -> None:
+    more = {"pad_token_id": 0, "sliding_window": None}
+    chosen, jobs = settings(family, more=more, kernels=Kernels.auto, kv_memory="4MiB"), requests(8)
+    engine = FastGenEngine(chosen)
+    assert (chosen.source.kind, engine.kernels, engine.notes) == ("dummy", "native", [])
+    engine.load()
+    found = generate(engine, jobs)
+    assert {index: completion.token_ids for index, completion in found.items()} == hugging_face(chosen.source, jobs)
 
 
 @pytest.mark.parametrize(

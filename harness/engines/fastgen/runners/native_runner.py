@@ -162,8 +162,11 @@ class NativeRunner(AtOnce):
             block_size=self.block_size,
             epsilon=config.rms_norm_eps,
             scaling=attention.scaling,
+            embedding_scale=getattr(config, "embedding_multiplier", 1.0),
+            residual_scale=getattr(config, "residual_multiplier", 1.0),
             embedding=self._keep(decoder.embed_tokens.weight.detach().contiguous()),
-            norm=self._vector(decoder.norm.weight),
+            # Here what the logits are divided by costs nothing.
+            norm=self._vector(decoder.norm.weight.float() / getattr(config, "logits_scaling", 1.0)),
             head=self._pack(model.lm_head.weight),
             layers=self.layers,
         )

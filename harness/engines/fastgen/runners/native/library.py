@@ -40,8 +40,7 @@ class Model(ctypes.Structure):
                 "block_size",
             )
         ),
-        ("epsilon", c_float),
-        ("scaling", c_float),
+        *((name, c_float) for name in ("epsilon", "scaling", "embedding_scale", "residual_scale")),
         *((name, c_void_p) for name in ("embedding", "norm", "head", "cosines", "sines")),
         ("layers", POINTER(Layer)),
     ]

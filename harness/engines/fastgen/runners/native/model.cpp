@@ -22,7 +22,8 @@ struct HarnessLayer {
 
 struct HarnessModel {
     std::int32_t layer_count, hidden, intermediate, heads, kv_heads, head_dim, vocab, block_size;
-    float epsilon, scaling;
+    float epsilon, scaling;                               // of the norms; of the scores
+    float embedding_scale, residual_scale;                // of what a token begins with; of what a layer adds
     const void* embedding;                                // [vocab, hidden]
     const float* norm;                                    // [hidden]
     const Word* head;                                     // packed
@@ -239,23 +240,25 @@ private:
 
     void embed() {
         const int hidden = model_->hidden;
+        const Floats scale = every(model_->embedding_scale);
 #pragma omp for
         for (int row = 0; row < pass_->tokens; ++row) {
             const Raw* from =
                 static_cast<const Raw*>(model_->embedding) + static_cast<std::size_t>(pass_->token_ids[row]) * hidden;
-            for (int i = 0; i < hidden; i += LANES) store(residual(row) + i, E::load(from + i));
+            for (int i = 0; i < hidden; i += LANES) store(residual(row) + i, E::load(from + i) * scale);
         }
     }
 
     // What a product's done() does to add it to the residual stream.
     auto add(const float* bias, const Rows& rows) {
         return [this, bias, &rows](const float* sums, int start, int height, int panel) {
+            const Floats scale = every(model_->residual_scale);
             for (int r = 0; r < height; ++r) {
                 float* to = residual(rows.at(start + r)) + panel * PANEL;
                 for (int v = 0; v < PANEL && panel * PANEL + v < model_->hidden; v += LANES) {
                     Floats sum = load(sums + r * PANEL + v);
                     if (bias) sum += load(bias + panel * PANEL + v);
-                    store(to + v, load(to + v) + sum);
+                    store(to + v, fma(sum, scale, load(to + v)));
                 }
             }
         };
