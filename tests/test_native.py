@@ -139,6 +139,7 @@ GRANITE |= {"residual_multiplier": 0.22, "logits_scaling": 3.0}
         ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, **LLAMA3}}, 16),
         ("qwen2", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, **YARN}}, 160),
         ("granite", {"tie_word_embeddings": True, "attention_bias": True, **GRANITE}, 16),
+        ("phi3", {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32, "hidden_size": 112}, 16),
     ],
     ids=str,
 )
@@ -166,7 +167,7 @@ def test_logits_are_hugging_faces(
     assert os.sched_getaffinity(0) == cores  # a pass keeps its threads on cores of their own, and lets go of ours
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "granite"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "granite", "phi3"])
 def test_bfloat16_is_as_close_to_float32_as_hugging_faces(instructions: str, tmp_path: Path, family: str) -> None:
     more = {"hidden_size": 384, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 4}
     more |= GRANITE if family == "granite" else {}
@@ -308,7 +309,7 @@ def every_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["smollm2_135m", "llama2_7b", "llama2_13b", "llama2_70b"])
+@pytest.mark.parametrize("name", ["smollm2_135m", "llama2_7b", "llama2_13b", "llama2_70b", "phi4"])
 def test_the_configs_models_are_supported(every_instruction: None, name: str, dtype: str) -> None:
     architecture = yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text())["architecture"]
     assert unsupported(architecture, dtype, 1) is None

@@ -137,8 +137,8 @@ class NativeRunner(AtOnce):
         """Packs the weights into one piece of memory; the model's own go meanwhile, layer by layer."""
         config, decoder = model.config, model.model
         attention = decoder.layers[0].self_attn
-        query, key = attention.q_proj.out_features, attention.k_proj.out_features
-        head_dim = attention.head_dim
+        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
+        query, key = heads * head_dim, kv_heads * head_dim
         layers = len(decoder.layers)
         hidden, intermediate = config.hidden_size, config.intermediate_size
         shapes = [(query + 2 * key, hidden), (hidden, query), (2 * intermediate, hidden), (hidden, intermediate)]
@@ -155,8 +155,8 @@ class NativeRunner(AtOnce):
             layer_count=layers,
             hidden=hidden,
             intermediate=intermediate,
-            heads=query // head_dim,
-            kv_heads=key // head_dim,
+            heads=heads,
+            kv_heads=kv_heads,
             head_dim=head_dim,
             vocab=config.vocab_size,
             block_size=self.block_size,
@@ -173,16 +173,15 @@ class NativeRunner(AtOnce):
 
     def _layer(self, layer: Any) -> library.Layer:
         attention, mlp = layer.self_attn, layer.mlp
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        biases = [linear.bias for linear in projections]
-        gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
+        qkv, qkv_bias = _query_key_value(attention)
+        gate, up = _gate_and_up(mlp)
         mixed = (-1, self.panel // 2, gate.shape[1])  # half a panel of the one, then half a panel of the other
         return library.Layer(
-            qkv=self._pack(torch.cat([linear.weight for linear in projections])),
+            qkv=self._pack(qkv),
             output=self._pack(attention.o_proj.weight),
             gate_up=self._pack(torch.stack([gate.view(mixed), up.view(mixed)], 1).flatten(0, 2)),
             down=self._pack(mlp.down_proj.weight),
-            qkv_bias=None if biases[0] is None else self._vector(torch.cat(biases)),
+            qkv_bias=None if qkv_bias is None else self._vector(qkv_bias),
             output_bias=None if attention.o_proj.bias is None else self._vector(attention.o_proj.bias),
             attention_norm=self._vector(layer.input_layernorm.weight),
             mlp_norm=self._vector(layer.post_attention_layernorm.weight),
@@ -227,6 +226,23 @@ class NativeRunner(AtOnce):
         # The blocks that are used are a dense prefix. Touched now, in the clock their pages need not be found.
         used = min(blocks, -(-self.settings.held_tokens // self.block_size))
         self.library.harness_touch(model, used * words // blocks, torch.get_num_threads())
+
+
+def _query_key_value(attention: Any) -> tuple[Tensor, Tensor | None]:
+    """Returns the three weights as one, and the biases; phi3 has them so already."""
+    if hasattr(attention, "qkv_proj"):
+        return attention.qkv_proj.weight, attention.qkv_proj.bias
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    biases = [linear.bias for linear in projections]
+    return torch.cat([linear.weight for linear in projections]), None if biases[0] is None else torch.cat(biases)
+
+
+def _gate_and_up(mlp: Any) -> tuple[Tensor, Tensor]:
+    """Returns the two weights; phi3 has them in one."""
+    if hasattr(mlp, "gate_up_proj"):
+        gate, up = mlp.gate_up_proj.weight.chunk(2)
+        return gate, up
+    return mlp.gate_proj.weight, mlp.up_proj.weight
 
 
 def _sampled(batch: RaggedBatch) -> list[int]:
