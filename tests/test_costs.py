@@ -36,6 +36,7 @@ FAMILIES = {  # heads of other sizes than hidden / heads, biases, tied embedding
     "gemma": {"head_dim": 32},
     "gemma/untied": {"head_dim": 32, "tie_word_embeddings": False},
     "granite": {"attention_bias": True, "mlp_bias": True},
+    "olmo2": {"attention_bias": True},
     "phi3": {},
     "llama": {"head_dim": 8, "attention_bias": True, "mlp_bias": True},
     "mistral": {"head_dim": 48},

@@ -21,8 +21,8 @@ SIZES = (
     "vocab_size",
 )
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
-COUNTED = (*LLAMA_LIKE, "gemma", "granite", "phi3")  # whose sizes follow from the config as llama's do
-BIASED = ("llama", "qwen3", "gemma", "granite")  # with attention_bias, of the output projection too
+COUNTED = (*LLAMA_LIKE, "gemma", "granite", "olmo2", "phi3")  # whose sizes follow from the config as llama's do
+BIASED = ("llama", "qwen3", "gemma", "granite", "olmo2")  # with attention_bias, of the output projection too
 TIED = ("gemma",)  # embeddings are tied unless the config says no
 HEAD_DIM = {"qwen3": 128, "gemma": 256}  # what transformers takes where the config has no head_dim
 ESSENTIAL = (
@@ -96,6 +96,8 @@ def parameters(architecture: dict[str, Any]) -> ParameterCount | None:
         vectors += 2 * inner + hidden
     if family == "qwen3":
         vectors += 2 * head_dim  # q_norm and k_norm
+    if family == "olmo2":
+        vectors += (heads + kv_heads) * head_dim  # the same, of all heads together
     head = architecture["vocab_size"] * hidden
     embeddings = head if architecture.get("tie_word_embeddings", family in TIED) else 2 * head
     return ParameterCount(matmul + layers * vectors + hidden + embeddings, matmul, head)
