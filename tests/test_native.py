@@ -140,6 +140,8 @@ GRANITE |= {"residual_multiplier": 0.22, "logits_scaling": 3.0}
         ("qwen2", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, **YARN}}, 160),
         ("granite", {"tie_word_embeddings": True, "attention_bias": True, **GRANITE}, 16),
         ("phi3", {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32, "hidden_size": 112}, 16),
+        ("olmo2", {"rms_norm_eps": 0.3, "attention_bias": True}, 64),
+        ("olmo2", {"head_dim": 32, "num_attention_heads": 7, "num_key_value_heads": 1, "hidden_size": 80}, 16),
     ],
     ids=str,
 )
@@ -167,7 +169,7 @@ def test_logits_are_hugging_faces(
     assert os.sched_getaffinity(0) == cores  # a pass keeps its threads on cores of their own, and lets go of ours
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "granite", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "granite", "phi3", "olmo2"])
 def test_bfloat16_is_as_close_to_float32_as_hugging_faces(instructions: str, tmp_path: Path, family: str) -> None:
     more = {"hidden_size": 384, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 4}
     more |= GRANITE if family == "granite" else {}

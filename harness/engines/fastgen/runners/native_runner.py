@@ -160,6 +160,7 @@ class NativeRunner(AtOnce):
             head_dim=head_dim,
             vocab=config.vocab_size,
             block_size=self.block_size,
+            norms_all_heads=hasattr(attention, "q_norm") and attention.q_norm.weight.numel() > head_dim,
             epsilon=config.rms_norm_eps,
             scaling=attention.scaling,
             embedding_scale=getattr(config, "embedding_multiplier", 1.0),
@@ -175,19 +176,26 @@ class NativeRunner(AtOnce):
         attention, mlp = layer.self_attn, layer.mlp
         qkv, qkv_bias = _query_key_value(attention)
         gate, up = _gate_and_up(mlp)
+        attention_norm, attended_norm, mlp_norm, mlp_out_norm = _norms(layer)
         mixed = (-1, self.panel // 2, gate.shape[1])  # half a panel of the one, then half a panel of the other
         return library.Layer(
             qkv=self._pack(qkv),
             output=self._pack(attention.o_proj.weight),
             gate_up=self._pack(torch.stack([gate.view(mixed), up.view(mixed)], 1).flatten(0, 2)),
             down=self._pack(mlp.down_proj.weight),
-            qkv_bias=None if qkv_bias is None else self._vector(qkv_bias),
-            output_bias=None if attention.o_proj.bias is None else self._vector(attention.o_proj.bias),
-            attention_norm=self._vector(layer.input_layernorm.weight),
-            mlp_norm=self._vector(layer.post_attention_layernorm.weight),
-            query_norm=self._vector(attention.q_norm.weight) if hasattr(attention, "q_norm") else None,
-            key_norm=self._vector(attention.k_norm.weight) if hasattr(attention, "k_norm") else None,
+            qkv_bias=self._vector(qkv_bias),
+            output_bias=self._vector(attention.o_proj.bias),
+            attention_norm=self._norm(attention_norm),
+            mlp_norm=self._norm(mlp_norm),
+            attended_norm=self._norm(attended_norm),
+            mlp_out_norm=self._norm(mlp_out_norm),
+            query_norm=self._norm(getattr(attention, "q_norm", None)),
+            key_norm=self._norm(getattr(attention, "k_norm", None)),
         )
+
+    def _norm(self, norm: Any) -> int | None:
+        """Returns the address of a norm's weights, None where there is no such norm."""
+        return None if norm is None else self._vector(norm.weight)
 
     def _pack(self, weight: Tensor) -> int:
         """Returns the address of packed ``weight``, ``[columns, depth]``."""
@@ -197,8 +205,10 @@ class NativeRunner(AtOnce):
         self.library.harness_pack(words.data_ptr(), columns, depth, to, torch.get_num_threads())
         return to
 
-    def _vector(self, values: Tensor) -> int:
-        """Returns the address of a float32 copy, which ends with zeros up to a whole panel."""
+    def _vector(self, values: Tensor | None) -> int | None:
+        """Returns the address of a float32 copy, which ends with zeros up to a whole panel; None for nothing."""
+        if values is None:
+            return None
         padded = torch.zeros(self._whole_panels(len(values)))
         padded[: len(values)] = values.detach()
         return self._keep(padded)
@@ -243,6 +253,13 @@ def _gate_and_up(mlp: Any) -> tuple[Tensor, Tensor]:
         gate, up = mlp.gate_up_proj.weight.chunk(2)
         return gate, up
     return mlp.gate_proj.weight, mlp.up_proj.weight
+
+
+def _norms(layer: Any) -> tuple[Any, Any, Any, Any]:
+    """Returns the norms before and after attention, before and after the MLP; None where a layer has none."""
+    if not hasattr(layer, "post_feedforward_layernorm"):
+        return layer.input_layernorm, None, layer.post_attention_layernorm, None
+    return None, layer.post_attention_layernorm, None, layer.post_feedforward_layernorm
 
 
 def _sampled(batch: RaggedBatch) -> list[int]:

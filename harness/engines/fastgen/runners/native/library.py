@@ -23,6 +23,7 @@ class Layer(ctypes.Structure):
             *("qkv", "output", "gate_up", "down"),
             *("qkv_bias", "output_bias"),
             *("attention_norm", "mlp_norm"),
+            *("attended_norm", "mlp_out_norm"),
             *("query_norm", "key_norm"),
             *("keys", "values"),
         )
@@ -37,7 +38,7 @@ class Model(ctypes.Structure):
             (name, c_int32)
             for name in (
                 *("layer_count", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab"),
-                "block_size",
+                *("block_size", "norms_all_heads"),
             )
         ),
         *((name, c_float) for name in ("epsilon", "scaling", "embedding_scale", "residual_scale")),

@@ -15,13 +15,15 @@ extern "C" {
 struct HarnessLayer {
     const Word *qkv, *output, *gate_up, *down;            // packed
     const float *qkv_bias, *output_bias;                  // or null
-    const float *attention_norm, *mlp_norm;               // [hidden]
-    const float *query_norm, *key_norm;                   // [head_dim], or null
+    const float *attention_norm, *mlp_norm;               // [hidden], or null: of what goes in
+    const float *attended_norm, *mlp_out_norm;            // [hidden], or null: of what comes out
+    const float *query_norm, *key_norm;                   // [head_dim] or [heads * head_dim], or null
     Word *keys, *values;                                  // the cache
 };
 
 struct HarnessModel {
     std::int32_t layer_count, hidden, intermediate, heads, kv_heads, head_dim, vocab, block_size;
+    std::int32_t norms_all_heads;                         // whether query_norm and key_norm are of all heads together
     float epsilon, scaling;                               // of the norms; of the scores
     float embedding_scale, residual_scale;                // of what a token begins with; of what a layer adds
     const void* embedding;                                // [vocab, hidden]
@@ -156,6 +158,7 @@ public:
         query_width_ = model.heads * model.head_dim;
         key_width_ = model.kv_heads * model.head_dim;
         qkv_width_ = panels_of(query_width_ + 2 * key_width_) * PANEL;
+        product_width_ = panels_of(model.hidden) * PANEL;
         all_ = {Tiling(pass.tokens), nullptr};
         sampled_ = {Tiling(pass.rows), pass.sampled};
         read_chunks();
@@ -164,6 +167,7 @@ public:
         hold(residual_, model.hidden);
         hold(qkv_, qkv_width_);
         hold(query_, query_width_);
+        hold(product_, model.layers[0].attended_norm ? product_width_ : 0);
         hold(normed_, model.hidden / E::HELD);
         hold(attended_, query_width_ / E::HELD);
         hold(middle_, model.intermediate / E::HELD);
@@ -249,10 +253,28 @@ private:
         }
     }
 
-    // What a product's done() does to add it to the residual stream.
-    auto add(const float* bias, const Rows& rows) {
-        return [this, bias, &rows](const float* sums, int start, int height, int panel) {
-            const Floats scale = every(model_->residual_scale);
+    // What a product's done() does to keep it, as rows of so many elements.
+    static auto keep(float* rows, int width, const float* bias) {
+        return [=](const float* sums, int start, int height, int panel) {
+            for (int r = 0; r < height; ++r) {
+                float* to = rows + static_cast<std::size_t>(start + r) * width + panel * PANEL;
+                for (int v = 0; v < PANEL; v += LANES) {
+                    Floats sum = load(sums + r * PANEL + v);
+                    if (bias) sum += load(bias + panel * PANEL + v);
+                    store(to + v, sum);
+                }
+            }
+        };
+    }
+
+    // Adds a product to the residual stream, as it is or through a norm.
+    void add(const Weights& matrix, const Word* tiles, const float* bias, const float* norm, const Rows& rows) {
+        if (norm) {
+            multiply<E>(matrix, tiles, rows.tiling, team_, keep(product_.get(), product_width_, bias));
+            return add_normalised(norm, rows);
+        }
+        const Floats scale = every(model_->residual_scale);
+        multiply<E>(matrix, tiles, rows.tiling, team_, [&](const float* sums, int start, int height, int panel) {
             for (int r = 0; r < height; ++r) {
                 float* to = residual(rows.at(start + r)) + panel * PANEL;
                 for (int v = 0; v < PANEL && panel * PANEL + v < model_->hidden; v += LANES) {
@@ -261,7 +283,7 @@ private:
                     store(to + v, fma(sum, scale, load(to + v)));
                 }
             }
-        };
+        });
     }
 
     // With `few`, only the sampled rows get an attention; all rows' keys and values are kept.
@@ -270,18 +292,11 @@ private:
         normalise(layer.attention_norm, all_);
         watch.end(NORMS);
         multiply<E>(weights(layer.qkv, qkv_width_, hidden), normed_.get(), all_.tiling, team_,
-                    [&](const float* sums, int start, int height, int panel) {
-                        for (int r = 0; r < height; ++r) {
-                            float* to = qkv_.get() + static_cast<std::size_t>(start + r) * qkv_width_ + panel * PANEL;
-                            for (int v = 0; v < PANEL; v += LANES) {
-                                Floats sum = load(sums + r * PANEL + v);
-                                if (layer.qkv_bias) sum += load(layer.qkv_bias + panel * PANEL + v);
-                                store(to + v, sum);
-                            }
-                        }
-                    });
+                    keep(qkv_.get(), qkv_width_, layer.qkv_bias));
         watch.end(QKV);
         const Cache held = cache(layer);
+        const bool together = model_->norms_all_heads;
+        const float *query_norm = together ? nullptr : layer.query_norm, *key_norm = together ? nullptr : layer.key_norm;
 #pragma omp for
         for (int row = 0; row < pass_->tokens; ++row) {
             const int position = position_[row], number = few ? number_[row] : row;
@@ -289,8 +304,12 @@ private:
             float* from = qkv_.get() + static_cast<std::size_t>(row) * qkv_width_;
             const float* cosine = model_->cosines + static_cast<std::size_t>(position) * (dim / 2);
             const float* sine = model_->sines + static_cast<std::size_t>(position) * (dim / 2);
+            if (together) {
+                if (number >= 0) normalise(from, layer.query_norm, query_width_);
+                normalise(from + query_width_, layer.key_norm, key_width_);
+            }
             for (int head = number < 0 ? model_->heads : 0; head < model_->heads + model_->kv_heads; ++head)
-                rotate(from + head * dim, head < model_->heads ? layer.query_norm : layer.key_norm, cosine, sine, dim,
+                rotate(from + head * dim, head < model_->heads ? query_norm : key_norm, cosine, sine, dim,
                        model_->epsilon);
             if (number >= 0) {
                 Raw* to = query_.get() + static_cast<std::size_t>(number) * query_width_;
@@ -308,8 +327,7 @@ private:
         for (int t = 0; t < count; ++t)
             attend<E>(tasks[t], chunks[tasks[t].chunk], shape_, held, query_.get(), attended_.get(), rows.tiling);
         watch.end(ATTENTION);
-        multiply<E>(weights(layer.output, hidden, query_width_), attended_.get(), rows.tiling, team_,
-                    add(layer.output_bias, rows));
+        add(weights(layer.output, hidden, query_width_), attended_.get(), layer.output_bias, layer.attended_norm, rows);
         watch.end(OUTPUT);
     }
 
@@ -328,7 +346,7 @@ private:
                         }
                     });
         watch.end(GATE_UP);
-        multiply<E>(weights(layer.down, hidden, intermediate), middle_.get(), rows.tiling, team_, add(nullptr, rows));
+        add(weights(layer.down, hidden, intermediate), middle_.get(), nullptr, layer.mlp_out_norm, rows);
         watch.end(DOWN);
     }
 
@@ -378,22 +396,50 @@ private:
         }
     }
 
-    // RMSNorm of rows of the residual stream, into tiles.
+    // What RMSNorm multiplies a row by, beside the weights.
+    float norm_factor(const float* row, int width) const {
+        Floats squares{};
+        for (int i = 0; i < width; i += LANES) {
+            const Floats x = load(row + i);
+            squares = fma(x, x, squares);
+        }
+        const float mean = sum_of(squares) / width;
+        return 1.0f / std::sqrt(mean + model_->epsilon);
+    }
+
+    // RMSNorm of rows of the residual stream, into tiles; without weights the rows as they are.
     void normalise(const float* weight, const Rows& rows) {
         const int hidden = model_->hidden;
 #pragma omp for
         for (int r = 0; r < rows.tiling.rows; ++r) {
             const float* row = residual(rows.at(r));
             const RowWords to = row_words(normed_.get(), rows.tiling, r, hidden / E::HELD);
-            Floats squares{};
-            for (int i = 0; i < hidden; i += LANES) {
-                const Floats x = load(row + i);
-                squares = fma(x, x, squares);
+            if (!weight) {
+                for (int i = 0; i < hidden; i += LANES) put<E>(to, i, load(row + i));
+                continue;
             }
-            const float mean = sum_of(squares) / hidden;
-            const Floats factor = every(1.0f / std::sqrt(mean + model_->epsilon));
+            const Floats factor = every(norm_factor(row, hidden));
             for (int i = 0; i < hidden; i += LANES) put<E>(to, i, load(row + i) * factor * load(weight + i));
         }
+    }
+
+    // Adds the RMSNorm of the product that is kept to the residual stream.
+    void add_normalised(const float* weight, const Rows& rows) {
+        const int hidden = model_->hidden;
+#pragma omp for
+        for (int r = 0; r < rows.tiling.rows; ++r) {
+            const float* row = product_.get() + static_cast<std::size_t>(r) * product_width_;
+            float* to = residual(rows.at(r));
+            const Floats factor = every(norm_factor(row, hidden) * model_->residual_scale);
+            for (int i = 0; i < hidden; i += LANES)
+                store(to + i, fma(load(row + i) * factor, load(weight + i), load(to + i)));
+        }
+    }
+
+    // RMSNorm in place.
+    void normalise(float* row, const float* weight, int width) const {
+        const Floats factor = every(norm_factor(row, width));
+        for (int i = 0; i < width; i += LANES) store(row + i, load(row + i) * factor * load(weight + i));
     }
 
     // Normalises a head where its model does, then turns it by its position.
@@ -418,12 +464,12 @@ private:
     Shape shape_{};
     Rows all_{Tiling(), nullptr}, sampled_{Tiling(), nullptr};
     bool few_ = false;  // whether fewer rows are sampled than there are tokens
-    int query_width_ = 0, key_width_ = 0, qkv_width_ = 0, team_ = 1;
+    int query_width_ = 0, key_width_ = 0, qkv_width_ = 0, product_width_ = 0, team_ = 1;
     std::vector<Chunk> chunks_, sampled_chunks_;
     std::vector<Task> tasks_, sampled_tasks_;
     std::vector<int> owner_, position_;  // of each row: its chunk, and its place in the sequence
     std::vector<int> number_;            // of each row: which of the sampled ones it is, or -1
-    Buffer<float> residual_, qkv_;
+    Buffer<float> residual_, qkv_, product_;
     Buffer<Raw> query_;
     Buffer<Word> normed_, attended_, middle_;
     std::vector<float> best_;
