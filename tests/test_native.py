@@ -142,6 +142,8 @@ GRANITE |= {"residual_multiplier": 0.22, "logits_scaling": 3.0}
         ("phi3", {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32, "hidden_size": 112}, 16),
         ("olmo2", {"rms_norm_eps": 0.3, "attention_bias": True}, 64),
         ("olmo2", {"head_dim": 32, "num_attention_heads": 7, "num_key_value_heads": 1, "hidden_size": 80}, 16),
+        ("gemma", {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1, "attention_bias": True}, 16),
+        ("llama", {"hidden_act": "gelu_pytorch_tanh"}, 16),
     ],
     ids=str,
 )
@@ -169,7 +171,7 @@ def test_logits_are_hugging_faces(
     assert os.sched_getaffinity(0) == cores  # a pass keeps its threads on cores of their own, and lets go of ours
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "granite", "phi3", "olmo2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "granite", "phi3", "olmo2", "gemma"])
 def test_bfloat16_is_as_close_to_float32_as_hugging_faces(instructions: str, tmp_path: Path, family: str) -> None:
     more = {"hidden_size": 384, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 4}
     more |= GRANITE if family == "granite" else {}
@@ -341,8 +343,9 @@ def test_the_configs_models_are_supported(every_instruction: None, name: str, dt
         ({"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "embedding is scaled (dynamic;"),
         ({"partial_rotary_factor": 0.75}, "only a part of each head is rotated (partial_rotary_factor)"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "only a part of each head"),
-        ({"hidden_act": "gelu"}, "its hidden_act is gelu, not silu"),
+        ({"hidden_act": "gelu"}, "its hidden_act is gelu, not silu or gelu_pytorch_tanh"),
         ({"mlp_bias": True}, "it has mlp_bias"),
+        ({"model_type": "gemma", "use_bidirectional_attention": True}, "see those after them (use_bidirectional_att"),
     ],
     ids=str,
 )

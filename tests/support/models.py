@@ -20,6 +20,8 @@ def save_model(directory: Path, model_type: str, dtype: Any, sharp: float = 1.0,
     model = AutoModelForCausalLM.from_config(config)
     for name, weight in model.named_parameters():
         draw(name, weight, sharp)
+        if model_type == "gemma" and name.endswith("norm.weight"):
+            weight.data -= 1.0  # its norms add it again
     model.to(dtype).save_pretrained(directory)
     return directory
 

@@ -43,8 +43,11 @@ def unlike(known: KnownModel, computed: Computed) -> str | None:
         (entry.get("partial_rotary_factor") or 1.0) != 1.0 for entry in (architecture, *rotary_settings(architecture))
     ):
         return "only a part of each head is rotated (partial_rotary_factor)"
-    if (activation := architecture.get("hidden_act", "silu")) not in computed.activations:
+    # One of a config that names none is its family's, and computed.
+    if (activation := architecture.get("hidden_act")) not in (None, *computed.activations):
         return f"its hidden_act is {activation}, not {' or '.join(computed.activations)}"
     if architecture.get("mlp_bias"):
         return "it has mlp_bias"
+    if architecture.get("use_bidirectional_attention"):
+        return "its tokens see those after them (use_bidirectional_attention)"
     return None

@@ -140,6 +140,7 @@ class NativeRunner(AtOnce):
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
         query, key = heads * head_dim, kv_heads * head_dim
         layers = len(decoder.layers)
+        self.gemma = config.model_type == "gemma"
         hidden, intermediate = config.hidden_size, config.intermediate_size
         shapes = [(query + 2 * key, hidden), (hidden, query), (2 * intermediate, hidden), (hidden, intermediate)]
         shapes = [*shapes * layers, (config.vocab_size, hidden)]
@@ -150,6 +151,8 @@ class NativeRunner(AtOnce):
         for number, layer in enumerate(decoder.layers):
             self.layers[number] = self._layer(layer)
             decoder.layers[number] = nn.Identity()
+        # Here what the logits are divided by costs nothing.
+        norm = self._norm_weight(decoder.norm) / getattr(config, "logits_scaling", 1.0)
         self.rotary = decoder.rotary_emb
         self.model = library.Model(
             layer_count=layers,
@@ -161,13 +164,13 @@ class NativeRunner(AtOnce):
             vocab=config.vocab_size,
             block_size=self.block_size,
             norms_all_heads=hasattr(attention, "q_norm") and attention.q_norm.weight.numel() > head_dim,
+            gelu=config.hidden_act == "gelu_pytorch_tanh",
             epsilon=config.rms_norm_eps,
             scaling=attention.scaling,
-            embedding_scale=getattr(config, "embedding_multiplier", 1.0),
+            embedding_scale=self._embedding_scale(config),
             residual_scale=getattr(config, "residual_multiplier", 1.0),
             embedding=self._keep(decoder.embed_tokens.weight.detach().contiguous()),
-            # Here what the logits are divided by costs nothing.
-            norm=self._vector(decoder.norm.weight.float() / getattr(config, "logits_scaling", 1.0)),
+            norm=self._vector(norm),
             head=self._pack(model.lm_head.weight),
             layers=self.layers,
         )
@@ -195,7 +198,17 @@ class NativeRunner(AtOnce):
 
     def _norm(self, norm: Any) -> int | None:
         """Returns the address of a norm's weights, None where there is no such norm."""
-        return None if norm is None else self._vector(norm.weight)
+        return None if norm is None else self._vector(self._norm_weight(norm))
+
+    def _norm_weight(self, norm: Any) -> Tensor:
+        """Returns what a norm multiplies by, float32: in gemma one more than its weights say."""
+        return norm.weight.float() + self.gemma
+
+    def _embedding_scale(self, config: Any) -> float:
+        """Returns what embeddings are multiplied by: in gemma a number of the model's own type."""
+        if self.gemma:
+            return torch.tensor(config.hidden_size**0.5).to(self.dtype).item()
+        return float(getattr(config, "embedding_multiplier", 1.0))
 
     def _pack(self, weight: Tensor) -> int:
         """Returns the address of packed ``weight``, ``[columns, depth]``."""

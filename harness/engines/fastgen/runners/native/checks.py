@@ -15,7 +15,7 @@ from harness.engines.shared import llama_like
 from harness.machine.device import cpu_flags
 from harness.models.architecture import LLAMA_LIKE, attention_heads
 
-COMPUTED = llama_like.Computed((*LLAMA_LIKE, "granite", "phi3", "olmo2"))
+COMPUTED = llama_like.Computed((*LLAMA_LIKE, "granite", "phi3", "olmo2", "gemma"), ("silu", "gelu_pytorch_tanh"))
 AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma")
 # What the sources are compiled for, the fastest first, and what each needs of a processor. Without avx512_bf16 bfloat16
 # is computed in float32, from bfloat16 weights.

@@ -38,7 +38,7 @@ class Model(ctypes.Structure):
             (name, c_int32)
             for name in (
                 *("layer_count", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab"),
-                *("block_size", "norms_all_heads"),
+                *("block_size", "norms_all_heads", "gelu"),
             )
         ),
         *((name, c_float) for name in ("epsilon", "scaling", "embedding_scale", "residual_scale")),

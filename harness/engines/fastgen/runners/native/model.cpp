@@ -24,6 +24,7 @@ struct HarnessLayer {
 struct HarnessModel {
     std::int32_t layer_count, hidden, intermediate, heads, kv_heads, head_dim, vocab, block_size;
     std::int32_t norms_all_heads;                         // whether query_norm and key_norm are of all heads together
+    std::int32_t gelu;                                    // whether the gate has GELU by tanh instead of SiLU
     float epsilon, scaling;                               // of the norms; of the scores
     float embedding_scale, residual_scale;                // of what a token begins with; of what a layer adds
     const void* embedding;                                // [vocab, hidden]
@@ -336,15 +337,21 @@ private:
         normalise(layer.mlp_norm, rows);
         watch.end(NORMS);
         // A panel is a vector of columns of the gate, then the same columns of the other projection.
-        multiply<E>(weights(layer.gate_up, 2 * intermediate, hidden), normed_.get(), rows.tiling, team_,
-                    [&](const float* sums, int start, int height, int panel) {
-                        Word* tile = middle_.get() + static_cast<std::size_t>(start) * (intermediate / E::HELD);
-                        for (int r = 0; r < height; ++r) {
-                            const Floats gate = load(sums + r * PANEL), up = load(sums + r * PANEL + LANES);
-                            const Floats power = exp2(gate * every(-LOG2_E)), silu = gate / (every(1.0f) + power);
-                            put<E>(row_of_tile(tile, r, height, intermediate / E::HELD), panel * LANES, silu * up);
-                        }
-                    });
+        const auto gate_up = [&](auto activation) {
+            multiply<E>(weights(layer.gate_up, 2 * intermediate, hidden), normed_.get(), rows.tiling, team_,
+                        [&](const float* sums, int start, int height, int panel) {
+                            Word* tile = middle_.get() + static_cast<std::size_t>(start) * (intermediate / E::HELD);
+                            for (int r = 0; r < height; ++r) {
+                                const Floats gate = load(sums + r * PANEL), up = load(sums + r * PANEL + LANES);
+                                put<E>(row_of_tile(tile, r, height, intermediate / E::HELD), panel * LANES,
+                                       activation(gate) * up);
+                            }
+                        });
+        };
+        if (model_->gelu)
+            gate_up([](Floats gate) { return gelu(gate); });
+        else
+            gate_up([](Floats gate) { return silu(gate); });
         watch.end(GATE_UP);
         add(weights(layer.down, hidden, intermediate), middle_.get(), nullptr, layer.mlp_out_norm, rows);
         watch.end(DOWN);

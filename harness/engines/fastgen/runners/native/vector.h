@@ -112,4 +112,12 @@ inline Floats exp2(Floats x) {
     return scale(value, whole);
 }
 
+inline Floats silu(Floats x) { return x / (every(1.0f) + exp2(x * every(-LOG2_E))); }
+
+// GELU as it is approximated by tanh, which is a logistic function of twice as much.
+inline Floats gelu(Floats x) {
+    const Floats cubic = x * fma(x * x, every(0.044715f), every(1.0f));
+    return x / (every(1.0f) + exp2(cubic * every(-2 * 0.797884560802865f * LOG2_E)));  // sqrt(2 / pi)
+}
+
 }  // namespace harness
