@@ -143,7 +143,7 @@ GRANITE |= {"residual_multiplier": 0.22, "logits_scaling": 3.0}
         ("olmo2", {"rms_norm_eps": 0.3, "attention_bias": True}, 64),
         ("olmo2", {"head_dim": 32, "num_attention_heads": 7, "num_key_value_heads": 1, "hidden_size": 80}, 16),
         ("gemma", {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1, "attention_bias": True}, 16),
-        ("llama", {"hidden_act": "gelu_pytorch_tanh"}, 16),
+        ("llama", {"hidden_act": "gelu_pytorch_tanh", **GRANITE}, 16),  # a Llama has no multipliers
     ],
     ids=str,
 )

@@ -151,8 +151,7 @@ class NativeRunner(AtOnce):
         for number, layer in enumerate(decoder.layers):
             self.layers[number] = self._layer(layer)
             decoder.layers[number] = nn.Identity()
-        # Here what the logits are divided by costs nothing.
-        norm = self._norm_weight(decoder.norm) / getattr(config, "logits_scaling", 1.0)
+        embedding_scale, residual_scale, logits_divisor = _scales(config, self.dtype)
         self.rotary = decoder.rotary_emb
         self.model = library.Model(
             layer_count=layers,
@@ -167,10 +166,10 @@ class NativeRunner(AtOnce):
             gelu=config.hidden_act == "gelu_pytorch_tanh",
             epsilon=config.rms_norm_eps,
             scaling=attention.scaling,
-            embedding_scale=self._embedding_scale(config),
-            residual_scale=getattr(config, "residual_multiplier", 1.0),
+            embedding_scale=embedding_scale,
+            residual_scale=residual_scale,
             embedding=self._keep(decoder.embed_tokens.weight.detach().contiguous()),
-            norm=self._vector(norm),
+            norm=self._vector(self._norm_weight(decoder.norm) / logits_divisor),  # where it costs nothing
             head=self._pack(model.lm_head.weight),
             layers=self.layers,
         )
@@ -203,12 +202,6 @@ class NativeRunner(AtOnce):
     def _norm_weight(self, norm: Any) -> Tensor:
         """Returns what a norm multiplies by, float32: in gemma one more than its weights say."""
         return norm.weight.float() + self.gemma
-
-    def _embedding_scale(self, config: Any) -> float:
-        """Returns what embeddings are multiplied by: in gemma a number of the model's own type."""
-        if self.gemma:
-            return torch.tensor(config.hidden_size**0.5).to(self.dtype).item()
-        return float(getattr(config, "embedding_multiplier", 1.0))
 
     def _pack(self, weight: Tensor) -> int:
         """Returns the address of packed ``weight``, ``[columns, depth]``."""
@@ -249,6 +242,15 @@ class NativeRunner(AtOnce):
         # The blocks that are used are a dense prefix. Touched now, in the clock their pages need not be found.
         used = min(blocks, -(-self.settings.held_tokens // self.block_size))
         self.library.harness_touch(model, used * words // blocks, torch.get_num_threads())
+
+
+def _scales(config: Any, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Returns what embeddings and what a layer adds are multiplied by, and what logits are divided by."""
+    if config.model_type == "granite":
+        return config.embedding_multiplier, config.residual_multiplier, config.logits_scaling
+    if config.model_type == "gemma":  # a number of the model's own type
+        return torch.tensor(config.hidden_size**0.5).to(dtype).item(), 1.0, 1.0
+    return 1.0, 1.0, 1.0
 
 
 def _query_key_value(attention: Any) -> tuple[Tensor, Tensor | None]:
