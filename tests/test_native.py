@@ -313,7 +313,7 @@ def every_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["smollm2_135m", "llama2_7b", "llama2_13b", "llama2_70b", "phi4"])
+@pytest.mark.parametrize("name", ["smollm2_135m", "llama2_7b", "llama2_13b", "llama2_70b"])
 def test_the_configs_models_are_supported(every_instruction: None, name: str, dtype: str) -> None:
     architecture = yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text())["architecture"]
     assert unsupported(architecture, dtype, 1) is None
