@@ -31,6 +31,7 @@ VARIABLES = (
     "GOMP_",
     "HARNESS_CACHE",
     "HARNESS_CPU_ISA",
+    "HARNESS_NUMA_ROOT",
     "HF_HOME",
     "HF_HUB_OFFLINE",
     "HYDRA_FULL_ERROR",

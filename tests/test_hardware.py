@@ -231,9 +231,9 @@ def test_ranks_with_several_cores_each_use_them(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(os, "sched_setaffinity", lambda _, chosen: (cores.clear(), cores.update(chosen)))
     job: Any = SimpleNamespace(accelerator="cpu")
     try:
-        assert not setup.use_cores(job, Rank(rank=1, world=4, local_rank=1, local_world=4))
+        assert not setup.use_cores(job, Rank(rank=1, world=4, local_rank=1, local_world=4))[0]
         assert (cores, torch.get_num_threads()) == ({2, 3}, 2)
-        assert setup.use_cores(job, Rank(rank=1, world=4, local_rank=1, local_world=4))  # two cores, four ranks
+        assert setup.use_cores(job, Rank(rank=1, world=4, local_rank=1, local_world=4))[0]  # two cores, four ranks
         assert (cores, torch.get_num_threads()) == ({2, 3}, 1)
     finally:
         torch.set_num_threads(before)

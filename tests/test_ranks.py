@@ -13,7 +13,7 @@ import pytest
 
 from harness.basics.errors import UserError
 from harness.machine.memory import OomKills
-from harness.ranks.rank import Rank, bind_cores, check_world, decoded, encoded, free_port, rank_of, without_local_rank
+from harness.ranks.rank import Rank, check_world, decoded, encoded, free_port, rank_of, without_local_rank
 from harness.running.launcher import check_devices, command, describe, variables
 from harness.running.watch import MAIN
 
@@ -161,21 +161,3 @@ def test_how_a_launch_ended_is_said_in_words(returncode: int, words: str) -> Non
     fault = describe(returncode, OomKills(), {})
     assert (fault.status, fault.exit_status) == ("failed", 1)
     assert words in fault.error
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs an affinity to set")
-@pytest.mark.parametrize("local_world", [1, 2, 3, 1000])
-def test_ranks_are_bound_to_distinct_cores_where_there_are_enough(local_world: int) -> None:
-    all_cores = os.sched_getaffinity(0)
-    given: list[set[int]] = []
-    for number in range(min(local_world, 3)):
-        try:
-            bind_cores(Rank(number, local_world, number, local_world))
-            given.append(os.sched_getaffinity(0))
-        finally:
-            os.sched_setaffinity(0, all_cores)
-    if local_world == 1 or local_world > len(all_cores):
-        assert given == [all_cores] * len(given)
-    else:
-        assert all(len(cores) == len(all_cores) // local_world for cores in given)
-        assert sum(map(len, given)) == len(set().union(*given))

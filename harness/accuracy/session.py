@@ -134,11 +134,11 @@ class _Evaluation(RankWork):
 
     def _load(self, rendezvous: Rendezvous) -> Pool:
         job = self.job
-        setup.use_cores(job, self.rank)
+        _, place = setup.use_cores(job, self.rank)
         from harness.engines.proof import proof  # imports torch, whose threads are the cores'
 
         replicas = setup.join(job, self.rank, rendezvous)
-        settings = setup.engine_settings(job, self.rank, replicas)
+        settings = setup.engine_settings(job, self.rank, replicas, place)
         self.model = locate.model_name(job.config.model, job.source)
         self.engine = catalogue.create(settings)
         self._say(f"loading {self.model} ({job.dtype}) for {job.config.engine.name} on {settings.device}")

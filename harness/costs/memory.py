@@ -21,16 +21,38 @@ class Memory:
         size: bytes of one device, or of the host's memory that is free; None where nobody knows.
         shared: whether the ranks of the host have ``size`` together, as on a CPU.
         own: bytes that each rank takes before it loads a model.
+        bound: bytes that each of 1, 2, ... ranks finds in the NUMA nodes that it is bound to, the poorest of them; as
+            far as ranks are bound.
     """
 
     size: int | None
     shared: bool
     own: int
+    bound: tuple[int, ...] = ()
 
     def of_rank(self, ranks: int) -> int:
         """Returns the bytes that one of ``ranks`` of the host finds; ``size`` is known."""
         assert self.size is not None
-        return self.size // ranks if self.shared else self.size
+        if not self.shared or ranks == 1:  # a lone rank is bound to nothing
+            return self.size
+        share = self.size // ranks
+        return near_bytes(share, self.bound[ranks - 1]) if ranks <= len(self.bound) else share
+
+    def in_nodes(self, ranks: int) -> Memory:
+        """Returns what each of ``ranks`` finds in its own NUMA nodes alone; ``bound`` has them."""
+        assert self.size is not None
+        return Memory(min(self.size // ranks, self.bound[ranks - 1]), False, self.own)
+
+
+def near_bytes(share: int, near: int) -> int:
+    """Returns the bytes that a rank which is bound to NUMA nodes reckons with.
+
+    Args:
+        share: of the host's memory, for each of its ranks.
+        near: of the memory of its own nodes. Where others have filled these, the rest of the host's, slow as it is, is
+            better than none.
+    """
+    return min(share, near) if 2 * near >= share else share
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from harness.doctor.findings import Findings
 from harness.engines.fastgen.runners.native import build
 from harness.engines.fastgen.runners.native import checks as native_checks
 from harness.engines.shared import ragged_kernels
-from harness.machine import cgroups, device
+from harness.machine import cgroups, device, numa
 from harness.machine.device import CPU_FLAGS
 from harness.machine.memory import available_memory_bytes
 from harness.running import job as jobs
@@ -29,7 +29,9 @@ def cpu(found: Findings) -> None:
     """Says what the processor is and what it computes with."""
     cores, whole = device.cores(), os.cpu_count() or 1
     flags = [flag for flag in CPU_FLAGS if flag in device.cpu_flags()] or ["no vector instructions that are known"]
-    found.ok("cpu", f"{device.device_name('cpu')}, {cores} of {whole} cores may be used; {', '.join(flags)}")
+    nodes = numa.nodes()
+    on = f" on {len(nodes)} NUMA nodes" if len(nodes) > 1 else ""
+    found.ok("cpu", f"{device.device_name('cpu')}, {cores} of {whole} cores may be used{on}; {', '.join(flags)}")
     dtype = jobs.resolve_dtype(DType.auto, "cpu")
     multiplies = "multiplies" if device.supports_bfloat16_on_cpu() else "does not multiply"
     found.note("cpu", f"model.dtype=auto is {dtype} on it, which {multiplies} bfloat16 in hardware")

@@ -20,6 +20,7 @@ from harness.workload.records import Completion, PassRecord, Request
 
 if TYPE_CHECKING:
     from harness.engines.shared.kv_blocks import KvPool
+    from harness.machine.numa import Place
     from harness.models.source import Source
     from harness.models.token_counts import Encoder
     from harness.ranks.tensor_parallel import TensorParallel
@@ -62,6 +63,7 @@ class EngineSettings(Generic[C]):
         lookahead: requests taken from the queue at a time, before they can start.
         tensor: the ranks that share this engine's model; None when it has the model to itself.
         host_ranks: ranks on this host, which share its memory where the device is the CPU.
+        place: the cores and NUMA nodes that this rank is bound to; None for none.
         described: of a run that is simulated; None where this process computes.
     """
 
@@ -75,6 +77,7 @@ class EngineSettings(Generic[C]):
     lookahead: int = 256
     tensor: TensorParallel | None = None
     host_ranks: int = 1
+    place: Place | None = None
     described: Described | None = None
 
     @property

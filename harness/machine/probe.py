@@ -24,7 +24,7 @@ from harness.basics.cache import cache_root
 from harness.basics.clock import utc_now
 from harness.basics.errors import UserError
 from harness.basics.files import json_bytes, replace
-from harness.machine import device
+from harness.machine import device, numa
 
 if TYPE_CHECKING:
     import torch
@@ -68,10 +68,12 @@ def measured(dtype: str, ranks: int = 1) -> Figures | None:
     """Returns what is known of this machine in a type, without measuring; None where it has not been measured.
 
     Args:
-        ranks: that share this host; each has its part of the cores (:func:`harness.ranks.rank.bind_cores`).
+        ranks: that share this host; each has its part of the cores (:func:`harness.machine.numa.places`).
     """
-    here = device.cores()
+    here, nodes = device.cores(), numa.nodes()
     cores = max(here // ranks, 1) if here >= ranks else here
+    if len(nodes) > 1 and (bound := numa.places(ranks, numa.affinity(), nodes)):
+        cores = len(bound[0].cores)
     return _read(dtype, _machine(cores, _threads(1 if here < ranks else cores)))
 
 

@@ -138,13 +138,3 @@ def decoded(arguments: list[str]) -> list[str]:
 def current() -> Rank | None:
     """Returns :func:`rank_of` this process's environment."""
     return rank_of(os.environ)
-
-
-def bind_cores(rank: Rank) -> None:
-    """Binds this process to its share of the host's cores; with fewer cores than ranks, to none in particular."""
-    if rank.local_world == 1 or not hasattr(os, "sched_setaffinity"):
-        return
-    cores = sorted(os.sched_getaffinity(0))
-    share = len(cores) // rank.local_world
-    if share:
-        os.sched_setaffinity(0, cores[rank.local_rank * share : (rank.local_rank + 1) * share])

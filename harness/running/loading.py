@@ -54,13 +54,13 @@ def load(run: RunContext) -> Loaded:
 
 def _settings(run: RunContext) -> EngineSettings:
     """Returns the engine's settings, once this rank has its cores and has joined the others."""
-    job = run.job
+    job, place = run.job, None
     if not job.simulated:  # else nothing is computed, and what this machine does meanwhile is not the run's
-        run.crowded = setup.use_cores(job, run.rank)
+        run.crowded, place = setup.use_cores(job, run.rank)
         directory = run.recorder.directory if run.recorder is not None else None
         run.telemetry = of_rank(run.rank, job.accelerator, catalogue.find(job.config.engine.name).spreads, directory)
     run.replicas = setup.join(job, run.rank, run.rendezvous)
-    settings = setup.engine_settings(job, run.rank, run.replicas)
+    settings = setup.engine_settings(job, run.rank, run.replicas, place)
     run.device = None if job.simulated else settings.device
     return settings
 

@@ -6,9 +6,10 @@ import os
 from typing import TYPE_CHECKING
 
 from harness.costs import hardware
-from harness.machine import device
+from harness.machine import device, numa
+from harness.machine.numa import Place
 from harness.models import token_counts
-from harness.ranks.rank import Rank, bind_cores
+from harness.ranks.rank import Rank
 from harness.ranks.rendezvous import Rendezvous
 from harness.running import target
 from harness.running.job import Job
@@ -19,20 +20,19 @@ if TYPE_CHECKING:
     from harness.ranks.replicas import Replicas
 
 
-def use_cores(job: Job, rank: Rank) -> bool:
+def use_cores(job: Job, rank: Rank) -> tuple[bool, Place | None]:
     """Gives each rank of this host cores of its own, and a thread a core unless the user chose a number.
 
     Returns:
-        Whether there are fewer cores than ranks, so that none has a core of its own.
+        Whether there are fewer cores than ranks, so that none has a core of its own; and what this one is bound to.
     """
     crowded = device.cores() < rank.local_world
-    if job.accelerator == "cpu":
-        bind_cores(rank)
+    place = numa.bind(rank.local_rank, rank.local_world) if job.accelerator == "cpu" else None
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1 if crowded else device.cores())
-    return crowded
+    return crowded, place
 
 
 def join(job: Job, rank: Rank, rendezvous: Rendezvous) -> Replicas | None:
@@ -46,11 +46,12 @@ def join(job: Job, rank: Rank, rendezvous: Rendezvous) -> Replicas | None:
     return replicas
 
 
-def engine_settings(job: Job, rank: Rank, replicas: Replicas | None) -> EngineSettings:
+def engine_settings(job: Job, rank: Rank, replicas: Replicas | None, place: Place | None = None) -> EngineSettings:
     """Returns the settings of this rank's engine.
 
     Args:
         replicas: the ranks of the launch, which have met; None for a lone one.
+        place: what this rank is bound to; None for nothing.
     """
     from harness.engines.base import EngineSettings
     from harness.engines.shared.order import lookahead
@@ -71,6 +72,7 @@ def engine_settings(job: Job, rank: Rank, replicas: Replicas | None) -> EngineSe
         lookahead=lookahead(job.dp),
         tensor=replicas.tensor if replicas is not None else None,
         host_ranks=rank.local_world,
+        place=place,
         described=_described(job) if job.simulated else None,
     )
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from harness.basics.errors import UserError
 from harness.config.checks import parse_bytes
+from harness.costs.memory import near_bytes
+from harness.machine import numa
 from harness.machine.memory import available_memory_bytes
 
 if TYPE_CHECKING:
@@ -13,9 +15,16 @@ if TYPE_CHECKING:
 
 
 def free_memory(settings: EngineSettings) -> int:
-    """Returns the bytes that this rank may still take: of its GPU, or its share of the host's."""
+    """Returns the bytes that this rank may still take: of its GPU, or its share of the host's.
+
+    Of a rank that is bound to NUMA nodes a fraction is meant of what they have: the rest of the host's is slow. Bytes
+    that are given may lie anywhere.
+    """
     if settings.device == "cpu":
-        return available_memory_bytes() // settings.host_ranks
+        free, place = available_memory_bytes() // settings.host_ranks, settings.place
+        if place is None or not place.nodes or not is_fraction(getattr(settings.engine, "kv_memory", 1)):
+            return free
+        return near_bytes(free, numa.free_bytes(place.nodes) // place.ranks)
     import torch
 
     return torch.cuda.mem_get_info(settings.device)[0]
