@@ -23,6 +23,7 @@ from harness.config.identity import config_hash
 from harness.config.schema import Config, DType, ParallelConfig
 from harness.costs import memory as costs
 from harness.costs.fitted import Fitted
+from harness.costs.memory import Memory
 from harness.costs.pass_sizes import PassSizes
 from harness.engines import catalogue
 from harness.engines.known_model import KnownModel
@@ -197,13 +198,22 @@ def _with_split(config: Config, tp: int, dp: int) -> Config:
 
 def choose(job: Job, machine: Target) -> Split:
     """Returns how the ranks are split, by the memory there is and the sums of the engines; raises UserError."""
-    launch, memory, needs = machine.launch, machine.memory, memory_needs(job)
+    memory, needs = machine.memory, memory_needs(job)
+    # A replica that nobody knows the size of, or has a request for, is not one to start unasked.
+    nodes = 1 if needs is None else min(machine.launch.nodes, len(job.workload.requests))
+    launch = replace(machine.launch, nodes=max(nodes, 1))
+    known = split.FITS if launch.nodes == 1 else split.NODES
+
+    def found(ranks: int) -> Memory:
+        # Ranks that there are anyway find memory in other nodes too, if they must.
+        return memory.in_nodes(ranks) if launch.nodes > 1 else replace(memory, bound=())
+
     chosen = split.choose(
         job.split.asked,
         launch,
-        lacks=lambda tp, ranks_here: costs.shortage(tp, ranks_here, memory, needs),
+        lacks=lambda tp, ranks_here: costs.shortage(tp, ranks_here, found(ranks_here), needs),
         refusal=lambda tp, dp: refusal(job, tp, dp),
-        fits=split.UNKNOWN if needs is None or memory.size is None else split.FITS,
+        fits=split.UNKNOWN if needs is None or memory.size is None else known,
     )
     return replace(chosen, why=chosen.why + (_idle(machine, chosen) if machine.here else ""))
 

@@ -10,6 +10,7 @@ from harness.basics.errors import UserError
 
 FITS = "each rank has room for the whole model"
 UNKNOWN = "whole replicas, since what the model takes, or the memory, is not known before it is loaded"
+NODES = "a replica for each NUMA node"
 BY_HAND = "set parallel.tp and parallel.dp by hand"
 
 
@@ -21,11 +22,13 @@ class Launch:
         ranks: of the launch; None where there is none yet, and as few are started as it takes.
         host_ranks: of them on this host; without a launch, the most that this machine can be asked for.
         fixed: whether it must be split without a rest. A sweep's jobs are launches of their own and need not.
+        nodes: NUMA nodes of this host that get a replica each where there is no launch yet.
     """
 
     ranks: int | None
     host_ranks: int
     fixed: bool = True
+    nodes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +90,16 @@ def choose(
     pairs = _pairs(tp, dp, launch)
     if len(pairs) == 1:
         return Split(asked, *pairs[0], _only(tp, dp, launch))
+    most = max(launch.host_ranks, launch.nodes)
     reasons: list[str] = []
     first: UserError | None = None
     for pair in pairs:
+        if launch.nodes > 1 and pair == (1, 1):
+            return Split(asked, 1, 1, f"one rank on {launch.nodes} NUMA nodes: {reasons[0]}")
         if (refused := refusal(*pair)) is not None:
             first = first or refused
             reasons.append(f"{refused.field}={refused.found}")
-        elif (missing := lacks(pair[0], min(launch.host_ranks, pair[0] * pair[1]))) is not None:
+        elif (missing := lacks(pair[0], min(most, pair[0] * pair[1]))) is not None:
             reasons.append(missing)
         else:
             return Split(asked, *pair, reasons[0] if reasons else fits)
@@ -110,6 +116,8 @@ def _pairs(tp: int | None, dp: int | None, launch: Launch) -> list[tuple[int, in
         if ranks is not None and launch.fixed:
             return [(ranks // dp, dp)]
         return [(size, dp) for size in range(1, max(1, (ranks or launch.host_ranks) // dp) + 1)]
+    if ranks is None and launch.nodes > 1:
+        return [(1, count) for count in range(launch.nodes, 0, -1)]
     if ranks is None:
         return [(size, 1) for size in range(1, max(1, launch.host_ranks) + 1)]
     sizes = [size for size in range(1, ranks + 1) if ranks % size == 0]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from harness.config.schema import Config, HardwareConfig
 from harness.costs.memory import Memory
 from harness.engines import catalogue
-from harness.machine import device, snapshot
+from harness.machine import device, numa, snapshot
 from harness.machine.memory import available_memory_bytes
 from harness.ranks.rank import Rank, current
 from harness.running.split import Launch
@@ -37,11 +37,18 @@ class Target:
 
 def this_machine(config: Config, accelerator: str, rank: Rank | None) -> Target:
     """Returns this machine, seen by ``rank`` of a launch, or by the process that is to start one."""
+    launch = _launch(rank, accelerator, config.engine.name)
     if accelerator == "cpu":
-        memory = Memory(available_memory_bytes(), True, RANK_BYTES)
+        cores = numa.affinity()
+        nodes = numa.nodes(cores)
+        if launch.ranks is None:
+            launch = replace(launch, nodes=numa.replicas(nodes))
+        asked = (config.parallel.tp or 1) * (config.parallel.dp or 1)
+        bound = numa.least_bytes(max(launch.host_ranks, launch.nodes, asked), cores, nodes)
+        memory = Memory(available_memory_bytes(), True, RANK_BYTES, bound)
     else:
         memory = Memory(snapshot.device_memory_bytes() or config.hardware.memory_bytes, False, DEVICE_BYTES)
-    return Target(accelerator, _launch(rank, accelerator, config.engine.name), memory)
+    return Target(accelerator, launch, memory)
 
 
 def described(hardware: HardwareConfig, ranks: int | None = None) -> Target:
