@@ -171,6 +171,24 @@ def test_logits_are_hugging_faces(
     assert os.sched_getaffinity(0) == cores  # a pass keeps its threads on cores of their own, and lets go of ours
 
 
+@pytest.mark.parametrize("threads", [3, 64, 128])
+def test_any_number_of_threads_gives_the_same_logits(instructions: str, tmp_path: Path, threads: int) -> None:
+    """To the last bit: with more threads than cores, and than a product has panels, and packed by others than read."""
+    directory = save_model(tmp_path, "llama", torch.bfloat16, **{**SIZES, "vocab_size": 2100})
+    runner = NativeRunner(settings_of(directory, "bfloat16", kv_block_size=16, kv_memory="64MiB"))
+    tokens = prompts(2100)
+    found = []
+    for packing, computing in ((1, 1), (threads, threads), (threads, 2)):
+        torch.set_num_threads(packing)
+        try:
+            runner.load()
+            torch.set_num_threads(computing)
+            found.append(torch.cat(logits_of(runner, tokens)))
+        finally:
+            torch.set_num_threads(1)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "granite", "phi3", "olmo2", "gemma"])
 def test_bfloat16_is_as_close_to_float32_as_hugging_faces(instructions: str, tmp_path: Path, family: str) -> None:
     more = {"hidden_size": 384, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 4}

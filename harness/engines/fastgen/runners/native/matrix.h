@@ -6,8 +6,12 @@
 // a tile is 32 rows, each [depth words], and its sums fill four of AMX's registers.
 #pragma once
 
+#include <omp.h>
+
 #include <array>
+#include <atomic>
 #include <utility>
+#include <vector>
 
 #include "amx.h"
 #include "element.h"
@@ -148,17 +152,61 @@ struct Weights {
     int panels, words;
 };
 
+// The first of a thread's part of `count` things, in order, that a team shares.
+inline int part_of(int count, int thread, int threads) {
+    return static_cast<int>(static_cast<std::int64_t>(count) * thread / threads);
+}
+
+// Hands out the tasks of products one by one: to each thread first those of the panels that it packed, whose memory is
+// near it where there are several NUMA nodes, then what the threads after it have left.
+class Tasks {
+public:
+    // Before a team's first product.
+    void begin(int threads) {
+        if (static_cast<int>(threads_.size()) < threads) threads_ = std::vector<Thread>(threads);
+        for (Thread& thread : threads_) {
+            thread.turn = 0;
+            for (auto& next : thread.next) next = 0;
+        }
+    }
+    // Calls work(panel, split) for each; called by all threads of a team together, ends with a barrier.
+    template <class Work>
+    void each(int panels, int splits, Work&& work) {
+        const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        Thread& own = threads_[thread];
+        const int turn = own.turn;
+        own.turn ^= 1;
+        own.next[own.turn] = 0;  // of the next product: nobody is in the last one any more
+        for (int i = 0; i < threads; ++i) {
+            const int owner = thread + i < threads ? thread + i : thread + i - threads;
+            const int first = part_of(panels, owner, threads), count = part_of(panels, owner + 1, threads) - first;
+            std::atomic<int>& next = threads_[owner].next[turn];
+            while (next.load(std::memory_order_relaxed) < count * splits) {
+                const int task = next.fetch_add(1, std::memory_order_relaxed);
+                if (task < count * splits) work(first + task / splits, task % splits);
+            }
+        }
+#pragma omp barrier
+    }
+
+private:
+    struct alignas(64) Thread {
+        std::atomic<int> next[2] = {0, 0};  // its first task that nobody has taken, in every other product
+        int turn = 0;
+    };
+    std::vector<Thread> threads_;
+};
+
 // Computes all columns of `tiles` x weights; calls done(sums[height][PANEL], first row, height, panel) for each block of
 // them. All threads of a team call it together; it ends with a barrier.
 template <class E, class Done>
-void multiply(const Weights& weights, const Word* tiles, const Tiling& tiling, int threads, Done&& done) {
+void multiply(const Weights& weights, const Word* tiles, const Tiling& tiling, Tasks& tasks, Done&& done) {
     if (!tiling.tiles) return;
     const int panels = weights.panels, words = weights.words, tile_words = words * PARTS<E>;
-    int splits = (8 * threads + panels - 1) / panels;  // enough tasks for all threads to end together
+    // Enough tasks for all threads to end together.
+    int splits = (8 * omp_get_num_threads() + panels - 1) / panels;
     splits = splits < 1 ? 1 : splits > tiling.tiles ? tiling.tiles : splits;
-#pragma omp for schedule(dynamic, 1)
-    for (int task = 0; task < panels * splits; ++task) {
-        const int panel = task / splits, split = task % splits;
+    tasks.each(panels, splits, [&](int panel, int split) {
         const int first = tiling.tiles * split / splits, last = tiling.tiles * (split + 1) / splits;
         const Word* columns = weights.packed + static_cast<std::size_t>(panel) * words * PANEL;
         alignas(64) float sums[TILE * PANEL];
@@ -168,7 +216,7 @@ void multiply(const Weights& weights, const Word* tiles, const Tiling& tiling, i
                                                    columns, PANEL, words, sums, PANEL, nullptr);
             done(sums, start, height, panel);
         }
-    }
+    });
 }
 
 }  // namespace harness

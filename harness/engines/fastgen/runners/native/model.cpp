@@ -172,9 +172,9 @@ public:
         hold(normed_, model.hidden / E::HELD);
         hold(attended_, query_width_ / E::HELD);
         hold(middle_, model.intermediate / E::HELD);
-        const std::size_t candidates = static_cast<std::size_t>(threads) * pass.rows * LANES;
-        best_.assign(candidates, -std::numeric_limits<float>::infinity());
-        best_id_.assign(candidates, NONE);
+        best_.hold(static_cast<std::size_t>(threads) * pass.rows * LANES);
+        best_id_.hold(static_cast<std::size_t>(threads) * pass.rows * LANES);
+        panels_.begin(threads);
         const Cores cores(threads);
 #pragma omp parallel num_threads(threads)
         {
@@ -182,8 +182,6 @@ public:
 #ifdef __AMX_BF16__
             const AmxTiles tiles;
 #endif
-#pragma omp single
-            team_ = omp_get_num_threads();
             watch.begin();
             embed();
             watch.end(EMBED);
@@ -194,9 +192,9 @@ public:
                 mlp(model.layers[l], few ? sampled_ : all_);
             }
             score_vocabulary();
+            choose();
             watch.end(HEAD);
         }
-        choose();
     }
 
 private:
@@ -271,11 +269,11 @@ private:
     // Adds a product to the residual stream, as it is or through a norm.
     void add(const Weights& matrix, const Word* tiles, const float* bias, const float* norm, const Rows& rows) {
         if (norm) {
-            multiply<E>(matrix, tiles, rows.tiling, team_, keep(product_.get(), product_width_, bias));
+            multiply<E>(matrix, tiles, rows.tiling, panels_, keep(product_.get(), product_width_, bias));
             return add_normalised(norm, rows);
         }
         const Floats scale = every(model_->residual_scale);
-        multiply<E>(matrix, tiles, rows.tiling, team_, [&](const float* sums, int start, int height, int panel) {
+        multiply<E>(matrix, tiles, rows.tiling, panels_, [&](const float* sums, int start, int height, int panel) {
             for (int r = 0; r < height; ++r) {
                 float* to = residual(rows.at(start + r)) + panel * PANEL;
                 for (int v = 0; v < PANEL && panel * PANEL + v < model_->hidden; v += LANES) {
@@ -292,7 +290,7 @@ private:
         const int hidden = model_->hidden, dim = model_->head_dim;
         normalise(layer.attention_norm, all_);
         watch.end(NORMS);
-        multiply<E>(weights(layer.qkv, qkv_width_, hidden), normed_.get(), all_.tiling, team_,
+        multiply<E>(weights(layer.qkv, qkv_width_, hidden), normed_.get(), all_.tiling, panels_,
                     keep(qkv_.get(), qkv_width_, layer.qkv_bias));
         watch.end(QKV);
         const Cache held = cache(layer);
@@ -338,7 +336,7 @@ private:
         watch.end(NORMS);
         // A panel is a vector of columns of the gate, then the same columns of the other projection.
         const auto gate_up = [&](auto activation) {
-            multiply<E>(weights(layer.gate_up, 2 * intermediate, hidden), normed_.get(), rows.tiling, team_,
+            multiply<E>(weights(layer.gate_up, 2 * intermediate, hidden), normed_.get(), rows.tiling, panels_,
                         [&](const float* sums, int start, int height, int panel) {
                             Word* tile = middle_.get() + static_cast<std::size_t>(start) * (intermediate / E::HELD);
                             for (int r = 0; r < height; ++r) {
@@ -362,9 +360,12 @@ private:
         normalise(model_->norm, sampled_);
         watch.end(NORMS);
         // Each thread keeps, for each row and lane, the highest logit that it met and whose it is.
-        float* best = best_.data() + static_cast<std::size_t>(omp_get_thread_num()) * rows * LANES;
-        Word* best_id = best_id_.data() + static_cast<std::size_t>(omp_get_thread_num()) * rows * LANES;
-        multiply<E>(weights(model_->head, vocab, model_->hidden), normed_.get(), sampled_.tiling, team_,
+        const std::size_t candidates = static_cast<std::size_t>(rows) * LANES;
+        float* best = best_.get() + omp_get_thread_num() * candidates;
+        Word* best_id = best_id_.get() + omp_get_thread_num() * candidates;
+        std::fill(best, best + candidates, -std::numeric_limits<float>::infinity());
+        std::fill(best_id, best_id + candidates, NONE);
+        multiply<E>(weights(model_->head, vocab, model_->hidden), normed_.get(), sampled_.tiling, panels_,
                     [&](const float* sums, int start, int height, int panel) {
                         for (int r = 0; r < height; ++r) {
                             const std::size_t row = start + r;
@@ -387,16 +388,20 @@ private:
 
     // The highest logit of each row, the lowest id among equals.
     void choose() {
+        const int threads = omp_get_num_threads();
+#pragma omp for
         for (int row = 0; row < pass_->rows; ++row) {
             float top = -std::numeric_limits<float>::infinity();
             Word id = NONE;
-            for (int thread = 0; thread < team_; ++thread)
+            for (int thread = 0; thread < threads; ++thread)
                 for (int lane = 0; lane < LANES; ++lane) {
                     const std::size_t at = (static_cast<std::size_t>(thread) * pass_->rows + row) * LANES + lane;
-                    if (best_id_[at] == NONE) continue;
-                    if (best_[at] > top || (best_[at] == top && best_id_[at] < id)) {
-                        top = best_[at];
-                        id = best_id_[at];
+                    const float logit = best_.get()[at];
+                    const Word whose = best_id_.get()[at];
+                    if (whose == NONE) continue;
+                    if (logit > top || (logit == top && whose < id)) {
+                        top = logit;
+                        id = whose;
                     }
                 }
             pass_->next_ids[row] = id == NONE ? -1 : static_cast<std::int64_t>(id);
@@ -471,7 +476,8 @@ private:
     Shape shape_{};
     Rows all_{Tiling(), nullptr}, sampled_{Tiling(), nullptr};
     bool few_ = false;  // whether fewer rows are sampled than there are tokens
-    int query_width_ = 0, key_width_ = 0, qkv_width_ = 0, product_width_ = 0, team_ = 1;
+    int query_width_ = 0, key_width_ = 0, qkv_width_ = 0, product_width_ = 0;
+    Tasks panels_;
     std::vector<Chunk> chunks_, sampled_chunks_;
     std::vector<Task> tasks_, sampled_tasks_;
     std::vector<int> owner_, position_;  // of each row: its chunk, and its place in the sequence
@@ -479,8 +485,8 @@ private:
     Buffer<float> residual_, qkv_, product_;
     Buffer<Raw> query_;
     Buffer<Word> normed_, attended_, middle_;
-    std::vector<float> best_;
-    std::vector<Word> best_id_;
+    Buffer<float> best_;
+    Buffer<Word> best_id_;
 };
 
 }  // namespace
@@ -489,17 +495,25 @@ private:
 #pragma GCC visibility push(default)
 extern "C" {
 
-// Lays out weights [columns, depth words] as panels; columns missing in the last panel are zero.
+// Lays out weights [columns, depth words] as panels; columns missing in the last panel are zero. Each thread writes
+// those that it will read first (Tasks), on the core where it will, so that the system puts them into memory near it.
 void harness_pack(const Word* weights, std::int32_t columns, std::int32_t words, Word* packed, std::int32_t threads) {
     using harness::PANEL;
-#pragma omp parallel for num_threads(threads)
-    for (int panel = 0; panel < harness::panels_of(columns); ++panel) {
-        Word* to = packed + static_cast<std::size_t>(panel) * PANEL * words;
-        for (int k = 0; k < words; ++k)
-            for (int c = 0; c < PANEL; ++c) {
-                const int column = panel * PANEL + c;
-                *to++ = column < columns ? weights[static_cast<std::size_t>(column) * words + k] : 0;
-            }
+    const int panels = harness::panels_of(columns);
+    const harness::Cores cores(threads);
+#pragma omp parallel num_threads(threads)
+    {
+        cores.bind();
+        const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+        const int end = harness::part_of(panels, thread + 1, team);
+        for (int panel = harness::part_of(panels, thread, team); panel < end; ++panel) {
+            Word* to = packed + static_cast<std::size_t>(panel) * PANEL * words;
+            for (int k = 0; k < words; ++k)
+                for (int c = 0; c < PANEL; ++c) {
+                    const int column = panel * PANEL + c;
+                    *to++ = column < columns ? weights[static_cast<std::size_t>(column) * words + k] : 0;
+                }
+        }
     }
 }
 
@@ -516,12 +530,20 @@ void* harness_new(std::int32_t bfloat16) {
     return new (std::nothrow) harness::ForwardOf<harness::BFloat16>;
 }
 
-// Writes to the first `words` of each layer's keys and values, so that the memory is there before the clock starts.
+// Writes to the first `words` of each layer's keys and values, so that the memory is there before the clock starts. Each
+// thread writes a part of all of them: any thread may read any block, and so each layer's lie on all NUMA nodes alike.
 void harness_touch(const HarnessModel* model, std::int64_t words, std::int32_t threads) {
-#pragma omp parallel for num_threads(threads)
-    for (int piece = 0; piece < 2 * model->layer_count; ++piece) {
-        const HarnessLayer& layer = model->layers[piece / 2];
-        std::memset(piece % 2 ? layer.values : layer.keys, 0, static_cast<std::size_t>(words) * sizeof(Word));
+    const harness::Cores cores(threads);
+#pragma omp parallel num_threads(threads)
+    {
+        cores.bind();
+        const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+        const std::int64_t begin = words * thread / team, end = words * (thread + 1) / team;
+        for (int piece = 0; piece < 2 * model->layer_count; ++piece) {
+            const HarnessLayer& layer = model->layers[piece / 2];
+            Word* to = piece % 2 ? layer.values : layer.keys;
+            std::memset(to + begin, 0, static_cast<std::size_t>(end - begin) * sizeof(Word));
+        }
     }
 }
 
