@@ -189,6 +189,27 @@ def test_any_number_of_threads_gives_the_same_logits(instructions: str, tmp_path
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+@needs_native
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_of_many_activations_add_up_in_the_same_order(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: str
+) -> None:
+    """To the last bit: in groups of panels and pieces of their depth, which are not whole ones."""
+    more = {"hidden_size": 624, "intermediate_size": 1072, "vocab_size": 1100}
+    directory = save_model(tmp_path, "llama", torch.float32, **{**SIZES, **more})
+    found = []
+    for compiler in ("g++", "g++ -DHARNESS_MANY_BYTES=4096"):
+        monkeypatch.setenv("CXX", compiler)
+        runner = NativeRunner(settings_of(directory, dtype, kv_block_size=16, kv_memory="64MiB"))
+        runner.load()
+        parts = logits_of(runner, prompts(1100))
+        long = Sequence(0, prompts(1100, seed=1)[0], 300, 1)
+        long.blocks = list(range(-(-300 // runner.block_size)))
+        found.append(torch.cat([*parts, runner.logits(RaggedBatch([(long, 0, 300, True)], 0, 300), list(range(300)))]))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "granite", "phi3", "olmo2", "gemma"])
 def test_bfloat16_is_as_close_to_float32_as_hugging_faces(instructions: str, tmp_path: Path, family: str) -> None:
     more = {"hidden_size": 384, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 4}

@@ -8,6 +8,7 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <utility>
@@ -197,25 +198,51 @@ private:
     std::vector<Thread> threads_;
 };
 
+// Activations that the last cache does not keep until the next panel needs them are read from memory for each: then a
+// task takes several panels, and of all that it multiplies so many words at a time that their rows stay in L2.
+constexpr int GROUP_PANELS = 8, GROUP_ROWS = 256, GROUP_WORDS = 256;
+// Bytes of activations from which on that pays: measured, with a last cache of 32 MiB. What sysconf() says of that cache
+// is of no use: there, 256 MiB.
+#ifndef HARNESS_MANY_BYTES
+#define HARNESS_MANY_BYTES (8 << 20)
+#endif
+
 // Computes all columns of `tiles` x weights; calls done(sums[height][PANEL], first row, height, panel) for each block of
-// them. All threads of a team call it together; it ends with a barrier.
+// them. All threads of a team call it together; it ends with a barrier. Each sum is added up in the order of its words.
 template <class E, class Done>
 void multiply(const Weights& weights, const Word* tiles, const Tiling& tiling, Tasks& tasks, Done&& done) {
     if (!tiling.tiles) return;
     const int panels = weights.panels, words = weights.words, tile_words = words * PARTS<E>;
-    // Enough tasks for all threads to end together.
-    int splits = (8 * omp_get_num_threads() + panels - 1) / panels;
-    splits = splits < 1 ? 1 : splits > tiling.tiles ? tiling.tiles : splits;
+    const int wish = 8 * omp_get_num_threads();  // enough tasks for all threads to end together
+    const auto part = [&](int tile, int panel, int from, int count, float* sums) {
+        const int start = tiling.start(tile), height = tiling.height(tile);
+        const Word* rows = tiles + static_cast<std::size_t>(start) * tile_words;
+        const Word* columns = weights.packed + (static_cast<std::size_t>(panel) * words + from) * PANEL;
+        const Product of = from ? product_of<E, true, false>(height, 2) : product_of<E, false, false>(height, 2);
+        of(rows + static_cast<std::size_t>(from) * PARTS<E> * height, tile_words, columns, PANEL, count, sums, PANEL, nullptr);
+        if (from + count == words) done(sums, start, height, panel);
+    };
+    const int group = std::min(GROUP_PANELS, panels / wish);
+    // Not with AMX, on which it was never measured.
+    if (!AMX && group > 1 && static_cast<std::size_t>(tiling.rows) * tile_words * sizeof(Word) >= HARNESS_MANY_BYTES) {
+        tasks.each((panels + group - 1) / group, 1, [&](int task, int) {
+            constexpr int TOGETHER = GROUP_ROWS / TILE;
+            alignas(64) float sums[GROUP_PANELS][TOGETHER][TILE * PANEL];
+            const int first = task * group, last = std::min(panels, first + group);
+            for (int begin = 0; begin < tiling.tiles; begin += TOGETHER)
+                for (int from = 0; from < words; from += GROUP_WORDS)
+                    for (int panel = first; panel < last; ++panel)
+                        for (int tile = begin; tile < std::min(tiling.tiles, begin + TOGETHER); ++tile)
+                            part(tile, panel, from, std::min(GROUP_WORDS, words - from),
+                                 sums[panel - first][tile - begin]);
+        });
+        return;
+    }
+    const int splits = std::min(std::max(1, (wish + panels - 1) / panels), tiling.tiles);
     tasks.each(panels, splits, [&](int panel, int split) {
-        const int first = tiling.tiles * split / splits, last = tiling.tiles * (split + 1) / splits;
-        const Word* columns = weights.packed + static_cast<std::size_t>(panel) * words * PANEL;
         alignas(64) float sums[TILE * PANEL];
-        for (int tile = first; tile < last; ++tile) {
-            const int start = tiling.start(tile), height = tiling.height(tile);
-            product_of<E, false, false>(height, 2)(tiles + static_cast<std::size_t>(start) * tile_words, tile_words,
-                                                   columns, PANEL, words, sums, PANEL, nullptr);
-            done(sums, start, height, panel);
-        }
+        const int last = tiling.tiles * (split + 1) / splits;
+        for (int tile = tiling.tiles * split / splits; tile < last; ++tile) part(tile, panel, 0, words, sums);
     });
 }
 
