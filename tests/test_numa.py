@@ -5,6 +5,7 @@ Their trees are made up, as the kernel would show them; a run on two nodes has t
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -50,6 +51,12 @@ def tree(root: Path, nodes: dict[int, str], free: dict[int, int] | int = PLENTY,
         (root / "proc/self").mkdir(parents=True)
         (root / "proc/self/status").write_text(f"Name:\tpython\nMems_allowed_list:\t{allowed}\n")
     return root
+
+
+def halves() -> list[str]:
+    """Returns this machine's cores in two lists."""
+    cores = numa.affinity()
+    return [",".join(map(str, half)) for half in (cores[: len(cores) // 2], cores[len(cores) // 2 :])]
 
 
 def test_the_nodes_are_those_whose_cores_and_memory_may_be_used(tmp_path: Path) -> None:
@@ -192,10 +199,7 @@ def test_each_node_gets_a_replica_that_has_room_there(
     free: dict[int, int] | int,
     found: tuple[int, str],
 ) -> None:
-    first, *others = numa.affinity()
-    tree(tmp_path, {0: str(first), 1: ",".join(map(str, others))}, free)
-    if len(others) > 2:
-        pytest.skip("the second node would have far more cores")
+    tree(tmp_path, dict(enumerate(halves())), free)
     monkeypatch.setenv(numa.ROOT_VARIABLE, str(tmp_path))
     chosen = job.prepare(compose("config", [*TINY, *RANDOM, "dataset.num_samples=8", *words])).split
     assert (chosen.tp, chosen.dp) == (1, found[0])
@@ -206,11 +210,10 @@ def test_each_node_gets_a_replica_that_has_room_there(
 def test_ranks_that_there_are_may_take_memory_of_other_nodes(
     conf: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, *others = numa.affinity()
     words = [*TINY, *RANDOM, "dataset.num_samples=8"]
     found = {}
     for free in (PLENTY, 302 * MIB):  # two MiB more than what a rank takes for itself
-        root = tree(tmp_path / str(free), {0: str(first), 1: ",".join(map(str, others))}, free)
+        root = tree(tmp_path / str(free), dict(enumerate(halves())), free)
         monkeypatch.setenv(numa.ROOT_VARIABLE, str(root))
         prepared = job.prepare(compose("config", words), Rank(0, 2, 0, 2))
         assert (prepared.tp, prepared.dp, prepared.split.why) == (1, 2, split.FITS)
@@ -233,21 +236,19 @@ if os.environ["RANK"] == "0":
 
 @needs_two_cores
 def test_ranks_of_a_launch_are_bound_to_nodes(tmp_path: Path) -> None:
-    first, *others = numa.affinity()
-    root = tree(tmp_path / "root", {4: ",".join(map(str, others)), 7: str(first)})
+    low, high = halves()
+    root = tree(tmp_path / "root", {4: high, 7: low})
     outcome = launched(tmp_path, RANK, 2, HARNESS_NUMA_ROOT=str(root))
-    assert outcome == [others, [4], 1]  # the order of nodes, not of cores
-    assert (tmp_path / "outcome.json.1").read_text() == f"[[{first}], [7], 1]"
+    assert outcome == [[int(core) for core in high.split(",")], [4], 1]  # the order of nodes, not of cores
+    other = json.loads((tmp_path / "outcome.json.1").read_text())
+    assert other == [[int(core) for core in low.split(",")], [7], 1]
 
 
 @needs_two_cores
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [(), ("deepspeed",)])
 def test_a_run_on_two_nodes_gives_the_ids_of_one(tmp_path: Path, launcher: tuple[str, ...]) -> None:
-    first, *others = numa.affinity()[:2]
-    root = tree(tmp_path / "root", {0: str(first), 1: ",".join(map(str, [*others, *numa.affinity()[2:]]))})
-    if len(numa.affinity()) > 3:
-        pytest.skip("the second node would have far more cores")
+    root = tree(tmp_path / "root", dict(enumerate(halves())))
     words = [*TINY, *RANDOM, "dataset.num_samples=12", "dataset.input_len=24", "dataset.output_len=8"]
     how: Any = {"launcher": deepspeed(2)} if launcher else {}
     two = ran(tmp_path / "two", *words, HARNESS_NUMA_ROOT=str(root), **how)
