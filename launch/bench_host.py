@@ -33,12 +33,13 @@ from bench_scheduler import lengths
 from harness.basics.clock import Clock
 from harness.config.schema import GenerationConfig, Stop
 from harness.engines.base import EngineSettings
+from harness.engines.fastgen.batch import RaggedBatch, Sequence
 from harness.engines.fastgen.config import FastGenConfig, Kernels
 from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.fastgen.ledger import Ledger
 from harness.engines.fastgen.loop import Loop
 from harness.engines.fastgen.runners.base import Wait
-from harness.engines.fastgen.scheduler import RaggedBatch, Scheduler, Sequence
+from harness.engines.fastgen.scheduler import Scheduler
 from harness.engines.shared.kv_blocks import KvBlocks
 from harness.models.source import Source
 from harness.models.tokenizer import ByteTokenizer

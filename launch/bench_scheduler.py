@@ -18,7 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harness.engines.fastgen.scheduler import Scheduler, Sequence
+from harness.engines.fastgen.batch import Sequence
+from harness.engines.fastgen.scheduler import Scheduler
 from harness.engines.shared.kv_blocks import KvBlocks, SharedKvBlocks
 
 

@@ -30,9 +30,10 @@ from harness.basics.command import positive
 from harness.basics.errors import UserError, report
 from harness.config.compose import compose
 from harness.engines import catalogue
+from harness.engines.fastgen.batch import RaggedBatch
+from harness.engines.fastgen.batch import Sequence as Request
 from harness.engines.fastgen.runners.native import build
-from harness.engines.fastgen.scheduler import RaggedBatch, Scheduler
-from harness.engines.fastgen.scheduler import Sequence as Request
+from harness.engines.fastgen.scheduler import Scheduler
 from harness.engines.shared.kv_blocks import KvBlocks
 from harness.ranks.rank import Rank
 from harness.running import job as jobs

@@ -40,9 +40,10 @@ from support.runs import together
 
 from harness.basics.errors import UserError
 from harness.config.schema import GenerationConfig, Stop
+from harness.engines.fastgen.batch import Sequence
 from harness.engines.fastgen.runners import deepspeed_model, deepspeed_runner
 from harness.engines.fastgen.runners.deepspeed_runner import DeepSpeedRunner, engine_config
-from harness.engines.fastgen.scheduler import Scheduler, Sequence
+from harness.engines.fastgen.scheduler import Scheduler
 from harness.engines.shared import ragged_kernels as checks
 from harness.engines.shared.kv_blocks import KvBlocks
 from harness.ranks.tensor_parallel import TensorParallel

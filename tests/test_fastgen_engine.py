@@ -15,9 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from harness.basics.errors import UserError
 from harness.config.schema import Stop
+from harness.engines.fastgen.batch import RaggedBatch, Sequence
 from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.fastgen.runners.paged_attention import KvCache, build_plan, ragged_attention
-from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
 from harness.engines.shared.attention_checks import refuse_unusual_attention
 from harness.engines.shared.kv_memory import kv_memory_bytes
 from harness.engines.shared.order import Order

@@ -24,8 +24,9 @@ from support.runs import deepspeed, ran
 
 from harness.basics.clock import Clock
 from harness.engines.base import Progress
+from harness.engines.fastgen.batch import Sequence
 from harness.engines.fastgen.engine import FastGenEngine
-from harness.engines.fastgen.scheduler import Scheduler, Sequence
+from harness.engines.fastgen.scheduler import Scheduler
 from harness.engines.shared.kv_blocks import KvBlocks
 from harness.engines.shared.order import Order
 from harness.models.ends import Ends, StopStrings

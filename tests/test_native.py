@@ -24,11 +24,11 @@ from torch import Tensor
 
 from harness.basics.errors import UserError
 from harness.config.schema import Stop
+from harness.engines.fastgen.batch import RaggedBatch, Sequence
 from harness.engines.fastgen.config import Kernels
 from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.fastgen.runners.native import build, checks, library
 from harness.engines.fastgen.runners.native_runner import NativeRunner
-from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
 from harness.engines.known_model import KnownModel
 from harness.engines.shared.order import Order
 

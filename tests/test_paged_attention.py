@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.engines.ds_inference import static_cache
+from harness.engines.fastgen.batch import RaggedBatch, Sequence
 from harness.engines.fastgen.runners.paged_attention import KvCache, build_plan, by_index, by_segment, ragged_attention
-from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
 from harness.engines.shared.attention_scores import scores
 
 BLOCK, KV_HEADS, GROUP, HEAD_DIM = 4, 2, 3, 8

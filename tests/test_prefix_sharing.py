@@ -16,8 +16,9 @@ from support.engines import settings
 from support.late_device import VOCABULARY, LateDevice, alone, piece
 
 from harness.basics.clock import Clock
+from harness.engines.fastgen.batch import RaggedBatch, Sequence
 from harness.engines.fastgen.engine import FastGenEngine
-from harness.engines.fastgen.scheduler import RaggedBatch, Scheduler, Sequence
+from harness.engines.fastgen.scheduler import Scheduler
 from harness.engines.shared.kv_blocks import KvBlocks, SharedKvBlocks, prefix_keys
 from harness.engines.shared.order import Order
 from harness.models.ends import Ends, StopStrings

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from harness.engines.fastgen.batch import RaggedBatch, Sequence
 from harness.engines.fastgen.runners.triton.graphs import FEW, Graphs, buckets, padded
 from harness.engines.fastgen.runners.triton.plan import Limits, Plan, Planner
-from harness.engines.fastgen.scheduler import RaggedBatch, Scheduler, Sequence
+from harness.engines.fastgen.scheduler import Scheduler
 from harness.engines.shared.kv_blocks import KvBlocks
 from harness.models.ends import Ends
 

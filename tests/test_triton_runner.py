@@ -31,12 +31,12 @@ from harness.basics.errors import UserError
 from harness.config.schema import Stop
 from harness.costs.memory import activation_bytes
 from harness.costs.shape import ModelShape
+from harness.engines.fastgen.batch import RaggedBatch, Sequence
 from harness.engines.fastgen.config import Kernels
 from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.fastgen.runners.triton import checks
 from harness.engines.fastgen.runners.triton import runner as triton_runner
 from harness.engines.fastgen.runners.triton.runner import TritonRunner
-from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
 from harness.engines.known_model import KnownModel
 from harness.engines.proof import proof
 from harness.engines.shared.unusable import Unusable

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from support.attention import Layer, Shape
 
+from harness.engines.fastgen.batch import RaggedBatch, Sequence
 from harness.engines.fastgen.runners.paged_attention import KvCache, build_plan, ragged_attention
 from harness.engines.fastgen.runners.triton.kernels.activation import silu_and_multiply
 from harness.engines.fastgen.runners.triton.kernels.attention import (
@@ -24,7 +25,6 @@ from harness.engines.fastgen.runners.triton.kernels.attention import (
 )
 from harness.engines.fastgen.runners.triton.kernels.norm import add_rms_norm
 from harness.engines.fastgen.runners.triton.kernels.sampling import argmax
-from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
 
 INSIDE, TIMES, WARM = 5, 11, 2  # calls in a CUDA graph, its replays, calls before
 INTERPRETED_PROCESSORS = 16

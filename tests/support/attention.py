@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from harness.engines.fastgen.batch import RaggedBatch, Sequence
 from harness.engines.fastgen.runners.paged_attention import KvCache, build_plan, ragged_attention
 from harness.engines.fastgen.runners.triton.kernels.attention import Chunks, Parts, Tiles, attend, tile_rows
-from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
 from support.rounding import SINGLE, near, unit
 
 LOUD = 100.0  # what others left where a kernel may look but must not listen

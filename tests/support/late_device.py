@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
+from harness.engines.fastgen.batch import RaggedBatch, Sequence
 from harness.engines.fastgen.runners.base import Wait
-from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
 
 VOCABULARY = 50
 EOS = 2

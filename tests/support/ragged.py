@@ -13,10 +13,10 @@ from torch import Tensor
 from harness.basics.clock import Clock
 from harness.config.schema import GenerationConfig, Stop
 from harness.engines.base import EngineSettings
+from harness.engines.fastgen.batch import Chunk, RaggedBatch, Sequence
 from harness.engines.fastgen.config import FastGenConfig
 from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.fastgen.runners.deepspeed_runner import DeepSpeedRunner
-from harness.engines.fastgen.scheduler import Chunk, RaggedBatch, Sequence
 from harness.engines.shared.order import Order
 from harness.models.directory import find
 from harness.models.source import Source

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from harness.config.schema import GenerationConfig, Stop
 from harness.engines.base import EngineSettings
+from harness.engines.fastgen.batch import Sequence
 from harness.engines.fastgen.config import FastGenConfig, Kernels
 from harness.engines.fastgen.runners.triton.runner import TritonRunner
-from harness.engines.fastgen.scheduler import Scheduler, Sequence
+from harness.engines.fastgen.scheduler import Scheduler
 from harness.engines.shared.kv_blocks import KvBlocks
 from harness.engines.shared.order import Order
 from harness.models.directory import find

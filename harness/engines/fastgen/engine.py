@@ -12,13 +12,14 @@ from harness.basics.clock import Clock
 from harness.basics.errors import UserError
 from harness.engines.base import Engine, EngineSettings, rejection
 from harness.engines.fastgen import scoring
+from harness.engines.fastgen.batch import Sequence
 from harness.engines.fastgen.config import FastGenConfig, Kernels
 from harness.engines.fastgen.ledger import Ledger
 from harness.engines.fastgen.loop import Loop
 from harness.engines.fastgen.runners import choice
 from harness.engines.fastgen.runners.native import checks as native_checks
 from harness.engines.fastgen.runners.sharded_runner import ShardedRunner
-from harness.engines.fastgen.scheduler import Scheduler, Sequence
+from harness.engines.fastgen.scheduler import Scheduler
 from harness.engines.fastgen.texts import Texts
 from harness.engines.scoring import Forced, Score, Scored, no_prefill
 from harness.engines.shared.kv_blocks import KvBlocks, KvPool, SharedKvBlocks

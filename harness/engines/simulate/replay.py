@@ -13,7 +13,8 @@ from itertools import islice
 from typing import NamedTuple, Protocol
 
 from harness.costs.work import PassWork
-from harness.engines.fastgen.scheduler import RaggedBatch, Scheduler, Sequence
+from harness.engines.fastgen.batch import RaggedBatch, Sequence
+from harness.engines.fastgen.scheduler import Scheduler
 from harness.engines.shared.kv_blocks import KvBlocks, SharedKvBlocks
 from harness.models.ends import Ends
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
+from harness.engines.fastgen.batch import RaggedBatch, Sequence
 
 if TYPE_CHECKING:
     from torch import Tensor

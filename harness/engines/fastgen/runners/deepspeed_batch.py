@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.engines.fastgen.scheduler import RaggedBatch
+from harness.engines.fastgen.batch import RaggedBatch
 
 
 class Passes:

@@ -32,11 +32,11 @@ from torch import Tensor
 
 from harness.basics.errors import UserError
 from harness.engines.base import EngineSettings
+from harness.engines.fastgen.batch import RaggedBatch, Sequence
 from harness.engines.fastgen.runners import deepspeed_model
 from harness.engines.fastgen.runners.base import AtOnce
 from harness.engines.fastgen.runners.deepspeed_batch import Passes
 from harness.engines.fastgen.runners.deepspeed_weights import Weights
-from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
 from harness.engines.known_model import KnownModel
 from harness.engines.shared import deepspeed_ops
 from harness.engines.shared.device_time import DeviceTime

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from harness.engines.base import EngineSettings
+from harness.engines.fastgen.batch import RaggedBatch, Sequence
 from harness.engines.fastgen.runners.base import AtOnce
 from harness.engines.fastgen.runners.native import build, library
 from harness.engines.fastgen.runners.native.library import LINE, LONGEST_BLOCK, WIDTH
-from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
 from harness.engines.shared import auto_tp
 from harness.engines.shared.attention_checks import refuse_unusual_attention
 from harness.engines.shared.kv_memory import affordable_blocks, free_memory

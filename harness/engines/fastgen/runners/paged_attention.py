@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from harness.engines.fastgen.scheduler import RaggedBatch
+from harness.engines.fastgen.batch import RaggedBatch
 from harness.engines.shared.attention_scores import scores
 from harness.engines.shared.plain_attention import Probe
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
+from harness.engines.fastgen.batch import Chunk, RaggedBatch, Sequence
 from harness.engines.fastgen.runners.base import Runner, Wait
-from harness.engines.fastgen.scheduler import Chunk, RaggedBatch, Sequence
 from harness.ranks.tensor_parallel import TensorParallel
 
 if TYPE_CHECKING:

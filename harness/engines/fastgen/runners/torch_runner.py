@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from harness.engines.base import EngineSettings
+from harness.engines.fastgen.batch import RaggedBatch, Sequence
 from harness.engines.fastgen.runners.base import AtOnce
 from harness.engines.fastgen.runners.paged_attention import KvCache, build_plan, ragged_attention
-from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
 from harness.engines.shared import auto_tp
 from harness.engines.shared.device_time import DeviceTime
 from harness.engines.shared.kv_memory import affordable_blocks, free_memory

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from harness.engines.fastgen.batch import RaggedBatch
 from harness.engines.fastgen.runners.triton.kernels.attention import Chunks, Tiles, tile_rows
-from harness.engines.fastgen.scheduler import RaggedBatch
 
 Numbers = NDArray[np.int32]
 ALIGNED = 16  # numbers: sections start where Triton takes a pointer for aligned, whatever a pass's sizes

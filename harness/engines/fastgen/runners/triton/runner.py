@@ -15,6 +15,7 @@ from torch import Tensor
 
 from harness.basics.errors import one_line
 from harness.engines.base import EngineSettings
+from harness.engines.fastgen.batch import RaggedBatch, Sequence
 from harness.engines.fastgen.runners.base import Wait
 from harness.engines.fastgen.runners.triton.buffers import Buffers
 from harness.engines.fastgen.runners.triton.decoder import Cache, Decoder, Ranks
@@ -22,7 +23,6 @@ from harness.engines.fastgen.runners.triton.graphs import Graphs
 from harness.engines.fastgen.runners.triton.plan import Limits, Plan, Planner
 from harness.engines.fastgen.runners.triton.shard import Shard
 from harness.engines.fastgen.runners.triton.weights import empty, parts
-from harness.engines.fastgen.scheduler import RaggedBatch, Sequence
 from harness.engines.shared.attention_checks import refuse_unusual_attention
 from harness.engines.shared.device_time import DeviceTime
 from harness.engines.shared.kv_memory import affordable_blocks, free_memory
