@@ -126,7 +126,7 @@ def test_a_name_that_is_no_engine_is_refused() -> None:
 ALL_KEYS = {
     **{"kernels": "torch", "token_budget": 64, "max_sequences": 8, "order": "longest_first", "kv_block_size": 64},
     **{"kv_memory": 0.3, "batch_size": 16, "batch_tokens": 32768, "kernel_inject": False, "cuda_graph": False},
-    **{"quantization": None, "prefix_sharing": False},
+    **{"quantization": None, "prefix_sharing": False, "draft": None, "draft_len": 4},
 }
 
 

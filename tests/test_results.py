@@ -177,15 +177,15 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
 def test_passes_are_written_by_finish(tmp_path: Path) -> None:
     recorder = start(tmp_path)
     for step in range(3):
-        recorder.add_pass(PassRecord(step, step + 0.123456789, 0.25, 256, 250, 6, 9, 0.5, 40 - step, 7, None, 8000))
+        recorder.add_pass(PassRecord(step, step + 0.123456789, 0.25, 256, 250, 6, 9, 0.5, 40 - step, 7, None, 8000, 3))
     recorder.finish("ok", elapsed_s=1.0)
     lines = (recorder.directory / "passes.csv").read_text().splitlines()
     assert lines == [
         "step,started_s,seconds,tokens,prompt_tokens,decode_tokens,sequences,kv_utilisation,waiting,"
-        "logit_rows,kv_read_tokens,attention_pairs",
-        "0,0.123456789,0.25,256,250,6,9,0.5,40,7,,8000",
-        "1,1.12345679,0.25,256,250,6,9,0.5,39,7,,8000",
-        "2,2.12345679,0.25,256,250,6,9,0.5,38,7,,8000",
+        "logit_rows,kv_read_tokens,attention_pairs,draft_tokens",
+        "0,0.123456789,0.25,256,250,6,9,0.5,40,7,,8000,3",
+        "1,1.12345679,0.25,256,250,6,9,0.5,39,7,,8000,3",
+        "2,2.12345679,0.25,256,250,6,9,0.5,38,7,,8000,3",
     ]
 
 

@@ -29,7 +29,8 @@ def test_columns_are_the_contract() -> None:
         "latency_p99_s,tp,dp,device,device_name,token_budget,max_sequences,steps,preemptions,"
         "kv_peak_utilisation,peak_memory_bytes,model_flops_utilisation,energy_j,config_hash,git_commit,"
         "parity_checked,parity_exact_share,parity_explained_share,simulated,device_busy_share,"
-        "tokens_per_joule,cost_per_million_tokens,others_cpu_share"
+        "tokens_per_joule,cost_per_million_tokens,others_cpu_share,"
+        "draft_tokens,accepted_draft_tokens"
     )
 
 

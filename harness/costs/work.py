@@ -9,9 +9,9 @@ class PassWork(NamedTuple):
     """One pass of a replica, in counts that do not depend on the model.
 
     Attributes:
-        tokens: all tokens that are fed, ``prompt_tokens`` and ``decode_tokens``.
+        tokens: all tokens that are fed, ``prompt_tokens`` and ``decode_tokens``, drafts among these.
         sequences: whose tokens they are.
-        logit_rows: sequences whose newest token is among them, and which therefore get a next one.
+        logit_rows: tokens after which an id is given: of each sequence the newest, and its drafts.
         kv_read_tokens: keys that are read from the cache, each sequence's once: start + length of its chunk.
         attention_pairs: of a token and a key that it sees.
     """

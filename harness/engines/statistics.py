@@ -14,6 +14,7 @@ class EngineStatistics:
     pass held both; ``tokenize_s`` and ``detokenize_s`` are what of that work no pass hid; ``host_s`` is the rest:
     scheduling, building batches, bookkeeping. ``dropped_tokens`` were fed after an end that was not known yet,
     ``shared_prompt_tokens`` were not fed at all: another prompt had the same beginning, whose KV blocks they share.
+    ``draft_tokens`` were fed on trial, and the ``accepted_draft_tokens`` among them became output.
     ``device_busy_s`` and ``device_gap_s`` are a GPU's time with a pass and between two, by its own clock; None where
     that is not measured.
     """
@@ -23,6 +24,8 @@ class EngineStatistics:
     recomputed_tokens: int | None = None
     dropped_tokens: int | None = None
     shared_prompt_tokens: int | None = None
+    draft_tokens: int | None = None
+    accepted_draft_tokens: int | None = None
     kv_blocks: int | None = None
     kv_peak_utilisation: float | None = None
     peak_sequences: int | None = None
@@ -39,7 +42,10 @@ def merged_statistics(all_ranks: Sequence[EngineStatistics]) -> EngineStatistics
     """Returns the statistics of several replicas as one: counts add up, peaks are the highest, times the mean."""
     whole = EngineStatistics()
     count = len(all_ranks)
-    counts = ("steps", "preemptions", "recomputed_tokens", "dropped_tokens", "shared_prompt_tokens", "kv_blocks")
+    counts = (
+        *("steps", "preemptions", "recomputed_tokens", "dropped_tokens", "shared_prompt_tokens"),
+        *("draft_tokens", "accepted_draft_tokens", "kv_blocks"),
+    )
     for name in counts:
         values = [getattr(rank, name) for rank in all_ranks]
         setattr(whole, name, None if None in values else sum(values))

@@ -232,6 +232,10 @@ TABLE: tuple[Column, ...] = (
            "other virtual machines took during the clock; of several hosts the highest",
            float, Source.TELEMETRY, Combine.MEAN, Combine.HIGHEST,
            figure=Figure(17, "taken by\nothers", 13, ".1%", "CPU taken by\nothers (%)", 1, page_scale=100.0)),
+    Column("draft_tokens", "tokens", "with `engine.draft`: drafted and computed; 0 without",
+           int, Source.ENGINE, Combine.SUM, Combine.SUM),
+    Column("accepted_draft_tokens", "tokens", "of them, those that became output",
+           int, Source.ENGINE, Combine.SUM, Combine.SUM),
 )
 # fmt: on
 COLUMNS: tuple[str, ...] = tuple(column.name for column in TABLE)

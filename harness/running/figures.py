@@ -87,6 +87,8 @@ def _figures(run: RunContext, delivery: Delivery) -> dict[str, Any]:
         "elapsed_s": elapsed_s,
         "steps": statistics["steps"],
         "preemptions": statistics["preemptions"],
+        "draft_tokens": statistics["draft_tokens"],
+        "accepted_draft_tokens": statistics["accepted_draft_tokens"],
         "kv_peak_utilisation": statistics["kv_peak_utilisation"],
         "peak_memory_bytes": max(peak_memory),
         "device_busy_share": None if busy_s is None else busy_s / (elapsed_s - run.recorder.clock_s),

@@ -12,7 +12,7 @@ MAX_LENGTH = 1_000_000  # tokens of one prompt or one output
 class PassRecord:
     """One forward pass: times in seconds from the start of the clock, counts of tokens and sequences.
 
-    The last three are what attention and the head cost by; an engine that does not know them leaves them None.
+    What attention and the head cost by, and drafts, an engine that does not know them leaves None.
     """
 
     step: int
@@ -24,9 +24,10 @@ class PassRecord:
     sequences: int
     kv_utilisation: float | None  # 0..1; None for an engine without a paged cache
     waiting: int | None
-    logit_rows: int | None = None  # sequences that get a next token
+    logit_rows: int | None = None  # tokens after which an id is given: of each sequence the newest, and its drafts
     kv_read_tokens: int | None = None  # keys that are read, each sequence's once
     attention_pairs: int | None = None  # of a token and a key that it sees
+    draft_tokens: int | None = None  # of decode_tokens, those that were drafted
 
 
 PASS_COLUMNS = tuple(field.name for field in fields(PassRecord))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from harness.costs.work import PassWork
+from harness.engines.fastgen.drafts import Lookup
 
 
 @dataclass(slots=True, eq=False)
@@ -21,6 +22,7 @@ class Sequence:
         most_tokens: prompt and output.
         keys: of the whole blocks of its prompt, where blocks are shared.
         shared: how many tokens of its prompt were not computed for it, since others had; None before it is admitted.
+        lookup: what its drafts are looked up in; None where there are none yet.
     """
 
     uid: int
@@ -34,6 +36,7 @@ class Sequence:
     most_tokens: int = field(init=False)
     keys: tuple[bytes, ...] = ()
     shared: int | None = None
+    lookup: Lookup | None = None
 
     def __post_init__(self) -> None:
         self.most_tokens = self.prompt_len + self.max_new_tokens
@@ -54,7 +57,8 @@ class RaggedBatch:
     """One pass.
 
     Attributes:
-        chunks: in order, decodes first. The rows of the output are those of the ``last`` chunks, in order.
+        chunks: in order, decodes first, each one token and its drafts.
+        decode_tokens: how many decodes there are, and tokens of theirs without the drafts.
         grown: the sequences whose ``blocks`` are not what they were in the pass before.
     """
 
@@ -62,11 +66,12 @@ class RaggedBatch:
     decode_tokens: int
     prompt_tokens: int
     grown: list[Sequence] = field(default_factory=list)
+    draft_tokens: int = 0
 
     @property
     def tokens(self) -> int:
         """All tokens of the pass."""
-        return self.decode_tokens + self.prompt_tokens
+        return self.decode_tokens + self.draft_tokens + self.prompt_tokens
 
     @property
     def token_ids(self) -> list[int]:
@@ -81,15 +86,28 @@ class RaggedBatch:
 
     @property
     def rows(self) -> int:
-        """Sequences that get a next token."""
-        return self.decode_tokens + sum([chunk[3] for chunk in self.chunks[self.decode_tokens :]])
+        """Tokens after which the pass gives an id."""
+        prompts = self.chunks[self.decode_tokens :]
+        return self.decode_tokens + self.draft_tokens + sum([chunk[3] for chunk in prompts])
+
+    @property
+    def sampled(self) -> list[int]:
+        """Which of its tokens these are, in order: all of the decodes, and of a ``last`` prompt chunk the last."""
+        row = self.decode_tokens + self.draft_tokens
+        rows = list(range(row))
+        for _, _, length, last in self.chunks[self.decode_tokens :]:
+            row += length
+            if last:
+                rows.append(row - 1)
+        return rows
 
     @property
     def work(self) -> PassWork:
         """What the pass costs by."""
-        decodes = self.decode_tokens
+        decodes = 0 if self.draft_tokens else self.decode_tokens  # those of one token
         keys = pairs = decodes + sum([chunk[1] for chunk in self.chunks[:decodes]])
         for _, start, length, _ in self.chunks[decodes:]:
             keys += start + length
             pairs += length * (2 * start + length + 1) // 2  # token i of the chunk sees start + i + 1 keys
-        return PassWork(self.tokens, self.prompt_tokens, decodes, len(self.chunks), self.rows, keys, pairs)
+        decoded = self.decode_tokens + self.draft_tokens
+        return PassWork(self.tokens, self.prompt_tokens, decoded, len(self.chunks), self.rows, keys, pairs)

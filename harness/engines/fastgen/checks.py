@@ -18,7 +18,7 @@ def check(config: Config, accelerator: str) -> None:
     """Raises UserError for settings that cannot be, or not on this kind of device."""
     engine = cast(FastGenConfig, config.engine)
     paged.check(engine)
-    check_counts({"engine.kv_block_size": engine.kv_block_size})
+    check_counts({"engine.kv_block_size": engine.kv_block_size, "engine.draft_len": engine.draft_len})
     if accelerator != "cuda" and engine.kernels is Kernels.triton and not interpreted():
         raise UserError(
             "engine.kernels",
@@ -35,4 +35,16 @@ def check(config: Config, accelerator: str) -> None:
         raise UserError(
             "engine.kernels", "native computes on a CPU, and this run is on cuda", "use engine.kernels=auto"
         )
+    _check_draft(engine, accelerator)
     paged.check_quantization(engine, config.model.dtype, accelerator, has=engine.kernels in RAGGED)
+
+
+def _check_draft(engine: FastGenConfig, accelerator: str) -> None:
+    """Raises UserError where the kernels may be such as give one id for each sequence, or give it a pass later."""
+    able = (Kernels.native, Kernels.torch, *((Kernels.auto,) if accelerator != "cuda" else ()))
+    if engine.draft is not None and engine.kernels not in able:
+        raise UserError(
+            "engine.draft",
+            f"{engine.draft.value}: engine.kernels={engine.kernels.value} on {accelerator} cannot check drafts",
+            "use engine.draft=null, or engine.kernels=torch",
+        )

@@ -22,6 +22,12 @@ class Kernels(Enum):
     torch = "torch"
 
 
+class Drafts(Enum):
+    """Where drafts come from: ``lookup`` is what followed the same tokens before, in the prompt or the output."""
+
+    lookup = "lookup"
+
+
 @dataclass
 class FastGenConfig(EngineConfig):
     """How full its passes are, how large its KV cache, and what computes them.
@@ -55,6 +61,12 @@ class FastGenConfig(EngineConfig):
     prefix_sharing: bool = key(
         False, "prompts that begin with the same tokens share whole blocks of the KV cache, computed once"
     )
+    draft: Drafts | None = key(
+        None,
+        "drafts what followed the same tokens before, in the prompt or the output; kept is what the model chooses too "
+        "(`native` and `torch` kernels)",
+    )
+    draft_len: int = key(4, "drafts of a sequence in a pass, at most", unit="tokens")
     quantization: str | None = key(
         None, "`deepspeed` kernels: FP6 weights, float16 activations (A100)", allowed="`null`, `wf6af16`"
     )

@@ -14,6 +14,7 @@ from harness.engines.base import Engine, EngineSettings, rejection
 from harness.engines.fastgen import scoring
 from harness.engines.fastgen.batch import Sequence
 from harness.engines.fastgen.config import FastGenConfig, Kernels
+from harness.engines.fastgen.drafts import Drafter
 from harness.engines.fastgen.ledger import Ledger
 from harness.engines.fastgen.loop import Loop
 from harness.engines.fastgen.runners import choice
@@ -162,7 +163,7 @@ class FastGenEngine(Engine[FastGenConfig]):
     def generate(self, requests: Iterable[Request], clock: Clock) -> Iterator[Completion]:
         """Yields completions as their sequences finish; see :meth:`Engine.generate`."""
         self.statistics = EngineStatistics(kv_blocks=self.total_blocks)
-        scheduler = self._scheduler(self.ends, shared=self.settings.engine.prefix_sharing)
+        scheduler = self._scheduler(self.ends, run=True)
         loop, ledger = Loop(self.runner, scheduler, clock), Ledger(self)
         device_time = self.runner.device_time
         if device_time is not None:
@@ -188,18 +189,20 @@ class FastGenEngine(Engine[FastGenConfig]):
         if device_time is not None and (busy := device_time.end()) is not None:
             self.statistics.device_busy_s, self.statistics.device_gap_s = busy.busy_s, busy.gap_s
 
-    def _scheduler(self, ends: Ends, budget: int | None = None, shared: bool = False) -> Scheduler:
+    def _scheduler(self, ends: Ends, budget: int | None = None, run: bool = False) -> Scheduler:
         """Returns a new scheduler, whose blocks have no contents yet.
 
         Args:
             budget: lowers ``engine.token_budget``.
-            shared: whether prompts share blocks. Where tokens are scored they do not: each has to be computed.
+            run: whether prompts share blocks and tokens are drafted, where the config says so. Where tokens are scored
+                they are not: each has to be computed, and is given.
         """
         engine = self.settings.engine
-        pool = SharedKvBlocks if shared else KvBlocks
+        pool = SharedKvBlocks if run and engine.prefix_sharing else KvBlocks
         blocks = pool(self.total_blocks, self.runner.block_size)
         budget = min(budget or engine.token_budget, engine.token_budget)
-        return Scheduler(budget, min(engine.max_sequences, budget), blocks, ends)
+        drafter = Drafter(engine.draft_len) if run and engine.draft is not None else None
+        return Scheduler(budget, min(engine.max_sequences, budget), blocks, ends, drafter)
 
     def _submit(self, request: Request, ids: list[int], scheduler: Scheduler, clock: Clock) -> Completion | None:
         """Queues a request; returns its rejection where it could never run."""

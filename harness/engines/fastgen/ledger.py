@@ -37,6 +37,7 @@ class Ledger:
                 seconds=seconds,
                 kv_utilisation=state.kv_utilisation,
                 waiting=state.waiting,
+                draft_tokens=batch.draft_tokens,
                 **work._asdict(),
             )
         )
@@ -56,6 +57,9 @@ class Ledger:
         statistics.recomputed_tokens = scheduler.recomputed_tokens
         statistics.dropped_tokens = scheduler.dropped_tokens
         statistics.shared_prompt_tokens = scheduler.shared_prompt_tokens
+        drafter = scheduler.drafter
+        statistics.draft_tokens = 0 if drafter is None else drafter.drafted
+        statistics.accepted_draft_tokens = 0 if drafter is None else drafter.accepted
         statistics.kv_peak_utilisation = scheduler.blocks.peak / scheduler.blocks.total
         statistics.peak_sequences = scheduler.peak_sequences
         statistics.mean_tokens_per_pass = self._tokens / self._steps if self._steps else None

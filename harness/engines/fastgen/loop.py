@@ -28,7 +28,7 @@ class Computed:
     Attributes:
         started_s, ended_s: by the clock; passes do not overlap, for the device has one at a time.
         finished: the sequences that it has finished, in the order of the batch.
-        rows: tokens that it has given, without those that came after the end of their sequence.
+        rows: tokens that it has given, without those after a wrong draft or after the end of their sequence.
         state: with depth 1, an end that only the ids tell is in the next pass's.
     """
 
@@ -96,11 +96,11 @@ class Loop:
         batch = launched.batch
         token_ids = launched.wait()
         started_s, self._ended_s = max(launched.launched_s, self._ended_s), self.clock()
-        dropped = scheduler.dropped_tokens
+        unused = scheduler.unused_rows
         finished = scheduler.collect(batch, token_ids)
         for sequence in finished:
             self.runner.free(sequence)
-        rows = len(token_ids) - (scheduler.dropped_tokens - dropped)
+        rows = len(token_ids) - (scheduler.unused_rows - unused)
         state = launched.state if self.under_way else self._state()
         return Computed(batch, started_s, self._ended_s, finished, rows, state)
 

@@ -1,9 +1,10 @@
 """Dynamic SplitFuse: which tokens go into the next pass.
 
-Every pass has room for ``token_budget`` tokens. All running decodes go in first, one token each; prompts
-fill the rest, a long one split over several passes, short ones composed. The forward pass costs by the
-number of its tokens, not of its sequences, and its throughput is concave in that number, so full and
-equal passes are the fastest way through a list of requests (Holmes et al., "DeepSpeed-FastGen", 2024).
+Every pass has room for ``token_budget`` tokens. All running decodes go in first, one token each, with drafts behind it
+where there are any (:mod:`harness.engines.fastgen.drafts`); prompts fill the rest, a long one split over several
+passes, short ones composed. The forward pass costs by the number of its tokens, not of its sequences, and its
+throughput is concave in that number, so full and equal passes are the fastest way through a list of requests (Holmes et
+al., "DeepSpeed-FastGen", 2024).
 
 A device need not wait for its host: the next pass can be scheduled once this one is launched, before its ids have
 come. Until then a placeholder stands for each of them.
@@ -18,6 +19,7 @@ from collections import deque
 from collections.abc import Sequence as SequenceOf
 
 from harness.engines.fastgen.batch import Chunk, RaggedBatch, Sequence
+from harness.engines.fastgen.drafts import Drafter
 from harness.engines.shared.kv_blocks import KvBlocks, refusal
 from harness.models.ends import Ends
 
@@ -43,15 +45,24 @@ class Scheduler:
         max_sequences: most sequences running at a time, at most ``token_budget``.
         blocks: the KV cache's blocks; :class:`SharedKvBlocks` to share them.
         ends: what ends a sequence before its length does.
+        drafter: what drafts; None for no drafts. With one, a pass is collected before the next is scheduled.
     """
 
-    def __init__(self, token_budget: int, max_sequences: int, blocks: KvBlocks, ends: Ends = NO_ENDS) -> None:
+    def __init__(
+        self,
+        token_budget: int,
+        max_sequences: int,
+        blocks: KvBlocks,
+        ends: Ends = NO_ENDS,
+        drafter: Drafter | None = None,
+    ) -> None:
         if not 1 <= max_sequences <= token_budget:
             raise ValueError(f"max_sequences {max_sequences} must be from 1 to the token budget {token_budget}")
         self.token_budget = token_budget
         self.max_sequences = max_sequences
         self.blocks = blocks
         self.ends = ends
+        self.drafter = drafter
         self.waiting: deque[Sequence] = deque()
         # Oldest admission first. At most the last one is still on its prompt (or recomputes it): a prompt that does not
         # end in a pass has taken all the room that was left in it.
@@ -81,6 +92,11 @@ class Scheduler:
         """Sequences submitted that need another pass, for all that is known."""
         return len(self.running) + len(self.waiting)
 
+    @property
+    def unused_rows(self) -> int:
+        """Ids that passes gave so far and that no sequence has: after its end, or after a draft that does not hold."""
+        return self.dropped_tokens + (0 if self.drafter is None else self.drafter.drafted - self.drafter.accepted)
+
     def hungry(self, requests: int) -> bool:
         """Whether more should be submitted: fewer than ``requests`` wait, or fewer tokens than two passes take."""
         if len(self.waiting) < requests:
@@ -103,12 +119,15 @@ class Scheduler:
         decodes = len(running) - len(prompts)
         chunks: list[Chunk] = [(sequence, sequence.computed, 1, True) for sequence in running[:decodes]]
         room = self.token_budget - decodes
+        # Drafts first: one that holds saves a turn. But they leave prompts half of the room.
+        drafted = 0 if self.drafter is None else self.drafter.extend(chunks, room // 2, self.blocks.block_size)
+        room -= drafted
         for sequence in prompts:
             room -= self._chunk(sequence, room, chunks)
         if not self.preempted:  # or the cache would be filled again at once by what was just thrown out
             room = self._admit(room, chunks, grown)
         self.peak_sequences = max(self.peak_sequences, len(running))
-        return RaggedBatch(chunks, decodes, self.token_budget - decodes - room, grown)
+        return RaggedBatch(chunks, decodes, self.token_budget - decodes - drafted - room, grown, drafted)
 
     def launched(self, batch: RaggedBatch) -> None:
         """Books a pass that was launched: its tokens are as good as computed, its ids are placeholders.
@@ -120,7 +139,8 @@ class Scheduler:
         for sequence, start, length, _ in batch.chunks[batch.decode_tokens :]:
             if sequence.keys:
                 self.blocks.publish(sequence.blocks, sequence.keys, start, start + length)
-        for sequence, start, length, last in batch.chunks:
+        # How far decodes with drafts are computed only the ids tell.
+        for sequence, start, length, last in batch.chunks[batch.decode_tokens if batch.draft_tokens else 0 :]:
             sequence.computed = computed = start + length
             if last:
                 row -= 1
@@ -138,12 +158,14 @@ class Scheduler:
 
         Args:
             batch: the oldest one that was launched and not collected.
-            token_ids: the next token of each ``last`` chunk, in order.
+            token_ids: what follows each of ``batch.sampled``, in order.
         """
-        chunks, decodes = batch.chunks, batch.decode_tokens
-        rows = chunks[:decodes] + [chunk for chunk in chunks[decodes:] if chunk[3]]
-        if len(rows) != len(token_ids):
-            raise ValueError(f"{len(token_ids)} tokens for {len(rows)} sequences")
+        if batch.rows != len(token_ids):
+            raise ValueError(f"{len(token_ids)} tokens for {batch.rows} rows")
+        decodes = batch.chunks[: batch.decode_tokens]
+        if self.drafter is not None and batch.draft_tokens:
+            decodes, token_ids = self.drafter.settle(decodes, token_ids, self.ends)
+        rows = decodes + [chunk for chunk in batch.chunks[batch.decode_tokens :] if chunk[3]]
         finished = []
         ends, watched = self.ends, self.ends.watched
         for (sequence, start, length, _), token in zip(rows, token_ids, strict=True):
@@ -157,10 +179,12 @@ class Scheduler:
                 self._end_early(sequence, place)
             elif place + 1 == sequence.most_tokens:
                 sequence.finish_reason = "length"
+                if sequence.slot >= 0:  # its last ids were drafts
+                    self._stop(sequence)
             else:
                 continue
             finished.append(sequence)
-        if finished and watched:
+        if finished and (watched or batch.draft_tokens):
             self.running = [sequence for sequence in self.running if sequence.slot >= 0]
         return finished
 

@@ -56,15 +56,16 @@ class Runner(Protocol):
         ``-(row + 1)``: the id that the pass before gives in that row, where ``depth`` is 1.
 
         Returns:
-            What waits for the pass and returns the greedy token's id of each ``last`` chunk, in order. Passes are
-            waited for in the order in which they were launched.
+            What waits for the pass and returns the greedy token's id after each of ``batch.sampled``, in order. Passes
+            are waited for in the order in which they were launched. Drafts are for runners of depth 0 that have
+            ``every_token``.
         """
 
     def logits(self, batch: RaggedBatch, rows: list[int] | None = None) -> Tensor:
         """Does what ``launch`` does, by the same kernels, and returns logits, ``[rows, vocab]``, on any device.
 
         Args:
-            rows: of which of the batch's tokens, where ``every_token`` is true; None is those of ``last`` chunks.
+            rows: of which of the batch's tokens, where ``every_token`` is true; None is ``batch.sampled``.
         """
 
     def free(self, sequence: Sequence) -> None:
@@ -80,7 +81,7 @@ class AtOnce:
     depth = 0
 
     def forward(self, batch: RaggedBatch) -> Tensor:
-        """Computes a pass; returns the greedy token ids of the ``last`` chunks, int64 ``[rows]``."""
+        """Computes a pass; returns the greedy token ids of ``batch.sampled``, int64 ``[rows]``."""
         raise NotImplementedError
 
     def launch(self, batch: RaggedBatch) -> Wait:

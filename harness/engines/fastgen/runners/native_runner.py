@@ -73,18 +73,18 @@ class NativeRunner(AtOnce):
         return blocks
 
     def forward(self, batch: RaggedBatch) -> Tensor:
-        """Returns the greedy token ids, int64 ``[rows]``, one for each ``last`` chunk.
+        """Returns the greedy token ids, int64 ``[rows]``, one for each of ``batch.sampled``.
 
         Raises:
             FloatingPointError: a row has no logit that is a number.
             IndexError: a token id is outside the model's vocabulary.
             MemoryError: there is no room for the pass's activations.
         """
-        return self._run(batch.chunks, _sampled(batch))
+        return self._run(batch.chunks, batch.sampled)
 
     def logits(self, batch: RaggedBatch, rows: list[int] | None = None) -> Tensor:
-        """Returns logits, float32 ``[rows, vocab]``, of each ``last`` chunk or of ``rows``; raises as ``forward``."""
-        rows = _sampled(batch) if rows is None else rows
+        """Returns logits, float32 ``[rows, vocab]``, of ``batch.sampled`` or ``rows``; raises as ``forward``."""
+        rows = batch.sampled if rows is None else rows
         logits = torch.empty(len(rows), self.model.vocab)
         self._run(batch.chunks, rows, logits)
         return logits
@@ -275,16 +275,6 @@ def _norms(layer: Any) -> tuple[Any, Any, Any, Any]:
     if not hasattr(layer, "post_feedforward_layernorm"):
         return layer.input_layernorm, None, layer.post_attention_layernorm, None
     return None, layer.post_attention_layernorm, None, layer.post_feedforward_layernorm
-
-
-def _sampled(batch: RaggedBatch) -> list[int]:
-    """Returns which of the pass's tokens are the last ones of ``last`` chunks."""
-    rows, row = [], 0
-    for _, _, length, last in batch.chunks:
-        row += length
-        if last:
-            rows.append(row - 1)
-    return rows
 
 
 class _Words:

@@ -27,6 +27,7 @@ class _Told(NamedTuple):
     grown: list[tuple[int, int, list[int]]]
     chunks: list[tuple[int, int, bool, list[int]]]
     decode_tokens: int = 0
+    draft_tokens: int = 0
     logits: bool = False
 
 
@@ -80,7 +81,7 @@ class ShardedRunner:
             (sequence.uid, start, last, sequence.tokens[start : start + length])
             for sequence, start, length, last in batch.chunks
         ]
-        self.tensor.share(_Told(self._freed, grown, chunks, batch.decode_tokens, logits))
+        self.tensor.share(_Told(self._freed, grown, chunks, batch.decode_tokens, batch.draft_tokens, logits))
         self._freed = []
 
     def free(self, sequence: Sequence) -> None:
@@ -126,5 +127,6 @@ class ShardedRunner:
             sequence.tokens += [0] * (start - len(sequence.tokens))  # what lies in blocks that it shares is never read
             sequence.tokens[start:] = tokens  # a preempted sequence starts anew
             chunks.append((sequence, start, len(tokens), last))
-        prompt_tokens = sum(length for _, _, length, _ in chunks) - told.decode_tokens
-        return RaggedBatch(chunks, told.decode_tokens, prompt_tokens, grown)
+        decodes, drafts = told.decode_tokens, told.draft_tokens
+        prompt_tokens = sum(length for _, _, length, _ in chunks) - decodes - drafts
+        return RaggedBatch(chunks, decodes, prompt_tokens, grown, drafts)

@@ -71,28 +71,27 @@ class TorchRunner(AtOnce):
 
     @torch.inference_mode()
     def forward(self, batch: RaggedBatch) -> Tensor:
-        """Returns the greedy token ids, int64 ``[rows]`` on the CPU, one for each ``last`` chunk."""
+        """Returns the greedy token ids, int64 ``[rows]`` on the CPU, one for each of ``batch.sampled``."""
         return self.logits(batch).argmax(-1).cpu()
 
     @torch.inference_mode()
     def logits(self, batch: RaggedBatch, rows: list[int] | None = None) -> Tensor:
-        """Returns logits ``[rows, vocab]`` of the model's type, one row for each ``last`` chunk, or of ``rows``."""
+        """Returns logits ``[rows, vocab]`` of the model's type, a row for each of ``batch.sampled``, or of ``rows``."""
         tokens: list[int] = []
         positions: list[int] = []
-        last_rows: list[int] = []
-        for sequence, start, length, last in batch.chunks:
+        for sequence, start, length, _ in batch.chunks:
             if length == 1:
                 tokens.append(sequence.tokens[start])
                 positions.append(start)
             else:
                 tokens += sequence.tokens[start : start + length]
                 positions += range(start, start + length)
-            if last:
-                last_rows.append(len(tokens) - 1)
         inputs = {
             "input_ids": torch.tensor([tokens], device=self.device),
             "position_ids": torch.tensor([positions], device=self.device),
-            "logits_to_keep": torch.tensor(last_rows if rows is None else rows, dtype=torch.int64, device=self.device),
+            "logits_to_keep": torch.tensor(
+                batch.sampled if rows is None else rows, dtype=torch.int64, device=self.device
+            ),
             "ragged": build_plan(batch, self.caches, self.device),
         }
         with self.device_time.passing():
