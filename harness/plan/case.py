@@ -25,6 +25,7 @@ from harness.running.job import Job
 from harness.running.target import Target
 
 NOT_SHARED = "; every prompt computed in full, engine.prefix_sharing is not planned: engine=simulate has it"
+NOT_DRAFTED = "; every output token in a pass of its own, engine.draft is not planned"
 YES, SHORT, NO = "yes", "with short contexts only", "no"
 
 
@@ -129,14 +130,15 @@ def model(case: Case) -> dict[str, Any]:
 
 def dataset(case: Case) -> dict[str, Any]:
     """Returns what is said of the dataset."""
-    sharing = getattr(case.job.config.engine, "prefix_sharing", False)
+    engine = case.job.config.engine
+    sharing, drafting = getattr(engine, "prefix_sharing", False), getattr(engine, "draft", None) is not None
     return {
         "name": case.job.workload.name,
         "requests": len(case.lengths.items),
         "rejected": case.lengths.rejected,
         "prompt_tokens": case.lengths.prompt_tokens,
         "output_tokens": case.lengths.output_tokens,
-        "lengths": case.lengths.source + (NOT_SHARED if sharing else ""),
+        "lengths": case.lengths.source + (NOT_SHARED if sharing else "") + (NOT_DRAFTED if drafting else ""),
         "mean_length": case.lengths.mean_held,
         "p99_length": case.lengths.p99_held,
     }

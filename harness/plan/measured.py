@@ -69,6 +69,9 @@ class Measured:
             raise UserError(option, f"{name} is {quoted(record.get('status'))}", "give a run that is ok")
         if record.get("segments"):
             raise UserError(option, f"{name} was interrupted and resumed", "give a run without a break")
+        if drafted := record.get("draft_tokens"):
+            found = f"{name} computed {drafted:,} drafts (engine.draft), which no plan and no simulation has"
+            raise UserError(option, found, "give a run with engine.draft=null")
         figures = pass_figures(directory / "passes.csv")
         if figures is None:
             raise UserError(option, f"{name} has no passes in its passes.csv", RUN_AGAIN)

@@ -95,6 +95,10 @@ def _throughput(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, 
     parts, which = _known(record, "engine_statistics")
     shared = sum(part["engine_statistics"].get("shared_prompt_tokens") or 0 for part in parts)
     found = f"{shared:,} of the prompt tokens were not computed: prompts that begin alike shared KV blocks{which}"
+    drafted, accepted = row.get("draft_tokens"), row.get("accepted_draft_tokens")
+    drafts = (
+        f"{accepted or 0:,} of the output tokens were drafted before, of {drafted or 0:,} drafts that were computed"
+    )
     return [
         (
             "Throughput",
@@ -108,6 +112,7 @@ def _throughput(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, 
             f"finished p50 {_seconds(row['latency_p50_s'])}, p99 {_seconds(row['latency_p99_s'])}",
         ),
         *([("", found)] if shared else []),
+        *([("", drafts)] if drafted else []),
     ]
 
 

@@ -22,11 +22,12 @@ def elapsed_s(job: Job, engine: Engine, workload: Workload) -> float | None:
     """Returns the seconds of the run's clock, simulated; None without a fit, or where the run lies outside of it.
 
     Prompts are as long as the dataset says, or guessed; outputs run to their ends, or to where the fit's runs ended.
-    What prompts will share is not known before they are tokenized, and so neither is how long that takes.
+    What prompts will share and which drafts will hold is not known before, and so neither is how long that takes.
     """
     hardware, limits, pool = job.config.hardware, engine.limits, engine.kv_pool
-    sharing = getattr(job.config.engine, "prefix_sharing", False)
-    if not hardware.fit or not limits or pool is None or job.simulated or sharing:
+    engine_keys = job.config.engine
+    unforeseen = getattr(engine_keys, "prefix_sharing", False) or getattr(engine_keys, "draft", None) is not None
+    if not hardware.fit or not limits or pool is None or job.simulated or unforeseen:
         return None
     settings = engine.settings
     weight_bytes = catalogue.find(job.config.engine.name).share(job.config).weight_bytes

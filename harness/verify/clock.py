@@ -15,7 +15,7 @@ from harness.basics.files import numbered_lines
 from harness.engines import catalogue, room
 from harness.machine.telemetry import INTERVAL_S, SERIES, STOP_S
 from harness.results.passes import pass_figures, pass_rows
-from harness.verify import sharing
+from harness.verify import drafts, sharing
 from harness.verify.runs import RecordedRun
 
 PASSES = "passes.csv"
@@ -199,7 +199,8 @@ def _sums(run: RecordedRun, passes: Passes, completed: list[dict[str, Any]]) -> 
     needed = prompt_tokens + sum(len(line["token_ids"]) for line in completed)
     if kind is room.Passes.steps:  # a request's last token is fed back only where its end was not known in time
         needed += _statistic(run, "recomputed_tokens") + _statistic(run, "dropped_tokens") - len(completed)
-        needed -= sum(sharing.tokens_of(line) for line in completed)
+        needed += drafts.wasted(run.record) - sum(sharing.tokens_of(line) for line in completed)
+        yield from drafts.check_passes(run, run.directory / PASSES)
     if sum(passes.tokens) != needed:
         yield f"the passes of {PASSES} have {sum(passes.tokens):.0f} tokens, the completions need {needed}"
     if str(len(passes)) != str(run.record.get("steps")) or list(passes.step) != [*range(1, len(passes) + 1)]:
@@ -210,11 +211,15 @@ def _sums(run: RecordedRun, passes: Passes, completed: list[dict[str, Any]]) -> 
     if len(known) < len(forward) or abs(sum(known) - total) > 1e-5 * total + 1e-6:
         yield f"record.json's time has {sum(known):.6f} s of forward passes, those of {PASSES} took {total:.6f}"
     if kind is room.Passes.steps:
-        yield from _too_early(passes, completed)
+        yield from _too_early(passes, completed, drafts.most_a_pass(run))
 
 
-def _too_early(passes: Passes, completed: list[dict[str, Any]]) -> Iterator[str]:
-    """Yields the first request that finished before as many passes had ended as it has tokens."""
+def _too_early(passes: Passes, completed: list[dict[str, Any]], most: int) -> Iterator[str]:
+    """Yields the first request that finished before as many passes had ended as its tokens need.
+
+    Args:
+        most: tokens that a pass gives a request, but for its first, which comes alone.
+    """
     for line in completed:
         finished = number(line.get("finished_s"))
         if finished is None:
@@ -222,7 +227,7 @@ def _too_early(passes: Passes, completed: list[dict[str, Any]]) -> Iterator[str]
         ended = bisect_right(passes.ends, finished + 1e-6 + 1e-7 * abs(finished))
         if ended < len(passes) and passes.ends[ended] - passes.slack(ended) <= finished:
             ended += 1
-        if ended < len(line["token_ids"]):
+        if 1 + most * (ended - 1) < len(line["token_ids"]):
             tokens = len(line["token_ids"])
             yield f"request {line['index']} finished at {finished:.6f} s with {tokens} tokens, after {ended} passes"
             return

@@ -13,7 +13,7 @@ from harness.models.ends import Ends
 from harness.results.columns import COLUMNS, TABLE, Source, names_of
 from harness.results.completions import percentile
 from harness.results.efficiency import efficiency
-from harness.verify import clock, limits, names, sharing
+from harness.verify import clock, drafts, limits, names, sharing
 from harness.verify.clock import number
 from harness.verify.runs import RecordedRun
 from harness.workload.records import Request
@@ -91,7 +91,12 @@ def recount(run: RecordedRun, known: Known) -> Recount:
         found.notes.append(f"{run.run_id} is not finished: it has no sums to check")
         return found
     found.findings += [Finding(index, text) for index, text in sharing.check(run, completed, known.prompts)]
-    texts = [*_sums("record.json", run.record, found.counts), *_times(run.record, completed), *_costs(run.record)]
+    texts = [
+        *drafts.check(run),
+        *_sums("record.json", run.record, found.counts),
+        *_times(run.record, completed),
+        *_costs(run.record),
+    ]
     for more, notes in (clock.check(run, completed), names.check(run)):
         texts += more
         found.notes += notes
