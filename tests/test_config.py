@@ -199,6 +199,7 @@ def test_what_hydra_refuses_is_one_line(override: str, line: str) -> None:
         (["engine=ds_inference", "engine.batch_tokens=0"], "engine.batch_tokens: 0"),
         (["engine.quantization=wf6af16"], "engine.quantization: wf6af16: only DeepSpeed's ragged kernels on CUDA"),
         (["engine.quantization=int3"], "engine.quantization: 'int3'; give null or wf6af16"),
+        (["engine.draft=lookup", "engine.draft_len=0"], "engine.draft_len: 0"),
         (["engine.name=fast"], "engine.name: 'fast'; choose one of"),
         (["engine.name=mii"], "engine.name: mii, with the keys of another engine; use engine=mii"),
         (["model.dtype=float16"], "model.dtype: float16"),
@@ -320,6 +321,11 @@ def test_what_cuda_has_is_let_through_there(overrides: list[str]) -> None:
     [
         (["engine=mii", "parallel.dp=2"], "parallel.dp: 2: MII's pipeline is one replica a launch"),
         (["engine.kernels=native"], "engine.kernels: native computes on a CPU, and this run is on cuda"),
+        (["engine.draft=lookup"], "engine.draft: lookup: engine.kernels=auto on cuda cannot check drafts; use "),
+        (
+            ["engine.draft=lookup", "engine.kernels=triton"],
+            "engine.draft: lookup: engine.kernels=triton on cuda cannot",
+        ),
         (["engine=ds_inference", "engine.cuda_graph=true", "parallel.tp=2"], "engine.cuda_graph: true: DeepSpeed"),
         (
             ["engine=ds_inference", "engine.cuda_graph=true", "engine.kernel_inject=true"],

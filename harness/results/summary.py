@@ -96,9 +96,7 @@ def _throughput(row: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, 
     shared = sum(part["engine_statistics"].get("shared_prompt_tokens") or 0 for part in parts)
     found = f"{shared:,} of the prompt tokens were not computed: prompts that begin alike shared KV blocks{which}"
     drafted, accepted = row.get("draft_tokens"), row.get("accepted_draft_tokens")
-    drafts = (
-        f"{accepted or 0:,} of the output tokens were drafted before, of {drafted or 0:,} drafts that were computed"
-    )
+    drafts = f"{accepted or 0:,} of the output tokens were drafted; {drafted or 0:,} drafts were computed"
     return [
         (
             "Throughput",
