@@ -8,6 +8,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh test
 PYTHON=.venv/bin/python bash launch/install_mii.sh
+# Python keeps what it compiles, or each of the hundreds of processes that tests start compiles the harness anew.
+unset PYTHONDONTWRITEBYTECODE
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
