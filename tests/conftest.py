@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import signal
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Spares the imports of collection what no test needs: looks for garbage, and MLflow (``support/absent``)."""
+    gc.disable()
+    sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        return (yield)
+    finally:
+        del sys.modules["mlflow"]
+        gc.enable()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves the cases marked ``full`` to ``--full``, and those marked ``slow`` to ``--all`` or who names them."""
     full = config.getoption("--full")
@@ -55,9 +68,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if item.get_closest_marker("full") is not None:
                 item.add_marker(pytest.mark.skip(reason="with --full"))
     if not (full or config.getoption("--all") or any("::" in argument for argument in config.args)):
-        slow = [item for item in items if item.get_closest_marker("slow") is not None]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("slow") is not None])
+        items[:] = [item for item in items if item.get_closest_marker("slow") is None]
 
 
 def pytest_collection_finish() -> None:

@@ -277,6 +277,8 @@ def execute(command: Command, checkout: Path, *more: str, runs: tuple[str, ...] 
             port = str(listener.getsockname()[1])
         words[:1] = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", port]
     given = dict(word.split("=", 1) for word in command.variables)
+    if "tracking=mlflow" in words:
+        given["PYTHONPATH"] = ""
     done = python(*words, *more, cwd=checkout, timeout=900, **given)
     assert done.returncode == 0, done.stderr or done.stdout
     return done.stdout

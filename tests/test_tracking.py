@@ -170,11 +170,12 @@ def test_a_run_is_resumed_with_its_own_config_and_tracked_as_asked() -> None:
 @pytest.mark.slow
 def test_a_run_tracks_itself(harness: Callable[..., Run]) -> None:
     work = [*TINY, *SIMULATED, "dataset=synthetic", "dataset.num_samples=4", "dataset.output_len=4"]
-    run = harness(*work, "tracking=mlflow", "tracking.experiment=mine")
+    run = harness(*work, "tracking=mlflow", "tracking.experiment=mine", PYTHONPATH="")
     (tracked,) = runs(run.results / "mlflow", "mine")
     assert run.status == 0 and f"run {tracked.info.run_id}" in " ".join(run.stdout.split())  # wrapped
     assert tracked.data.metrics["total_tokens"] == float(run.row["total_tokens"])
     assert run.record["config_hash"] == harness(*work, results=run.results / "untracked").record["config_hash"]
-    stopped = harness(*work, "tracking=mlflow", "timeout_s=0.5", "engine.pace=1e6", results=run.results / "stopped")
+    late = ["tracking=mlflow", "timeout_s=0.5", "engine.pace=1e6"]
+    stopped = harness(*work, *late, results=run.results / "stopped", PYTHONPATH="")
     (tracked,) = runs(stopped.results / "mlflow", "llama-harness")
     assert (stopped.status, tracked.info.status, tracked.data.tags["status"]) == (1, "FAILED", "timeout")

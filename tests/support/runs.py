@@ -22,6 +22,7 @@ from support import warm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BIN = Path(sys.executable).parent
+ABSENT = Path(__file__).resolve().parent / "absent"
 SAMPLE = ROOT / "harness" / "workload" / "data" / "sample.jsonl"
 
 
@@ -64,9 +65,10 @@ class Run:
 
 
 def variables(**more: str) -> dict[str, str]:
-    """Returns the environment of a shell that knows nothing of this test session."""
+    """Returns the environment of a shell that knows nothing of this test session, and has no MLflow."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "HYDRA"))}
-    return kept | {"DS_ACCELERATOR": "cpu"} | more
+    path = os.pathsep.join(filter(None, (str(ABSENT), os.environ.get("PYTHONPATH"))))
+    return kept | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": path} | more
 
 
 def command(*overrides: str, launcher: tuple[str, ...] = (sys.executable,)) -> list[str]:

@@ -120,7 +120,8 @@ def _server() -> Path:
             held = _connected(address)
         except OSError:
             line = [sys.executable, __file__, str(address)]
-            process = subprocess.Popen(line, env=os.environ | {"DS_ACCELERATOR": "cpu"}, start_new_session=True)
+            variables = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(Path(__file__).parent / "absent")}
+            process = subprocess.Popen(line, env=variables, start_new_session=True)
             while not address.exists():
                 assert process.poll() is None, "the server of warm processes has ended"
                 time.sleep(0.05)
