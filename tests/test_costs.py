@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -57,8 +58,11 @@ def saved(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *CONFIGS])
-def test_sizes_and_flops_are_those_of_the_real_model(name: str) -> None:
-    """On the meta device: parameters, linear layers, keys and values as the layers make them, FLOPs as torch counts."""
+def test_sizes_and_flops_are_those_of_the_real_model(name: str, scale: Callable[..., Any]) -> None:
+    """On the meta device: parameters, linear layers, keys and values as the layers make them, FLOPs as torch counts.
+
+    These of all layers, or of the first two in the tier of minutes.
+    """
     import torch
     from torch import nn
     from torch.utils.flop_counter import FlopCounterMode
@@ -81,6 +85,9 @@ def test_sizes_and_flops_are_those_of_the_real_model(name: str) -> None:
     assert shape.kv_token_bytes == 2 * stored
     if name in CONFIGS:
         assert ModelShape.of(CONFIGS[name], "bfloat16") == shape
+    layers = scale(len(model.model.layers), len(model.model.layers), 2)
+    model.model.layers = model.model.layers[:layers]
+    shape = ModelShape.of(architecture | {"num_hidden_layers": layers}, "bfloat16")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(ids, attention_mask=mask, use_cache=False)
     work = PassWork(TOKENS, TOKENS, 0, 1, logit_rows=TOKENS, kv_read_tokens=TOKENS, attention_pairs=TOKENS**2)
