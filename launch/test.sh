@@ -12,8 +12,13 @@ PYTHON=.venv/bin/python bash launch/install_mii.sh
 unset PYTHONDONTWRITEBYTECODE
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/mypy
 .venv/bin/lint-imports
+# Beside the tests: the first time it takes half a minute, of one core.
+.venv/bin/mypy &
+types=$!
 # Three tests at a time: some wait for processes that they started. One thread each, or they wait for each other.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec .venv/bin/python -m pytest -n 3 --dist worksteal "$@"
+status=0
+.venv/bin/python -m pytest -n 3 --dist worksteal "$@" || status=$?
+wait "$types" || { echo "error: types: mypy has found errors (above); put them right" >&2; exit 1; }
+exit "$status"
