@@ -99,7 +99,13 @@ def test_every_shape_gives_hugging_faces_tokens(kernels: None, tmp_path: Path, m
 
 @pytest.mark.parametrize(
     ("budget", "sequences", "blocks", "preempts"),
-    [(160, 8, 64, False), (8, 8, 40, False), (700, 3, 20, False), (300, 6, 5, True), (100, 4, 3, True)],
+    [
+        (160, 8, 64, False),
+        pytest.param(8, 8, 40, False, marks=pytest.mark.slow),
+        pytest.param(700, 3, 20, False, marks=pytest.mark.slow),
+        (300, 6, 5, True),
+        pytest.param(100, 4, 3, True, marks=pytest.mark.slow),
+    ],
 )
 def test_budgets_and_cache_sizes_do_not_change_a_token(
     kernels: None, tiny: Path, budget: int, sequences: int, blocks: int, preempts: bool

@@ -269,9 +269,10 @@ def test_what_it_would_take_is_what_a_split_would_choose() -> None:
     ids=lambda words: " ".join(words) or "default",
 )
 def test_the_verdict_is_that_of_a_run(words: list[str], demo_model: Path) -> None:
-    found = examined(*words)
+    config, found = compose(words), Findings(aloud=False)
+    given.check(found, config, CPU, Sound(), None)
     try:
-        jobs.prepare(compose(words))
+        jobs.prepare(config)
     except UserError as error:
         assert str(found.against[0]) == f"[no] config: {error}"
         assert found.conclude() == 1

@@ -53,6 +53,7 @@ BLOCKS = [block for document in DOCUMENTS for block in parts(document)[0]]
 SHOWN = [command for block in BLOCKS if block.info[:1] == ("bash",) for command in commands(block)]
 MENTIONED = [command for document in DOCUMENTS for command in mentioned(document)]
 SAMPLE = "results/reference/sample"
+MEASURED = "results/NOTES.md"
 RUNS = ("20261123-221840-fastgen-7ef4", "20261123-221815-fastgen-2477")  # of the same job; for RUN_ID, in turn
 FEW = ("dataset.num_samples=2", "generation.max_output_len=4")
 SHORT = {  # how each benchmark is run here: once, and on little
@@ -91,9 +92,12 @@ LINT = ("ruff", "mypy", "lint-imports")  # in .venv/bin; launch/test.sh executes
 
 
 def names(found: list[Command]) -> list[Any]:
-    """Returns each command once, as cases of a test."""
+    """Returns each command once, as cases of a test; ``slow`` where the document tells of what was measured."""
     once = {(one.variables, one.words, one.marks): one for one in reversed(found)}
-    return [pytest.param(command, id=str(command)[:120]) for command in reversed(once.values())]
+    return [
+        pytest.param(command, id=str(command)[:120], marks=[pytest.mark.slow] * command.place.startswith(MEASURED))
+        for command in reversed(once.values())
+    ]
 
 
 def overrides(command: Command) -> list[str] | None:

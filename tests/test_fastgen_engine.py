@@ -36,7 +36,10 @@ def test_every_llama_like_model_gives_hugging_face_ids(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("order", list(Order))
-@pytest.mark.parametrize(("budget", "sequences", "blocks"), [(5, 5, 23), (8, 3, 60), (64, 40, 24), (300, 64, 500)])
+@pytest.mark.parametrize(
+    ("budget", "sequences", "blocks"),
+    [pytest.param(5, 5, 23, marks=pytest.mark.slow), (8, 3, 60), (64, 40, 24), (300, 64, 500)],
+)
 def test_budgets_and_cache_sizes_do_not_change_a_token(budget: int, sequences: int, blocks: int, order: Order) -> None:
     per_block = 2 * 3 * 2 * 8 * 16 * 4
     chosen = settings(

@@ -94,12 +94,19 @@ def command(tmp_path: Path, *words: str) -> int:
     return plan.main([*words, "--results-dir", str(tmp_path)])
 
 
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("runs")
+    recorded(place, "alone", works(90, 256, 1), seed=1)
+    recorded(place, "two", works(90, 128, 2), seed=2, token_budget=128)
+    return place
+
+
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def runs(both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(own, "CONF", tmp_path)
     (tmp_path / "hardware").mkdir()
-    recorded(tmp_path, "alone", works(90, 256, 1), seed=1)
-    recorded(tmp_path, "two", works(90, 128, 2), seed=2, token_budget=128)
+    shutil.copytree(both, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 

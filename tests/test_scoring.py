@@ -82,8 +82,12 @@ def engine_of(name: str, **keys: Any) -> Engine:
     [
         ("fastgen", {"token_budget": 300, "max_sequences": 64}),
         ("fastgen", {"token_budget": 5, "max_sequences": 5, "kv_block_size": 8, "kv_memory": 40 * BLOCK}),
-        ("fastgen", {"token_budget": 64, "max_sequences": 40, "kv_block_size": 8, "kv_memory": 24 * BLOCK}),
-        ("ds_inference", {"batch_size": 5}),
+        pytest.param(
+            "fastgen",
+            {"token_budget": 64, "max_sequences": 40, "kv_block_size": 8, "kv_memory": 24 * BLOCK},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("ds_inference", {"batch_size": 5}, marks=pytest.mark.slow),
         ("ds_inference", {"batch_size": 16, "batch_tokens": 300}),
         ("baseline", {}),
     ],
