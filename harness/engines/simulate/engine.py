@@ -259,6 +259,7 @@ def _record(event: Pass, step: int) -> PassRecord:
         seconds=event.seconds,
         kv_utilisation=event.kv_utilisation,
         waiting=event.waiting,
+        draft_tokens=0,
         **event.work._asdict(),
     )
 
@@ -271,6 +272,8 @@ def _statistics(replica: Replica, prefill_s: float, decode_s: float) -> EngineSt
         recomputed_tokens=scheduler.recomputed_tokens,
         dropped_tokens=scheduler.dropped_tokens,
         shared_prompt_tokens=scheduler.shared_prompt_tokens,
+        draft_tokens=0,
+        accepted_draft_tokens=0,
         kv_blocks=scheduler.blocks.total,
         kv_peak_utilisation=scheduler.blocks.peak / scheduler.blocks.total,
         peak_sequences=scheduler.peak_sequences,
