@@ -429,7 +429,7 @@ def test_a_run_records_what_the_machine_did(harness: Callable[..., Run]) -> None
 
 def test_passes_of_a_torn_table_are_those_that_are_whole(tmp_path: Path) -> None:
     header = ",".join(PASS_COLUMNS)
-    (tmp_path / "p.csv").write_text(f"{header}\n1,0,0.5,10,8,2,1,,,,,\n2,0,1.5,30,8,2,1,,,,,\n3,0,9.0,3")
+    (tmp_path / "p.csv").write_text(f"{header}\n1,0,0.5,10,8,2,1,,,,,,\n2,0,1.5,30,8,2,1,,,,,,\n3,0,9.0,3")
     assert pass_figures(tmp_path / "p.csv") == {
         "count": 2,
         "seconds_p50": 1.0,

@@ -175,7 +175,7 @@ def written(results: Path, name: str, passes: list[Any], done: list[Any], record
     with open(directory / "passes.csv", "w") as file:
         file.write(",".join(PASS_COLUMNS) + "\n")
         for step, (started, seconds, work) in enumerate(passes, start=1):
-            cells = [step, f"{started:.9g}", f"{seconds:.6g}", *work[:4], 0.5, 0, *work[4:]]
+            cells = [step, f"{started:.9g}", f"{seconds:.6g}", *work[:4], 0.5, 0, *work[4:], 0]
             file.write(",".join(str(cell) for cell in cells) + "\n")
     catalogue.register()
     budget, sequences = record.get("token_budget", 256), record.get("max_sequences", 64)

@@ -123,7 +123,7 @@ class Scheduler:
         drafted = 0 if self.drafter is None else self.drafter.extend(chunks, room // 2, self.blocks.block_size)
         room -= drafted
         for sequence in prompts:
-            room -= self._chunk(sequence, room, chunks)
+            room -= _append_chunk(sequence, room, chunks)
         if not self.preempted:  # or the cache would be filled again at once by what was just thrown out
             room = self._admit(room, chunks, grown)
         self.peak_sequences = max(self.peak_sequences, len(running))
@@ -237,14 +237,6 @@ class Scheduler:
         self.waiting.appendleft(sequence)
         self.preempted.append(sequence)
 
-    def _chunk(self, sequence: Sequence, room: int, chunks: list[Chunk]) -> int:
-        """Appends as much of a prompt as there is room for, and returns how many tokens that is."""
-        start = sequence.computed
-        left = len(sequence.tokens) - start
-        length = min(left, room)
-        chunks.append((sequence, start, length, length == left))
-        return length
-
     def _admit(self, room: int, chunks: list[Chunk], grown: list[Sequence]) -> int:
         """Admits waiting sequences while tokens, sequences and blocks allow; returns the room left."""
         while room and self.waiting and len(self.running) < self.max_sequences:
@@ -255,7 +247,7 @@ class Scheduler:
             sequence.slot = heapq.heappop(self._slots)
             self.running.append(sequence)
             grown.append(sequence)
-            room -= self._chunk(sequence, room, chunks)
+            room -= _append_chunk(sequence, room, chunks)
         return room
 
     def _hold(self, sequence: Sequence) -> bool:
@@ -283,3 +275,12 @@ class Scheduler:
 def _on_its_prompt(sequence: Sequence) -> bool:
     """Whether more than its newest token has to be fed, or that one is still of the prompt."""
     return sequence.computed < max(sequence.prompt_len, len(sequence.tokens) - 1)
+
+
+def _append_chunk(sequence: Sequence, room: int, chunks: list[Chunk]) -> int:
+    """Appends as much of a prompt as there is room for, and returns how many tokens that is."""
+    start = sequence.computed
+    left = len(sequence.tokens) - start
+    length = min(left, room)
+    chunks.append((sequence, start, length, length == left))
+    return length
