@@ -126,6 +126,25 @@ def test_what_our_own_children_do_is_ours_and_a_stranger_s_work_is_not() -> None
     assert all(0 <= one["others_share"] <= 1 for one in found["cores"])
 
 
+def test_a_rank_that_has_ended_before_the_last_look_is_still_ours() -> None:
+    """Or all that it ever did, loading included, would be taken for the others' work within the clock."""
+    with subprocess.Popen([sys.executable, "-c", BUSY]) as rank:
+        try:
+            process = psutil.Process(rank.pid)
+            while process.cpu_times().user < 2.0:  # before the clock
+                time.sleep(0.05)
+            meter, started = OthersMeter([process]), time.perf_counter()
+            meter.sample(0.0, ends=True)
+            while process.cpu_times().user < 3.0:
+                time.sleep(0.05)
+            meter.sample(time.perf_counter() - started, ends=False)
+        finally:
+            rank.kill()
+    meter.sample(time.perf_counter() - started, ends=True)
+    first, last = meter._ends
+    assert last.own_s - first.own_s >= 0.9
+
+
 def test_too_many_threads_are_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(others, "MOST_THREADS", 0)
     meter = OthersMeter([psutil.Process()])

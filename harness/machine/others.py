@@ -43,6 +43,7 @@ class OthersMeter:
         self._ranks, self._launchers = list(ranks), list(launchers)
         self._proc, self._mount = proc, mount
         self._family: list[psutil.Process] = []
+        self._of_rank: dict[int, float] = {}  # seconds, when last seen: a rank may end before the last look
         self._ends: list[_Counts] = []  # the first and the last
         self._threads: dict[int, tuple[float, int]] | None = {}  # seconds and core of each thread, when last looked at
         self._own = dict.fromkeys(self.cores, 0.0)  # by core, as far as it was seen
@@ -53,6 +54,10 @@ class OthersMeter:
         Args:
             time_s: on the run's clock.
         """
+        for rank in self._ranks:
+            with contextlib.suppress(psutil.Error):
+                times = rank.cpu_times()
+                self._of_rank[rank.pid] = times.user + times.system + times.children_user + times.children_system
         if ends:
             self._family = _family(self._ranks)
             counts = _Counts(time_s, self._cores_did(), self._own_seconds(), self._throttled())
@@ -73,9 +78,11 @@ class OthersMeter:
         return found
 
     def _own_seconds(self) -> float:
-        """Returns the CPU time of the run's processes, those that have ended and were waited for included."""
-        total = 0.0
+        """Returns the CPU time of the run's processes, ranks that have ended and what was waited for included."""
+        total = sum(self._of_rank.values())
         for process in self._family:
+            if process.pid in self._of_rank:
+                continue
             with contextlib.suppress(psutil.Error):
                 times = process.cpu_times()
                 total += times.user + times.system + times.children_user + times.children_system
