@@ -174,7 +174,16 @@ def test_nothing_else_is_needed_to_look() -> None:
     assert took & asked - {"hydra-optuna-sweeper"} == set(requirements.NEEDED), done.stderr
 
 
-def test_what_nobody_has_foreseen_leaves_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_user_can_mend_is_said_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARNESS_CPU_ISA", "sse")
+    found = Findings(aloud=False)
+    assert Look(found)("kernels", native_checks.instruction_set) is None
+    sets = "amx_bf16, avx512_bf16, avx512, avx2"
+    line = f"[no] kernels: HARNESS_CPU_ISA: 'sse' is not known; choose one of {sets}, or leave it unset"
+    assert [str(one) for one in found.all] == [line]
+
+
+def test_what_nobody_has_foreseen_leaves_the_rest() -> None:
     found = Findings(aloud=False)
     look = Look(found)
     assert look("gpu", lambda: {}["driver"]) is None

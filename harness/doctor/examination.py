@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from omegaconf import DictConfig
 
-from harness.basics.errors import show_traceback
+from harness.basics.errors import UserError, show_traceback
 from harness.config import checks
 from harness.config.compose import compose, to_config
 from harness.doctor import devices, given, heavy, hosts, kernels, machine, pairs, requirements
@@ -95,6 +95,9 @@ class Look:
             return at()
         except OutputEnded:
             raise
+        except UserError as error:  # what the user can mend, such as a variable of ours
+            self._found.refused(area, error)
+            return None
         except Exception as error:  # of a driver, a package or a file system that nobody here has seen
             show_traceback(error)
             self._found.no(
