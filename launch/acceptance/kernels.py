@@ -70,7 +70,10 @@ def restore(folder: Path) -> str:
                 other = [f"{key} {theirs.get(key)}, here {ours[key]}" for key in ours if theirs.get(key) != ours[key]]
                 return f"{VARIABLE}: compiled with {other[0] if other else 'something else'}: not used"
             folder.mkdir(parents=True, exist_ok=True)
-            packed.extractall(folder, filter="data")
+            if hasattr(tarfile, "data_filter"):
+                packed.extractall(folder, filter="data")
+            else:  # Python before 3.11.4; the archive is one that this program wrote
+                packed.extractall(folder)
     except (OSError, tarfile.TarError, ValueError, KeyError) as error:
         raise UserError(VARIABLE, one_line(f"{archive}: {error}"), "unset it to compile anew") from error
     mark(folder)
