@@ -34,7 +34,7 @@ def check(run: RecordedRun) -> Iterator[str]:
     if drafted is None or accepted is None or accepted > drafted:
         found = " of ".join(one_line(str(value), 40) for value in reversed(said))
         yield f"record.json says that {found} drafts became output"
-    elif drafted and not any(_drafts(run)):
+    elif drafted and all(value is None for value in run.engine_settings("draft")):
         yield f"record.json says {DRAFTED} {drafted}, but engine.draft is not set"
 
 
@@ -44,15 +44,6 @@ def check_passes(run: RecordedRun, path: Path) -> Iterator[str]:
     found = sum(int(count) for (count,) in pass_rows(path, DRAFTED))
     if drafted is not None and drafted != found:
         yield f"record.json says {DRAFTED} {drafted}, the passes of {path.name} have {found}"
-
-
-def _drafts(run: RecordedRun) -> list[bool]:
-    """Returns whether tokens were drafted, of each segment of the run."""
-    segments = run.record.get("segments")
-    parts = [part for part in segments if isinstance(part, dict)] if isinstance(segments, list) else []
-    configs = [part.get("config") for part in parts or [run.record]]
-    engines = [config.get("engine") if isinstance(config, dict) else None for config in configs]
-    return [isinstance(engine, dict) and engine.get("draft") is not None for engine in engines]
 
 
 def _count(value: Any) -> int | None:

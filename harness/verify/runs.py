@@ -53,6 +53,14 @@ class RecordedRun:
         section = config.get(group) if isinstance(config, dict) else None
         return section.get(key) if isinstance(section, dict) else None
 
+    def engine_settings(self, key: str) -> list[Any]:
+        """Returns a value of ``engine`` as plain data, of each segment of the run; None where one has none."""
+        segments = self.record.get("segments")
+        parts = [part for part in segments if isinstance(part, dict)] if isinstance(segments, list) else []
+        configs = [part.get("config") for part in parts or [self.record]]
+        engines = [config.get("engine") if isinstance(config, dict) else None for config in configs]
+        return [engine.get(key) if isinstance(engine, dict) else None for engine in engines]
+
     def group(self, name: str, kind: type[Group]) -> Group:
         """Returns one group of the run's config, typed.
 

@@ -28,7 +28,7 @@ def check(
         prompts: their ids, by index; None where they are not known.
     """
     alike = None if prompts is None else longest_alike(prompts)
-    shares = _shares(run)
+    shares = [value is True for value in run.engine_settings(KEY)]  # of each segment
     for line in completed:
         value, index = line.get("shared_tokens"), line["index"]
         if value is None and not all(shares):
@@ -45,15 +45,6 @@ def check(
         said, found = statistics.get(STATISTIC), sum(map(tokens_of, completed))
         if (said or 0) != found:
             yield None, f"record.json says {STATISTIC} {one_line(str(said), 40)}, the completions have {found}"
-
-
-def _shares(run: RecordedRun) -> list[bool]:
-    """Returns whether blocks were shared, of each segment of the run."""
-    segments = run.record.get("segments")
-    parts = [part for part in segments if isinstance(part, dict)] if isinstance(segments, list) else []
-    configs = [part.get("config") for part in parts or [run.record]]
-    engines = [config.get("engine") if isinstance(config, dict) else None for config in configs]
-    return [isinstance(engine, dict) and engine.get(KEY) is True for engine in engines]
 
 
 def longest_alike(prompts: dict[int, list[int]]) -> dict[int, int]:
