@@ -56,8 +56,7 @@ class OthersMeter:
         """
         for rank in self._ranks:
             with contextlib.suppress(psutil.Error):
-                times = rank.cpu_times()
-                self._of_rank[rank.pid] = times.user + times.system + times.children_user + times.children_system
+                self._of_rank[rank.pid] = _seconds(rank)
         if ends:
             self._family = _family(self._ranks)
             counts = _Counts(time_s, self._cores_did(), self._own_seconds(), self._throttled())
@@ -84,8 +83,7 @@ class OthersMeter:
             if process.pid in self._of_rank:
                 continue
             with contextlib.suppress(psutil.Error):
-                times = process.cpu_times()
-                total += times.user + times.system + times.children_user + times.children_system
+                total += _seconds(process)
         for process in self._launchers:
             with contextlib.suppress(psutil.Error):
                 times = process.cpu_times()
@@ -162,6 +160,12 @@ class _Counts:
         self, time_s: float, cores: dict[int, tuple[float, float]], own_s: float, throttled_s: float | None
     ) -> None:
         self.time_s, self.cores, self.own_s, self.throttled_s = time_s, cores, own_s, throttled_s
+
+
+def _seconds(process: psutil.Process) -> float:
+    """Returns the CPU time of a process and of those that it has waited for."""
+    times = process.cpu_times()
+    return float(times.user + times.system + times.children_user + times.children_system)
 
 
 def _share(part: float, whole: float) -> float:
