@@ -30,7 +30,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from support.forgeries import FORGERIES, Forgery, forge
+from support.forgeries import FORGERIES, Forgery, findings, forge
 from support.models import save_small_demo
 from support.runs import ROOT, variables
 
@@ -174,8 +174,9 @@ def verified(directory: Path, *arguments: str, may_refuse: bool = False) -> str:
     if status not in (0, 1):  # a verifier that breaks down has caught nothing
         sys.exit(f"error: {directory}: harness.verify {' '.join(arguments)}: {said.strip()}")
     found = json.loads(output.getvalue())
-    own = [one["found"] for run in found["runs"] for one in run["findings"]]
-    noticed = found["wrong"] or found["unexplained"] or [text for text in own if not text.startswith(OWN_CHECK)]
+    noticed = (
+        found["wrong"] or found["unexplained"] or [text for text in findings(found) if not text.startswith(OWN_CHECK)]
+    )
     return CAUGHT if noticed else PASSES
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.forgeries import Lines, Record, forge, table
+from support.forgeries import Lines, Record, forge, found_in, table
 from support.resuming import begin, finished, has_lines, kill, run_id_in, wait_for, work
 from support.runs import RANDOM, TINY, Run, deepspeed, ran
 
 from harness.plan import __main__ as plan
 from harness.results.passes import pass_rows
-from harness.verify import __main__ as verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -65,14 +63,6 @@ def counted(run: Run) -> tuple[int, int]:
 def fed(run: Run, *names: str) -> list[int]:
     """Returns the sums of columns of a run's passes."""
     return [int(sum(column)) for column in zip(*pass_rows(run.directory / "passes.csv", *names), strict=True)]
-
-
-def found_in(directory: Path, capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
-    """Returns what ``python -m harness.verify`` finds wrong."""
-    capsys.readouterr()
-    verify.main([str(directory), "--json", *words])
-    report = json.loads(capsys.readouterr().out)
-    return [one["found"] for run in report["runs"] for one in run["findings"]]
 
 
 def test_a_run_says_what_it_drafted(whole: Run, drafting: Run, capsys: pytest.CaptureFixture[str]) -> None:

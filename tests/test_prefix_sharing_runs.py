@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.engines import generate, hugging_face, ids, settings
-from support.forgeries import Lines, Record, feed, forge
+from support.forgeries import Lines, Record, feed, forge, found_in
 from support.late_device import Late
 from support.machine import needs_native
 from support.models import save_small_demo
@@ -23,7 +23,6 @@ from harness.engines.fastgen.engine import FastGenEngine
 from harness.engines.shared.order import Order
 from harness.models.architecture import attention_heads, parameters
 from harness.plan import __main__ as plan
-from harness.verify import __main__ as verify
 from harness.workload.records import PassRecord, Request
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -158,14 +157,6 @@ def shared_by(run: Run) -> int:
 def passes_of(run: Run) -> list[dict[str, str]]:
     with open(run.directory / "passes.csv", newline="") as file:
         return [{key: value for key, value in row.items() if key not in TIMES} for row in csv.DictReader(file)]
-
-
-def found_in(directory: Path, capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
-    """Returns what ``python -m harness.verify`` finds wrong."""
-    capsys.readouterr()
-    verify.main([str(directory), "--json", *words])
-    report = json.loads(capsys.readouterr().out)
-    return [one["found"] for run in report["runs"] for one in run["findings"]]
 
 
 def test_a_run_says_what_it_did_not_compute(whole: Run, sharing: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from support.forgeries import (
     Record,
     faster,
     feed,
+    findings,
     forge,
     longer_prompts,
     lower_cap,
@@ -72,10 +73,6 @@ def verified(capsys: pytest.CaptureFixture[str]) -> Verified:
         return status, json.loads(captured.out) if captured.out else {}, captured.err
 
     return run
-
-
-def findings(found: dict[str, Any]) -> list[str]:
-    return [one["found"] for run in found["runs"] for one in run["findings"]]
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:

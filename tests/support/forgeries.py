@@ -1,6 +1,6 @@
 """Finished runs made to say what did not happen: each edit is carried through all sums, rates and rows.
 
-Shared by ``test_verify_forgeries.py`` and ``check_mutations.py``.
+And what is found in them. Shared by the tests of forged runs and ``check_mutations.py``.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from harness.results.columns import COLUMNS
 from harness.results.completions import Tally, read_completions
 from harness.results.passes import pass_figures
 from harness.results.table import put_row
+from harness.verify import __main__ as verify
 
 Record = dict[str, Any]
 Lines = list[dict[str, Any]]
@@ -48,6 +51,18 @@ def forge(directory: Path, change: Callable[[Path, Record, Lines], None]) -> Non
     record["passes"] = pass_figures(directory / "passes.csv")
     (directory / "record.json").write_text(json.dumps(record, indent=2))
     put_row(directory.parent, {name: record.get(name) for name in COLUMNS})
+
+
+def findings(report: dict[str, Any]) -> list[str]:
+    """Returns what is wrong, of all runs of a report of ``python -m harness.verify --json``."""
+    return [one["found"] for run in report["runs"] for one in run["findings"]]
+
+
+def found_in(directory: Path, capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+    """Returns what ``python -m harness.verify`` finds wrong in a run."""
+    capsys.readouterr()
+    verify.main([str(directory), "--json", *words])
+    return findings(json.loads(capsys.readouterr().out))
 
 
 def table(path: Path, change: Callable[[dict[str, str]], None], rows: slice = slice(None)) -> None:
