@@ -29,6 +29,7 @@ from harness.config.compose import compose, to_config
 from harness.config.schema import HardwareConfig, ModelConfig
 from harness.costs.shape import ModelShape
 from harness.engines import catalogue
+from harness.engines.shared import deepspeed_ops
 from harness.models import locate, made_up
 
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -305,9 +306,7 @@ def test_nothing_is_compiled_within_a_case(tmp_path: Path, monkeypatch: Any) -> 
     builds.report("ragged_ops", Outcome.refused, "no nvcc")
     assert course._pointless(mii) is None  # then the engine says itself why it cannot
     for name in mii.needs:
-        place = tmp_path / "extensions" / name
-        place.mkdir(parents=True)
-        (place / f"{name}.so").touch()
+        (deepspeed_ops.folder(name) / f"{name}.so").touch()
     (tmp_path / "builds.jsonl").unlink()
     assert course._pointless(mii) is None
 

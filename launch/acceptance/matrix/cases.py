@@ -22,7 +22,7 @@ ANY = ("engine=fastgen", "engine.kernels=auto", "engine.token_budget=64", "engin
 STATIC = ("engine=ds_inference",)
 GRAPHED, INJECTED = (*STATIC, "engine.cuda_graph=true"), (*STATIC, "engine.kernel_inject=true")
 RAGGED = deepspeed_ops.RAGGED
-SECONDS, SHORT = 100.0, 60.0  # of a case's own clock, by which its requests are chosen; the loop has one at a time
+SECONDS, SHORT = 100.0, 40.0  # of a case's own clock, by which its requests are chosen; the loop has one at a time
 # Of what a case may be refused; any other refusal is a failure.
 NO_CUDA, NO_ROOM = "needs CUDA", "a rank needs .* its device has"
 REFUSALS = {

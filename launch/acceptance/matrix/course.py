@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +23,7 @@ from harness.basics.errors import UserError
 from harness.config.schema import HardwareConfig
 from harness.costs import hardware as machines
 from harness.costs.shape import ModelShape
+from harness.engines.shared import deepspeed_ops
 from harness.results.completions import read_completions
 
 # Seconds of a run beside its clock, until one was seen: writing its checkpoint, starting, loading, the proof before
@@ -111,7 +111,7 @@ class Course:
             first = self.stage.finding(case.like)
             if first is None or first.outcome is not Outcome.measured:
                 return f"{case.like} has no figures to go on from"
-        if self.stage.rehearse or not (missing := [name for name in case.needs if not _built(name)]):
+        if self.stage.rehearse or not (missing := [name for name in case.needs if not deepspeed_ops.built(name)]):
             return None
         refused = {one.name for one in self.stage.other("builds") if one.outcome is Outcome.refused}
         if refused.intersection(missing):
@@ -248,9 +248,3 @@ class Course:
             if value:  # a KV cache of given bytes is only said to be doubled
                 chosen.setdefault(key, value)
         return tuple(f"{key}={value}" for key, value in chosen.items())
-
-
-def _built(name: str) -> bool:
-    """Whether one of DeepSpeed's extensions is compiled: else the run would do it, for minutes."""
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
-    return any(Path(root).expanduser().glob(f"**/{name}.so"))
