@@ -38,11 +38,15 @@ from_wheels() {
     fail "PYTHON: $base: ${model##*$'\n'}; give one of 3.11 or newer"
   bash "$wheels/join.sh" "$model" || fail "ACCEPTANCE_WHEELS: $wheels is not whole (see above); copy it again"
   stamp="$(sha256sum <"$wheels/SHA256SUMS") $base $("$base" --version) $PWD"
-  [ "$(cat .venv-acceptance/installed 2>/dev/null)" != "$stamp" ] || return 0
-  echo "setting up .venv-acceptance with $("$base" --version) (once; log in $log)" >&2
-  install_wheels "$base" "$wheels" >"$log" 2>&1 ||
-    fail "set-up: the wheels could not be installed: $(tail -n 1 "$log") (see $log)"
-  echo "$stamp" >.venv-acceptance/installed
+  exec 9>.venv-setup.acceptance.lock
+  if command -v flock >/dev/null; then flock 9; fi # two at once: the second waits
+  if [ "$(cat .venv-acceptance/installed 2>/dev/null)" != "$stamp" ]; then
+    echo "setting up .venv-acceptance with $("$base" --version) (once; log in $log)" >&2
+    install_wheels "$base" "$wheels" >"$log" 2>&1 ||
+      fail "set-up: the wheels could not be installed: $(tail -n 1 "$log") (see $log)"
+    echo "$stamp" >.venv-acceptance/installed
+  fi
+  exec 9>&-
 }
 
 case " $* " in
@@ -54,7 +58,9 @@ case " $* " in
   ;;
 *)
   if [ -n "${ACCEPTANCE_WHEELS:-}" ]; then
-    base=$(command -v "${PYTHON:-python3}") || fail "PYTHON: no such interpreter: ${PYTHON:-python3}; give the one with torch"
+    # The environment that is made of it, first on PATH perhaps, is not the interpreter to make it of.
+    base=$(PATH=${PATH//"$PWD/.venv-acceptance/bin:"/} command -v "${PYTHON:-python3}") ||
+      fail "PYTHON: no such interpreter: ${PYTHON:-python3}; give the one with torch"
     from_wheels "$base" "$ACCEPTANCE_WHEELS"
     python=.venv-acceptance/bin/python
     PATH=$PATH:$(dirname "$base") # ninja and the like

@@ -329,13 +329,15 @@ def test_wheels_go_into_an_environment_of_their_own(tmp_path: Path) -> None:
             wheel.writestr(f"brought/{name}", "")
     (wheels / "join.sh").write_text('echo "model in $1"\n')
     (wheels / "SHA256SUMS").write_text("sums\n")
-    more = {"ACCEPTANCE_WHEELS": str(wheels), "PYTHON": sys.executable, "HARNESS_CACHE": str(tmp_path / "cache")}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    more = {"ACCEPTANCE_WHEELS": str(wheels), "PATH": path, "HARNESS_CACHE": str(tmp_path / "cache")}
     for setting_up in (True, False):
         command = ["bash", "launch/gpu_acceptance.sh", "--only", "nothing"]
         done = subprocess.run(command, cwd=checkout, env=os.environ | more, capture_output=True, text=True)
         assert done.stdout == f"model in {tmp_path}/cache/SmolLM2-135M-Instruct\n"
         assert ("setting up .venv-acceptance" in done.stderr) == setting_up, done.stderr
         assert done.returncode == 2 and "--only: 'nothing'" in done.stderr
+        more["PATH"] = f"{checkout / '.venv-acceptance/bin'}:{path}"  # as one has it who looks into it
     script = "import brought, importlib.util; print(brought.__file__, importlib.util.find_spec('torch').origin)"
     found = subprocess.run([checkout / ".venv-acceptance/bin/python", "-c", script], stdout=-1, text=True, check=True)
     ours, theirs = map(Path, found.stdout.split())
