@@ -12,7 +12,7 @@ from typing import Any
 
 import hypothesis
 import pytest
-from support import answers, interpreter
+from support import answers, interpreter, repeats
 from support.runs import Run, ran
 
 from harness.machine import numa
@@ -61,15 +61,17 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves the cases marked ``full`` to ``--full``, and those marked ``slow`` to ``--all`` or who names them."""
+    """Leaves ``full`` cases to ``--full``, ``slow`` ones and those of repeats.txt to ``--all`` or who names them."""
     full = config.getoption("--full")
     if not full:
         for item in items:
             if item.get_closest_marker("full") is not None:
                 item.add_marker(pytest.mark.skip(reason="with --full"))
     if not (full or config.getoption("--all") or any("::" in argument for argument in config.args)):
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("slow") is not None])
-        items[:] = [item for item in items if item.get_closest_marker("slow") is None]
+        left = {item for item in items if item.get_closest_marker("slow") is not None}
+        left |= set(repeats.beyond([item for item in items if item not in left]))
+        config.hook.pytest_deselected(items=[item for item in items if item in left])
+        items[:] = [item for item in items if item not in left]
 
 
 def pytest_collection_finish() -> None:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from support import repeats
+
 ROOT = Path(__file__).resolve().parent.parent
 MODULE, CLASS, FUNCTION = 350, 250, 60  # lines
 TEST_MODULE = 510  # one subject's tests are easier to find in one file
@@ -44,3 +46,12 @@ def test_the_top_level_is_the_entry_the_commands_and_the_rooms() -> None:
     commands = {"compare", "verify", "accuracy", "plan", "doctor"}
     rooms = {"basics", "config", "machine", "workload", "models", "costs", "ranks", "results", "engines", "running"}
     assert names == {"main.py", "__init__.py", "README.md"} | commands | rooms
+
+
+def test_what_is_left_to_the_longer_tier_is_there() -> None:
+    named = list(repeats.kept())
+    assert named == sorted(named)
+    for node in named:
+        module, _, name = node.partition("::")
+        tree = ast.parse((ROOT / module).read_text())
+        assert name in {one.name for one in tree.body if isinstance(one, ast.FunctionDef)}, node

@@ -353,9 +353,9 @@ def test_synthetic_hi_of_one_token_would_be_empty() -> None:
 
 
 def test_synthetic_random_is_limited_in_total() -> None:
-    keys: dict[str, Any] = {"num_samples": 1_000_000, "input_len": 1_000_000, "output_len": 1}
+    keys: dict[str, Any] = {"num_samples": 1_000, "input_len": 1_000_000, "output_len": 1}
     line = refusal("synthetic", prompt=SyntheticPrompt.random, **keys)
-    assert line.startswith("dataset.num_samples: 1,000,000 prompts of 1,000,000 random tokens")
+    assert line.startswith("dataset.num_samples: 1,000 prompts of 1,000,000 random tokens")
 
 
 def test_random_prompts_need_synthetic() -> None:
