@@ -16,7 +16,8 @@ unset PYTHONDONTWRITEBYTECODE
 # Beside the tests: the first time it takes half a minute, of one core.
 .venv/bin/mypy &
 types=$!
-# Three tests at a time: some wait for processes that they started; four on two cores took longer. One thread each, or they wait for each other.
+# Three tests at a time: some wait for processes that they started; four on two cores took longer. One thread each, or
+# they wait for each other.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 status=0
 .venv/bin/python -m pytest -n 3 --dist worksteal "$@" || status=$?
