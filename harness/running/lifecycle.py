@@ -172,7 +172,9 @@ class Lifecycle:
         if failure.exit_status == PAUSED:
             return self._paused(str(failure))
         if failure.status is not None:
-            return Fault(failure.status, str(failure), failure.exit_status)
+            # The ranks of a host have one launcher, whose end each notices: it does not matter which was the first.
+            alike = not self.rank.several_hosts and str(failure).endswith(f": {ORPHANED}")
+            return Fault(failure.status, ORPHANED if alike else str(failure), failure.exit_status)
         if failure.died is not None and failure.host == self.rank.host and self.kills:
             return faults.killed(failure.died, 0, self.kills, self.work.config, self.work.facts)
         refused = "failed" if self.work.running else "invalid"
