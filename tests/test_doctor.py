@@ -17,7 +17,7 @@ import psutil
 import pytest
 from support.checkpoints import save
 from support.machine import EVERY_FLAG, kernels_on_cpu
-from support.runs import ROOT, variables
+from support.runs import ROOT, python, variables
 
 from harness.basics.errors import UserError
 from harness.config.compose import compose, to_config
@@ -77,14 +77,7 @@ def lines(found: Findings, outcome: Outcome, area: str = CONFIG) -> list[str]:
 @pytest.fixture(scope="module")
 def whole(demo_model: Path) -> list[dict[str, str]]:
     """What ``python -m harness.doctor --json`` says of this machine and the default config."""
-    done = subprocess.run(
-        [sys.executable, "-m", "harness.doctor", "--json"],
-        cwd=ROOT,
-        env=variables(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = python("-m", "harness.doctor", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert all(one.keys() == {"area", "outcome", "text", "remedy"} for one in found)
