@@ -99,12 +99,13 @@ def folder(name: str) -> Path:
 
 def built(name: str) -> bool:
     """Whether the extension was compiled before, here or as DeepSpeed was installed."""
+    if (folder(name) / f"{name}.so").exists():  # asked first: DeepSpeed takes seconds to import
+        return True
     with contextlib.suppress(ImportError):
         from deepspeed.git_version_info import installed_ops
 
-        if installed_ops.get(name, False):
-            return True
-    return (folder(name) / f"{name}.so").exists()
+        return bool(installed_ops.get(name, False))
+    return False
 
 
 def compiled(name: str) -> tuple[int, int]:
