@@ -1,4 +1,4 @@
-"""Packed linear layers compute what the plain ones do."""
+"""Packed and widened linear layers compute what the plain ones do."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from harness.engines.shared.packed_linear import PackedLinear, can_pack, pack_linears
-
-needs_kernels = pytest.mark.skipif(
-    not can_pack(torch.device("cpu"), torch.bfloat16), reason="this machine has no bfloat16 kernels"
+from harness.engines.shared.packed_linear import (
+    PIECE_BYTES,
+    PackedLinear,
+    WidenedLinear,
+    can_pack,
+    has_packed_kernels,
+    pack_linears,
 )
+
+needs_kernels = pytest.mark.skipif(not has_packed_kernels(), reason="this machine has no bfloat16 kernels")
 
 
 @needs_kernels
@@ -28,7 +33,25 @@ def test_packed_equals_plain(rows: int, bias: bool) -> None:
     torch.testing.assert_close(got, expected, atol=2e-2, rtol=2e-2)
 
 
-@needs_kernels
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 7, 8, 200])
+@pytest.mark.parametrize("out", [40, 1_000])  # in one piece, in several of which the last is smaller
+def test_widened_is_float32_rounded_once(rows: int, bias: bool, out: int) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(4_096, out, bias=bias, dtype=torch.bfloat16)
+    inputs = torch.randn(1, rows, 4_096, dtype=torch.bfloat16)
+    widened = WidenedLinear(linear)
+    assert widened.step * 4_096 * 4 == PIECE_BYTES and (out > widened.step) == (out == 1_000)
+    with torch.inference_mode():
+        got = widened(inputs)
+        exact = nn.functional.linear(inputs.float(), linear.weight.float(), linear.bias.float() if bias else None)
+        plain = linear(inputs)
+    assert (got.shape, got.dtype) == (plain.shape, torch.bfloat16)
+    torch.testing.assert_close(got.float(), exact, atol=1e-2, rtol=2**-8)
+    if rows >= 8:
+        assert (got - exact).abs().mean() <= (plain - exact).abs().mean() * 1.01
+
+
 def test_every_linear_of_a_model_is_packed_and_nothing_else() -> None:
     class Scaled(nn.Linear):
         pass
@@ -41,10 +64,11 @@ def test_every_linear_of_a_model_is_packed_and_nothing_else() -> None:
         }
     )
     assert pack_linears(model) == 1
-    assert isinstance(model["layers"][0], PackedLinear)
+    assert isinstance(model["layers"][0], PackedLinear if has_packed_kernels() else WidenedLinear)
     assert isinstance(model["special"], Scaled)
 
 
 def test_only_bfloat16_on_a_cpu_is_packed() -> None:
+    assert can_pack(torch.device("cpu"), torch.bfloat16)
     assert not can_pack(torch.device("cpu"), torch.float32)
     assert not can_pack(torch.device("cuda"), torch.bfloat16)

@@ -1,8 +1,13 @@
-"""Linear layers whose bfloat16 weights are laid out once as oneDNN's matrix kernels read them.
+"""Linear layers of bfloat16 weights as a CPU multiplies them fastest.
 
 ``torch.nn.functional.linear`` hands oneDNN plain row-major weights, which its CPU kernels rearrange on every
-call; for the few rows of a decode pass that costs more than the multiplication. Measured on the demo model's
-layers, one core, milliseconds for all of them at 4 / 64 / 512 rows: plain 36 / 89 / 568, packed 18 / 73 / 525.
+call; for the few rows of a decode pass that costs more than the multiplication. Laid out once as these read them,
+measured on the demo model's layers, one core, milliseconds for all of them at 4 / 64 / 512 rows: plain
+36 / 89 / 568, packed 18 / 73 / 525.
+
+Where the processor has neither AVX-512 nor instructions for bfloat16, oneDNN multiplies one value after another. Made
+float32 piece by piece, in cache, 11,008 x 4,096 weights take, one core, milliseconds at 4 / 16 / 64 rows: plain
+40 / 142 / 569, so 30 / 44 / 95.
 """
 
 from __future__ import annotations
@@ -13,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 ROWS = 64  # for how many rows oneDNN should choose the layout; the fastest from 1 to 512 here
+FEW_ROWS = 8  # below, oneDNN's own products of bfloat16 are as fast on two cores as those of float32
+PIECE_BYTES = 2**21  # of float32 weights at a time: from 1 to 4 MiB makes no difference, 16 take twice as long
 
 
 class PackedLinear(nn.Module):
@@ -31,8 +38,31 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
 
 
+class WidenedLinear(nn.Module):
+    """Computes what ``linear`` computes in float32, rounded once, from bfloat16 weights that stay so; on a CPU."""
+
+    def __init__(self, linear: Any, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = linear.weight.detach()
+        self.bias = None if linear.bias is None or not bias else linear.bias.detach()
+        self.step = max(16, PIECE_BYTES // (4 * self.weight.shape[1]) // 16 * 16)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Returns ``[..., out_features]`` for ``[..., in_features]``."""
+        weight, bias = self.weight, self.bias
+        if rows.numel() < FEW_ROWS * weight.shape[1]:
+            return nn.functional.linear(rows, weight, bias)
+        wide = rows.float()
+        product = rows.new_empty(*rows.shape[:-1], weight.shape[0])
+        for start in range(0, weight.shape[0], self.step):
+            piece = slice(start, start + self.step)
+            some = None if bias is None else bias[piece].float()
+            product[..., piece] = nn.functional.linear(wide, weight[piece].float(), some)
+        return product
+
+
 class PackedRowParallel(nn.Module):
-    """AutoTP's row-parallel layer on packed weights: each rank has some of the columns, and the products are summed.
+    """AutoTP's row-parallel layer on such weights: each rank has some of the columns, and the products are summed.
 
     Args:
         linear: DeepSpeed's ``LinearAllreduce``, whose input is cut already, or ``LmHeadLinearAllreduce``, whose is not.
@@ -41,7 +71,7 @@ class PackedRowParallel(nn.Module):
 
     def __init__(self, linear: Any, cut: slice | None) -> None:
         super().__init__()
-        self.product = PackedLinear(linear, bias=False)
+        self.product = _whole(linear, bias=False)
         self.bias = None if linear.bias is None else linear.bias.detach()
         self.group = linear.mp_group
         self.cut = cut
@@ -54,17 +84,17 @@ class PackedRowParallel(nn.Module):
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Returns whether this build and machine have the kernels: PyTorch's compiler uses the same ones."""
-    return (
-        device.type == "cpu"
-        and dtype is torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    """Returns whether :func:`pack_linears` is for such a model."""
+    return device.type == "cpu" and dtype is torch.bfloat16
+
+
+def has_packed_kernels() -> bool:
+    """Returns whether this build and machine have them for bfloat16: PyTorch's compiler uses the same ones."""
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def pack_linears(model: nn.Module) -> int:
-    """Replaces the linear layers of ``model``, AutoTP's among them, by packed ones, in place; returns how many."""
+    """Replaces the linear layers of ``model``, AutoTP's among them, by faster ones, in place; returns how many."""
     count = 0
     for module in model.modules():
         for name, child in module.named_children():
@@ -75,9 +105,13 @@ def pack_linears(model: nn.Module) -> int:
     return count
 
 
+def _whole(linear: Any, bias: bool = True) -> PackedLinear | WidenedLinear:
+    return (PackedLinear if has_packed_kernels() else WidenedLinear)(linear, bias)
+
+
 def _packed(linear: nn.Module) -> nn.Module | None:
     if type(linear) is nn.Linear:
-        return PackedLinear(linear)
+        return _whole(linear)
     if not type(linear).__module__.startswith("deepspeed."):
         return None
     from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, LmHeadLinearAllreduce
@@ -88,4 +122,4 @@ def _packed(linear: nn.Module) -> nn.Module | None:
     if isinstance(linear, LinearAllreduce):
         return PackedRowParallel(linear, None)
     # The subclasses (fused projections) only cut their weights in another way.
-    return PackedLinear(linear) if isinstance(linear, LinearLayer) and not linear.gather_output else None
+    return _whole(linear) if isinstance(linear, LinearLayer) and not linear.gather_output else None
