@@ -218,7 +218,7 @@ def test_of_two_that_resume_at_once_one_is_refused(tmp_path: Path, launchers: tu
         launcher = deepspeed(ranks, *BARE) if ranks else (sys.executable,)
         line = command(f"resume={run_id}", f"results_dir={tmp_path}", launcher=launcher)
         both.append(subprocess.Popen(line, cwd=ROOT, env=variables(), stdout=-1, stderr=-1, text=True))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while all(each.poll() is None for each in both) and time.monotonic() < deadline:
         time.sleep(0.1)
     (refused,) = (each for each in both if each.poll() is not None)
@@ -366,7 +366,7 @@ def test_a_stopped_rank_does_not_outlive_its_time(
     # Rank 0 writes it just before its own timer starts.
     timer = next(results.glob("*/config.yaml")).stat().st_mtime
     ranks_of(process)[victim].send_signal(signal.SIGSTOP)
-    status, stderr, row = ended(process, results)
+    status, stderr, row = ended(process, results, timeout_s + 60)
     late_s = time.time() - timer - timeout_s
     assert -1 < late_s < 30  # 32 s at least where nobody continues it, on an idle machine; this one may be busy
     assert row["status"] == "timeout" and f"timeout_s={timeout_s}" in row["error"]

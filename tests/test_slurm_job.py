@@ -75,7 +75,7 @@ def told(results: Path, signum: int, *overrides: str, **more: str) -> Run:
     """Runs the job and signals it when some requests are finished."""
     line = command(*JOB, *overrides, f"results_dir={results}", launcher=(sys.executable,))
     process = subprocess.Popen(line, cwd=ROOT, env=variables(**more), stdout=-1, stderr=-1, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not any(path.stat().st_size > 2000 for path in results.glob("*/completions.jsonl")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.05)

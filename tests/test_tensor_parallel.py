@@ -148,7 +148,7 @@ def test_a_rank_that_dies_ends_the_run(tmp_path: Path, victim: int, replicas: in
         text=True,
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         found: list[Path] = []
         while not (found and found[0].stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.1)

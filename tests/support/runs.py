@@ -214,7 +214,7 @@ def start(results: Path, *overrides: str, launcher: tuple[str, ...] = (sys.execu
         launcher=launcher,
     )
     process = subprocess.Popen(arguments, cwd=ROOT, env=variables(), stdout=-1, stderr=-1, text=True)
-    for _ in range(1200):
+    for _ in range(3000):
         finished = [path for path in results.glob("*/completions.jsonl") if path.stat().st_size > 10_000]
         if finished:
             return process
@@ -237,10 +237,10 @@ def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return sorted(found, key=lambda child: next(part for part in child.cmdline() if "--local_rank" in part))
 
 
-def ended(process: subprocess.Popen[str], results: Path) -> tuple[int, str, dict[str, str]]:
+def ended(process: subprocess.Popen[str], results: Path, within_s: float = 120) -> tuple[int, str, dict[str, str]]:
     """Waits for the end; returns exit status, stderr and the row, having checked that nothing was left behind."""
     family = psutil.Process(process.pid).children(recursive=True)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=within_s)
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
     (row,) = read_rows(results / "runs.csv")
