@@ -161,6 +161,21 @@ def test_a_cpu_is_measured_once_and_read_without_torch(cache: Path) -> None:
     assert probe.measured("bfloat16") is None
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+def test_bfloat16_without_kernels_of_its_own_is_measured_in_float32(
+    kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the limit of a run would be a tenth of what it reaches."""
+    import torch
+
+    if kernels and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no bfloat16 kernels here")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: kernels)
+    rows = torch.ones(4, 16, dtype=torch.bfloat16)
+    kinds = [way.args[0].dtype for way in probe._ways(rows, torch.ones(32, 16, dtype=torch.bfloat16))]
+    assert kinds == ([torch.bfloat16] * 2 if kernels else [torch.float32])
+
+
 def known(cache: Path, **changes: Any) -> probe.Figures:
     """Keeps figures as if this machine had been measured, and returns them."""
     machine = probe._machine(device.cores(), 1)
