@@ -11,11 +11,11 @@ from harness.engines.shared.packed_linear import (
     PackedLinear,
     WidenedLinear,
     can_pack,
-    has_packed_kernels,
     pack_linears,
 )
+from harness.machine.device import has_bfloat16_kernels
 
-needs_kernels = pytest.mark.skipif(not has_packed_kernels(), reason="this machine has no bfloat16 kernels")
+needs_kernels = pytest.mark.skipif(not has_bfloat16_kernels(), reason="this machine has no bfloat16 kernels")
 
 
 @needs_kernels
@@ -64,7 +64,7 @@ def test_every_linear_of_a_model_is_packed_and_nothing_else() -> None:
         }
     )
     assert pack_linears(model) == 1
-    assert isinstance(model["layers"][0], PackedLinear if has_packed_kernels() else WidenedLinear)
+    assert isinstance(model["layers"][0], PackedLinear if has_bfloat16_kernels() else WidenedLinear)
     assert isinstance(model["special"], Scaled)
 
 

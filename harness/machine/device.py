@@ -100,6 +100,13 @@ def supports_bfloat16_on_cpu() -> bool:
     return not cpu_flags().isdisjoint(("avx512_bf16", "amx_bf16"))
 
 
+def has_bfloat16_kernels() -> bool:
+    """Returns whether oneDNN has matrix kernels for bfloat16 here, as PyTorch's compiler asks it; imports torch."""
+    import torch
+
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def cpuinfo(key: str) -> str:
     """Returns the first value of ``key`` in /proc/cpuinfo, empty when there is none."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:

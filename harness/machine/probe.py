@@ -167,14 +167,14 @@ def matrix_rate(
 def _ways(activations: torch.Tensor, weights: torch.Tensor) -> list[Callable[[], Any]]:
     import torch
 
-    ways: list[Callable[[], Any]] = [partial(torch.nn.functional.linear, activations, weights)]
-    if weights.dtype is torch.bfloat16:
-        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            packed = torch.ops.mkldnn._reorder_linear_weight(weights, len(activations))
-            ways.append(partial(torch.ops.mkldnn._linear_pointwise, activations, packed, None, "none", [], ""))
-        else:
-            ways = [partial(torch.nn.functional.linear, activations.float(), weights.float())]
-    return ways
+    linear = torch.nn.functional.linear
+    if weights.dtype is not torch.bfloat16:
+        return [partial(linear, activations, weights)]
+    if not device.has_bfloat16_kernels():
+        return [partial(linear, activations.float(), weights.float())]
+    packed = torch.ops.mkldnn._reorder_linear_weight(weights, len(activations))
+    laid_out = partial(torch.ops.mkldnn._linear_pointwise, activations, packed, None, "none", [], "")
+    return [partial(linear, activations, weights), laid_out]
 
 
 def _reading_rate() -> float:

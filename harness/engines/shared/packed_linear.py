@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.machine.device import has_bfloat16_kernels
+
 ROWS = 64  # for how many rows oneDNN should choose the layout; the fastest from 1 to 512 here
 FEW_ROWS = 8  # below, oneDNN's own products of bfloat16 are as fast on two cores as those of float32
 PIECE_BYTES = 2**21  # of float32 weights at a time: from 1 to 4 MiB makes no difference, 16 take twice as long
@@ -88,11 +90,6 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype is torch.bfloat16
 
 
-def has_packed_kernels() -> bool:
-    """Returns whether this build and machine have them for bfloat16: PyTorch's compiler uses the same ones."""
-    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def pack_linears(model: nn.Module) -> int:
     """Replaces the linear layers of ``model``, AutoTP's among them, by faster ones, in place; returns how many."""
     count = 0
@@ -106,7 +103,7 @@ def pack_linears(model: nn.Module) -> int:
 
 
 def _whole(linear: Any, bias: bool = True) -> PackedLinear | WidenedLinear:
-    return (PackedLinear if has_packed_kernels() else WidenedLinear)(linear, bias)
+    return (PackedLinear if has_bfloat16_kernels() else WidenedLinear)(linear, bias)
 
 
 def _packed(linear: nn.Module) -> nn.Module | None:
