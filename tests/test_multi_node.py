@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,18 @@ import psutil
 import pytest
 import yaml
 from support.hosts import NAMESPACES, NETWORK
-from support.runs import BIN, RANDOM, ROOT, TINY, Run, assert_refused, check_against_ids, python, variables
+from support.runs import (
+    BIN,
+    RANDOM,
+    ROOT,
+    TINY,
+    Run,
+    assert_refused,
+    check_against_ids,
+    python,
+    variables,
+    wait_until_begun,
+)
 
 from harness.ranks.rank import decoded, encoded, free_port
 from harness.results.completions import read_completions
@@ -144,10 +154,7 @@ def test_a_host_without_the_dataset_ends_the_run_in_its_own_words(start: Callabl
 def test_a_rank_that_dies_on_another_host_ends_the_run(start: Callable[..., Hosts]) -> None:
     job = ["dataset.num_samples=20000", "dataset.input_len=16", "dataset.output_len=16"]
     hosts = start(*TINY, *RANDOM, *job, "parallel.dp=2")
-    deadline = time.monotonic() + 300
-    while not any(path.stat().st_size for path in hosts.results.glob("*/completions.jsonl")):
-        assert all(launcher.poll() is None for launcher in hosts.launchers) and time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until_begun(hosts.results, *hosts.launchers)
     (launch,) = psutil.Process(hosts.launchers[1].pid).children()
     (rank,) = launch.children()
     rank.kill()

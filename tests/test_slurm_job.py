@@ -11,13 +11,25 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from support.documents import tables
 from support.in_process import answered
-from support.runs import PACED, RANDOM, ROOT, SIMULATED, TINY, Run, assert_refused, command, deepspeed, ran, variables
+from support.runs import (
+    PACED,
+    RANDOM,
+    ROOT,
+    SIMULATED,
+    TINY,
+    Run,
+    assert_refused,
+    command,
+    deepspeed,
+    ran,
+    variables,
+    wait_until_begun,
+)
 
 from harness.machine.slurm import Fate, SlurmJob, current, fate_of, queue_again
 from harness.running.slurm.settings import SlurmSettings, sbatch_options
@@ -75,10 +87,7 @@ def told(results: Path, signum: int, *overrides: str, **more: str) -> Run:
     """Runs the job and signals it when some requests are finished."""
     line = command(*JOB, *overrides, f"results_dir={results}", launcher=(sys.executable,))
     process = subprocess.Popen(line, cwd=ROOT, env=variables(**more), stdout=-1, stderr=-1, text=True)
-    deadline = time.monotonic() + 300
-    while not any(path.stat().st_size > 2000 for path in results.glob("*/completions.jsonl")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.05)
+    wait_until_begun(results, process, size=2000)
     process.send_signal(signum)
     stdout, stderr = process.communicate(timeout=120)
     return Run(process.returncode, stdout, stderr, results)
@@ -151,10 +160,7 @@ def test_two_ranks_that_slurm_signals_all_at_once_are_one_pause(tmp_path: Path, 
     line = command(*job, "parallel.dp=2", "requeue=true", f"results_dir={results}", launcher=deepspeed(2))
     environment = variables(**in_job(scontrol))
     process = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True, process_group=0)
-    deadline = time.monotonic() + 240
-    while not any(path.stat().st_size > 2000 for path in results.glob("*/completions.jsonl")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until_begun(results, process, size=2000)
     os.killpg(process.pid, signal.SIGTERM)
     process.communicate(timeout=120)
     run = Run(process.returncode, "", "", results)

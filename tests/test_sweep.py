@@ -29,6 +29,7 @@ from support.runs import (
     command,
     deepspeed,
     variables,
+    wait_until_begun,
 )
 
 from harness.results.table import read_rows
@@ -194,10 +195,7 @@ def test_ctrl_c_ends_the_current_job_and_leaves_the_sweep_resumable(tmp_path: Pa
     words.append("dataset.num_samples=4,100000,5")
     arguments = command(*words, f"results_dir={tmp_path / 'results'}")
     process = subprocess.Popen(arguments, cwd=ROOT, env=variables(), stdout=-1, stderr=-1, text=True)
-    deadline = time.monotonic() + 300
-    while not any(path.stat().st_size > 10_000 for path in tmp_path.glob("results/*/completions.jsonl")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until_begun(tmp_path / "results", process, size=10_000)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130

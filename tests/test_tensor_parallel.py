@@ -6,13 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 from support.in_process import answered
-from support.runs import RANDOM, ROOT, TINY, assert_refused, command, launched, ran, variables
+from support.runs import RANDOM, ROOT, TINY, assert_refused, command, launched, ran, variables, wait_until_begun
 
 from harness.engines.shared.auto_tp_families import AUTO_TP_FAMILIES
 from harness.results.completions import read_completions
@@ -148,11 +147,7 @@ def test_a_rank_that_dies_ends_the_run(tmp_path: Path, victim: int, replicas: in
         text=True,
     )
     try:
-        deadline = time.monotonic() + 300
-        found: list[Path] = []
-        while not (found and found[0].stat().st_size) and time.monotonic() < deadline:
-            time.sleep(0.1)
-            found = list(results.glob("*/completions.jsonl"))
+        wait_until_begun(results, process)
         ranks = [
             child
             for child in psutil.Process(process.pid).children(recursive=True)
@@ -165,7 +160,7 @@ def test_a_rank_that_dies_ends_the_run(tmp_path: Path, victim: int, replicas: in
         process.kill()
     assert process.returncode == 1
     assert "Traceback" not in errors
-    directory = found[0].parent
+    (directory,) = (path.parent for path in results.glob("*/completions.jsonl"))
     record = read_record(str(results), directory.name)
     assert record is not None and record["status"] == "failed"
     assert "died" in record["error"] or "SIGKILL" in record["error"]

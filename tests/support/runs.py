@@ -214,13 +214,21 @@ def start(results: Path, *overrides: str, launcher: tuple[str, ...] = (sys.execu
         launcher=launcher,
     )
     process = subprocess.Popen(arguments, cwd=ROOT, env=variables(), stdout=-1, stderr=-1, text=True)
-    for _ in range(3000):
-        finished = [path for path in results.glob("*/completions.jsonl") if path.stat().st_size > 10_000]
-        if finished:
-            return process
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    raise AssertionError("the run did not start")
+    wait_until_begun(results, process, size=10_000)
+    return process
+
+
+def wait_until_begun(results: Path, *processes: subprocess.Popen[str], size: int = 0) -> None:
+    """Returns when a run in ``results`` has written more than ``size`` bytes of completions.
+
+    It may take five minutes, beside other tests; none of its ``processes`` may end before.
+    """
+    deadline = time.monotonic() + 300
+    while not any(path.stat().st_size > size for path in results.glob("*/completions.jsonl")):
+        for process in processes:
+            assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the run did not begin"
+        time.sleep(0.05)
 
 
 def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
