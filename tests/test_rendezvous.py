@@ -147,7 +147,7 @@ def test_a_failure_after_the_meeting(launch: Callable[[int], Ranks], number: int
         failure = ranks.ends[other].heard(0.0)
         assert failure is not None
         assert str(failure).startswith(f"rank {number} on ")
-        assert str(failure).endswith(": interrupted")
+        assert str(failure).endswith(": interrupted") and failure.cause == "interrupted"
         assert failure.exit_status == INTERRUPTED
 
 

@@ -38,6 +38,7 @@ class RankFailed(Exception):
         status: how it says the run ended, as in ``runs.csv``; None where it does not.
         died: the rank and its host, of one that ended without saying why; None for any other.
         host: the number of that one's host, None where it is not known.
+        cause: what it says of its own end, without its name; empty where it said nothing.
     """
 
     def __init__(
@@ -47,12 +48,14 @@ class RankFailed(Exception):
         status: str | None = None,
         died: str | None = None,
         host: int | None = None,
+        cause: str = "",
     ) -> None:
         super().__init__(message)
         self.exit_status = exit_status
         self.status = status
         self.died = died
         self.host = host
+        self.cause = cause
 
 
 class Rendezvous:
@@ -265,7 +268,7 @@ class Rendezvous:
         """
         self._over = True
         patience_s = TELL_S if self.rank.world > 1 and exit_status not in (INTERRUPTED, PAUSED) else 0.0
-        news: dict[str, Any] = {"failure": message, "exit_status": exit_status, "status": status}
+        news: dict[str, Any] = {"failure": message, "cause": message, "exit_status": exit_status, "status": status}
         if self.rank.first:
             if self.failure is None:
                 news["failure"] = f"{self._named(0, socket.gethostname())}: {message}"
@@ -302,5 +305,5 @@ class Rendezvous:
 
 def _failure_of(message: dict[str, Any], text: str) -> RankFailed:
     """Returns how another rank said it ended; ``text`` is the message."""
-    status = message.get("status")
-    return RankFailed(text, int(message.get("exit_status", 1)), status=status if status in STATUSES else None)
+    said, exit_status = message.get("status"), int(message.get("exit_status", 1))
+    return RankFailed(text, exit_status, said if said in STATUSES else None, cause=str(message.get("cause", "")))

@@ -23,6 +23,7 @@ from harness.running.job import Job
 
 LAST_WORDS_S = 1.0  # for a rank that ends to say why, after its connections have broken
 ORPHANED = "the launching process was killed, or ended before its ranks"
+CTRL_C = "interrupted"
 
 
 class RankWork(ABC):
@@ -155,7 +156,7 @@ class Lifecycle:
                 return self._elsewhere(heard or gone)
         if signum == signals.PAUSE or (signum == signal.SIGTERM and here is not None):
             return self._paused(f"paused by {signal.Signals(signum).name}")
-        return Fault("interrupted", "interrupted", INTERRUPTED)
+        return Fault("interrupted", CTRL_C, INTERRUPTED)
 
     def _paused(self, error: str) -> Fault:
         """Returns how a run ended that a job system has told to end; of a Slurm job rank 0 asks for the reason."""
@@ -172,9 +173,9 @@ class Lifecycle:
         if failure.exit_status == PAUSED:
             return self._paused(str(failure))
         if failure.status is not None:
-            # The ranks of a host have one launcher, whose end each notices: it does not matter which was the first.
-            alike = not self.rank.several_hosts and str(failure).endswith(f": {ORPHANED}")
-            return Fault(failure.status, ORPHANED if alike else str(failure), failure.exit_status)
+            # The ranks of a host have one launcher, whose end or Ctrl-C each notices: whichever was the first.
+            alike = not self.rank.several_hosts and failure.cause in (ORPHANED, CTRL_C)
+            return Fault(failure.status, failure.cause if alike else str(failure), failure.exit_status)
         if failure.died is not None and failure.host == self.rank.host and self.kills:
             return faults.killed(failure.died, 0, self.kills, self.work.config, self.work.facts)
         refused = "failed" if self.work.running else "invalid"
