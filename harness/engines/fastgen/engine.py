@@ -109,7 +109,7 @@ class FastGenEngine(Engine[FastGenConfig]):
             )
 
     def warm_up(self) -> None:
-        """Runs a full prompt pass and some decodes on made-up tokens."""
+        """Runs a full prompt pass, decodes beside another prompt, and decodes alone, on made-up tokens."""
         if not self.settings.leads:
             self.follow()
             return
@@ -117,8 +117,11 @@ class FastGenEngine(Engine[FastGenConfig]):
         context = self.settings.max_context or 1 << 20
         room = min(self.total_blocks * self.runner.block_size, context) - 4
         length = min(room, self.settings.engine.token_budget)
-        for uid in range(min(2, self.settings.engine.max_sequences) if length > 0 else 0):
-            scheduler.submit(Sequence(uid, [1] * length, length, 4))
+        # A GPU's kernels are chosen by their rows; a CPU's are not, and one full pass has touched all memory.
+        beside = min(length, 16) if self.settings.device == "cpu" else length
+        prompts = [length, beside][: self.settings.engine.max_sequences] if length > 0 else []
+        for uid, prompt in enumerate(prompts):
+            scheduler.submit(Sequence(uid, [1] * prompt, prompt, 4))
         for _ in Loop(self.runner, scheduler, Clock()).passes():
             pass
         if self.team is not None:
