@@ -145,7 +145,7 @@ def test_two_replicas_draft_each_for_itself(whole: Run, tmp_path: Path, capsys: 
 
 @pytest.mark.slow
 def test_ranks_that_share_a_model_draft_together(whole: Run, tmp_path: Path) -> None:
-    run = ran(tmp_path, *WORK, ON, "parallel=tp2", "verify=4", cold=True)
+    run = ran(tmp_path, *WORK, ON, "parallel=tp2", "verify=4")
     assert run.status == 0, run.stderr
     assert (run.row["tp"], run.row["parity_checked"], float(run.row["parity_exact_share"])) == ("2", "4", 1.0)
     assert run.token_ids == whole.token_ids and counted(run)[1] > 0

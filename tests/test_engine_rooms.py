@@ -144,7 +144,7 @@ def test_a_record_of_before_has_the_engine_s_own_keys_taken(name: str) -> None:
 @pytest.mark.slow
 def test_a_run_of_before_can_be_resumed(tmp_path: Path, harness: Harness) -> None:
     results = tmp_path / "results"
-    process = start(results, "engine.kernels=torch")
+    process = start(results, "engine.kernels=torch", forked=True)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
     (directory,) = results.glob("2*/")

@@ -288,7 +288,7 @@ def test_an_allocation_that_fails_is_oom(harness: Callable[..., Run]) -> None:
 
 @pytest.mark.slow
 def test_a_killed_rank_0_under_deepspeed_leaves_a_row(tmp_path: Path) -> None:
-    process = start(tmp_path, "parallel.dp=2", launcher=deepspeed(2, "--log_level", "critical"))
+    process = start(tmp_path, "parallel.dp=2", launcher=deepspeed(2, "--log_level", "critical"), forked=True)
     ranks_of(process)[0].kill()
     status, stderr, row = ended(process, tmp_path)
     assert status in (256 - 9, 1)  # of the rank that DeepSpeed's launcher finds ended first; it keeps them in a set

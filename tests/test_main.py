@@ -382,7 +382,7 @@ def test_a_terminal_that_is_closed_interrupts_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_replica_ends_the_run(tmp_path: Path) -> None:
-    process = start(tmp_path, "parallel.dp=2")
+    process = start(tmp_path, "parallel.dp=2", forked=True)
     ranks_of(process)[1].kill()
     status, _, row = ended(process, tmp_path)
     assert status == 1

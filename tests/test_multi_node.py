@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 from support.hosts import NAMESPACES, NETWORK
@@ -23,8 +22,10 @@ from support.runs import (
     TINY,
     Run,
     assert_refused,
+    begun,
     check_against_ids,
     python,
+    ranks_of,
     variables,
     wait_until_begun,
 )
@@ -82,7 +83,7 @@ class Hosts:
 def start(tmp_path: Path) -> Callable[..., Hosts]:
     """Returns a function that starts a run on two hosts, each by its own ``deepspeed --no_ssh``."""
 
-    def begin(*overrides: str, directories: tuple[Path, Path] = (ROOT, ROOT)) -> Hosts:
+    def begin(*overrides: str, directories: tuple[Path, Path] = (ROOT, ROOT), forked: bool = False) -> Hosts:
         hostfile = tmp_path / "hostfile"
         hostfile.write_text("".join(f"{host} slots=1\n" for host in HOSTS))
         port = free_port()
@@ -92,11 +93,7 @@ def start(tmp_path: Path) -> Callable[..., Hosts]:
             line = [BIN / "deepspeed", *flags, "--master_port", port, "--log_level", "critical", MAIN, *overrides]
             # Every host has a disk of its own.
             line.append(f"results_dir={tmp_path / ('results' if number == 0 else 'elsewhere')}")
-            launchers.append(
-                subprocess.Popen(
-                    [str(part) for part in line], cwd=directory, env=variables(), stdout=-1, stderr=-1, text=True
-                )
-            )
+            launchers.append(begun([str(part) for part in line], directory, forked))
         return Hosts(launchers, tmp_path / "results")
 
     return begin
@@ -139,7 +136,7 @@ def test_a_host_without_the_dataset_ends_the_run_in_its_own_words(start: Callabl
         directory.mkdir()
     (tmp_path / "0" / "data.json").write_text('[["ab", 3, 4]]')
     job = [*TINY, "parallel.dp=2", "dataset=asc24", "dataset.path=data.json"]
-    first, second = start(*job, directories=directories).end()
+    first, second = start(*job, directories=directories, forked=True).end()
     words = "dataset.path: no such file: 'data.json'"
     assert (first.status, second.status) == (2, 2)
     assert words in second.stderr
@@ -153,10 +150,9 @@ def test_a_host_without_the_dataset_ends_the_run_in_its_own_words(start: Callabl
 @pytest.mark.slow
 def test_a_rank_that_dies_on_another_host_ends_the_run(start: Callable[..., Hosts]) -> None:
     job = ["dataset.num_samples=20000", "dataset.input_len=16", "dataset.output_len=16"]
-    hosts = start(*TINY, *RANDOM, *job, "parallel.dp=2")
+    hosts = start(*TINY, *RANDOM, *job, "parallel.dp=2", forked=True)
     wait_until_begun(hosts.results, *hosts.launchers)
-    (launch,) = psutil.Process(hosts.launchers[1].pid).children()
-    (rank,) = launch.children()
+    (rank,) = ranks_of(hosts.launchers[1])
     rank.kill()
     first, second = hosts.end()
     assert first.status == 1

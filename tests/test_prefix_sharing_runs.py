@@ -254,7 +254,7 @@ def test_two_replicas_share_each_in_a_pool_of_its_own(
 
 @pytest.mark.slow
 def test_ranks_that_share_a_model_share_blocks(whole: Run, tmp_path: Path) -> None:
-    run = ran(tmp_path, *WORK, "engine.kernels=torch", ON, "parallel=tp2", "verify=4", cold=True)
+    run = ran(tmp_path, *WORK, "engine.kernels=torch", ON, "parallel=tp2", "verify=4")
     assert run.status == 0, run.stderr
     assert (run.row["tp"], run.row["parity_checked"], float(run.row["parity_exact_share"])) == ("2", "4", 1.0)
     assert run.token_ids == whole.token_ids and shared_by(run) > 0

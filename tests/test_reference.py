@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import LONGROPE, SIZES, save_model
-from support.runs import ROOT, Run, command, variables
+from support.runs import Run, begun, command
 
 from harness.config.schema import GenerationConfig, Stop
 from harness.models import reference as references
@@ -145,7 +144,7 @@ def test_a_run_that_was_to_be_checked_and_was_not_is_not_ok(
     words = [f"model.path={model}", "dataset.num_samples=4", "generation.max_output_len=6", "verify=2"]
     with open(tmp_path / "output", "w") as output:
         line = command(*words, f"results_dir={results}")
-        process = subprocess.Popen(line, cwd=ROOT, env=variables(), stdout=output, stderr=output)
+        process = begun(line, forked=True, stdout=output, stderr=output)
         while process.poll() is None and "running 4 requests" not in (tmp_path / "output").read_text():
             time.sleep(0.02)
         (model / "model.safetensors").unlink()

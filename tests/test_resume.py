@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from support.resuming import (
     family,
     finished,
     has_lines,
+    interrupt,
     kill,
     passed,
     run_id_in,
@@ -39,6 +39,7 @@ from support.runs import (
     TINY,
     Run,
     assert_refused,
+    begun,
     check_against_ids,
     command,
     deepspeed,
@@ -46,7 +47,6 @@ from support.runs import (
     ran,
     ranks_of,
     start,
-    variables,
 )
 
 from harness.basics.errors import UserError
@@ -101,8 +101,10 @@ def test_killed_at_random_moments_and_resumed_a_run_is_the_one_that_was_never_ki
         victim, replicas, bare = VICTIMS[trial % len(VICTIMS)]
         results = tmp_path / f"trial{trial}"
         launcher = deepspeed(replicas) if bare else (sys.executable,)
-        process = begin(results, f"parallel.dp={replicas}", launcher=launcher)
-        if trial % 3 == 2:  # any moment: the import, the load, the warm-up, or the run
+        any_moment = trial % 3 == 2
+        forked = not (bare or any_moment)  # a fork's start has few moments, and a bare launcher is not its parent
+        process = begin(results, f"parallel.dp={replicas}", launcher=launcher, forked=forked)
+        if any_moment:  # the import, the load, the warm-up, or the run
             struck = wait_for(process, partial(passed, time.monotonic() + chance.uniform(1.0, 20.0)))
         else:
             struck = wait_for(process, partial(has_lines, results, chance.randrange(REQUESTS)))
@@ -160,7 +162,7 @@ def test_a_run_that_split_its_ranks_itself_does_so_again(tmp_path: Path, whole: 
     results = tmp_path / "results"
     process = begin(results, launcher=deepspeed(2))
     assert wait_for(process, lambda: finished(results) >= 3)
-    os.killpg(process.pid, signal.SIGINT)
+    interrupt(process)
     process.wait(timeout=60)
     run_id = run_id_in(results)
     assert run_id is not None
@@ -261,7 +263,7 @@ def test_a_full_disk_is_one_line_and_the_run_is_gone_on_with_once_there_is_room(
 ) -> None:
     results = small_disk / "results"
     line = command(*work(), f"results_dir={results}")
-    process = subprocess.Popen(line, cwd=ROOT, env=variables(), stdout=-1, stderr=-1, text=True)
+    process = begun(line, forked=True)
     while finished(results) < 3:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 from support.in_process import answered
-from support.runs import RANDOM, ROOT, TINY, assert_refused, command, launched, ran, variables, wait_until_begun
+from support.runs import RANDOM, ROOT, TINY, assert_refused, launched, ran, ranks_of, start, variables
 
 from harness.engines.shared.auto_tp_families import AUTO_TP_FAMILIES
 from harness.results.completions import read_completions
@@ -138,23 +135,9 @@ def test_a_model_that_auto_tp_would_cut_wrongly_is_refused(tmp_path: Path) -> No
 def test_a_rank_that_dies_ends_the_run(tmp_path: Path, victim: int, replicas: int) -> None:
     """kill -9 of rank 0, of a rank that shares its model, and of one that shares the other replica's."""
     results = tmp_path / "results"
-    parallel = ["parallel.tp=2", f"parallel.dp={replicas}"]
-    process = subprocess.Popen(
-        command(*TINY, *RANDOM, "dataset.num_samples=20000", *parallel, f"results_dir={results}"),
-        cwd=ROOT,
-        env=variables(OMP_NUM_THREADS="1"),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start(results, "parallel.tp=2", f"parallel.dp={replicas}", forked=True)
     try:
-        wait_until_begun(results, process)
-        ranks = [
-            child
-            for child in psutil.Process(process.pid).children(recursive=True)
-            if f"--local_rank={victim}" in child.cmdline()
-        ]
-        assert len(ranks) == 1
-        os.kill(ranks[0].pid, signal.SIGKILL)
+        ranks_of(process)[victim].kill()
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()

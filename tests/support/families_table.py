@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -53,18 +52,18 @@ def collect(names: Iterable[str], place: Path, columns: Iterable[Column] = COLUM
 
 def on_two_ranks(directories: list[Path], place: Path) -> dict[str, dict[str, Any]]:
     """Returns what becomes of each directory's model on two ranks, by column; they start again where they hung."""
-    from support.runs import deepspeed, variables
+    from support.runs import deepspeed, python
 
     listed, lines = place / "parallel.txt", place / "parallel.jsonl"
     found: dict[str, dict[str, Any]] = {directory.name: {} for directory in directories}
     while left := [directory for directory in directories if len(found[directory.name]) < len(PARALLEL)]:
         listed.write_text("\n".join(map(str, left)))
-        done = subprocess.run(
-            [*deepspeed(2, "--log_level", "critical"), str(Path(families_check.__file__)), str(listed), str(lines)],
-            cwd=ROOT,
-            env=variables(OMP_NUM_THREADS="1", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"),
-            capture_output=True,
-            text=True,
+        done = python(
+            *deepspeed(2, "--log_level", "critical"),
+            *(str(Path(families_check.__file__)), str(listed), str(lines)),
+            timeout=7200,
+            OMP_NUM_THREADS="1",
+            PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}",
         )
         before = sum(map(len, found.values()))
         for name, title, outcome in families_check.read_parallel(lines):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,8 +18,9 @@ import pytest
 
 from harness.models import demo
 from harness.verify import __main__ as verify
+from support import runs, warm
 from support.models import save_small_demo
-from support.runs import ROOT, Run, check_against_ids, command, variables
+from support.runs import Run, begun, check_against_ids, command
 
 REQUESTS = 24
 
@@ -34,12 +36,16 @@ def work() -> list[str]:
 
 
 def begin(
-    results: Path, *overrides: str, launcher: tuple[str, ...] = (sys.executable,), words: list[str] | None = None
-) -> subprocess.Popen[bytes]:
-    """Starts a run of :func:`work`; its words are in ``results``.log."""
+    results: Path,
+    *overrides: str,
+    launcher: tuple[str, ...] = (sys.executable,),
+    words: list[str] | None = None,
+    forked: bool = True,
+) -> subprocess.Popen[str]:
+    """Starts a run of :func:`work`, ``forked`` as in :func:`begun`; what it says is in ``results``.log."""
     line = command(*(work() if words is None else words), *overrides, f"results_dir={results}", launcher=launcher)
     with open(f"{results}.log", "ab") as log:
-        return subprocess.Popen(line, cwd=ROOT, env=variables(), stdout=log, stderr=log, start_new_session=True)
+        return begun(line, forked=forked, stdout=log, stderr=log, start_new_session=True)
 
 
 def finished(results: Path) -> int:
@@ -47,7 +53,7 @@ def finished(results: Path) -> int:
     return sum(path.read_bytes().count(b"\n") for path in results.glob("*/completions.jsonl"))
 
 
-def wait_for(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> bool:
+def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> bool:
     """Returns whether ``condition`` came true before the run ended."""
     deadline = time.monotonic() + 300
     while process.poll() is None:
@@ -58,25 +64,21 @@ def wait_for(process: subprocess.Popen[bytes], condition: Callable[[], bool]) ->
     return False
 
 
-def family(process: subprocess.Popen[bytes]) -> dict[str, psutil.Process]:
+def family(process: subprocess.Popen[str]) -> dict[str, psutil.Process]:
     """Returns a launch's processes by what they are: ``launcher``, ``deepspeed``, ``rank 0``, ..."""
-    found = {"launcher": psutil.Process(process.pid)}
-    for child in found["launcher"].children(recursive=True):
-        try:
-            line = child.cmdline()
-            number = child.environ().get("LOCAL_RANK")
-        except psutil.Error:
-            continue
+    launcher = psutil.Process(process.pid)
+    found = {"launcher": warm.fork_of(launcher)}
+    for line, member in runs.family(launcher):
         if "deepspeed.launcher.launch" in line:
-            found["deepspeed"] = child
-        elif any(part.endswith("harness/main.py") for part in line) and number is not None:
-            found.setdefault(f"rank {number}", child)
+            found["deepspeed"] = member
+        elif (number := next((word for word in line if word.startswith("--local_rank=")), None)) is not None:
+            found.setdefault(f"rank {number.removeprefix('--local_rank=')}", member)
     if len(found) == 1:
         found["rank 0"] = found["launcher"]
     return found
 
 
-def kill(process: subprocess.Popen[bytes], victim: str) -> None:
+def kill(process: subprocess.Popen[str], victim: str) -> None:
     """Kills one process of a launch with SIGKILL, or ``all`` of them at once."""
     members = family(process)
     for name, member in members.items():
@@ -85,6 +87,12 @@ def kill(process: subprocess.Popen[bytes], victim: str) -> None:
                 member.kill()
             except psutil.Error:
                 pass
+
+
+def interrupt(process: subprocess.Popen[str]) -> None:
+    """Sends SIGINT to all of a launch, as Ctrl-C in a terminal does."""
+    for member in family(process).values():
+        member.send_signal(signal.SIGINT)
 
 
 def passed(moment: float) -> bool:
@@ -137,5 +145,5 @@ def watchdogs(word: str) -> list[psutil.Process]:
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
         if word in words and any(word.endswith("watchdog.py") for word in words):
-            found.append(process)
+            found.append(warm.fork_of(process))
     return found

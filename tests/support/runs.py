@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -200,22 +201,41 @@ def check_against_ids(run: Run) -> None:
         assert 0 < line["first_token_s"] <= line["finished_s"]
 
 
-def start(results: Path, *overrides: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen[str]:
-    """Starts a run of many small requests and returns when some of them are finished."""
-    count = 10_000 if PACED[-1] in overrides else 100_000  # for more than a minute; each rank takes time to make them
+def start(
+    results: Path, *overrides: str, launcher: tuple[str, ...] = (sys.executable,), forked: bool = False
+) -> subprocess.Popen[str]:
+    """Starts a run of many small requests and returns when some of them are finished; ``forked``: see :func:`begun`."""
+    # For more than a minute; each rank takes time to make them, so few with many tokens.
+    count, tokens = (10_000, 16) if PACED[-1] in overrides else (20_000, 80)
     arguments = command(
         *TINY,
         *RANDOM,
         f"dataset.num_samples={count}",
         "dataset.input_len=16",
-        "dataset.output_len=16",
+        f"dataset.output_len={tokens}",
         *overrides,
         f"results_dir={results}",
         launcher=launcher,
     )
-    process = subprocess.Popen(arguments, cwd=ROOT, env=variables(), stdout=-1, stderr=-1, text=True)
+    process = begun(arguments, forked=forked)
     wait_until_begun(results, process, size=10_000)
     return process
+
+
+def begun(line: list[str], cwd: Path = ROOT, forked: bool = False, **how: Any) -> subprocess.Popen[str]:
+    """Starts a command line and returns its process.
+
+    Args:
+        how: what else :class:`subprocess.Popen` is told; without it there are pipes of text.
+        forked: it and its ranks are forks, as in :func:`ran`: for tests that look at ranks and kill some. What is
+            returned is a fork's stand-in, which ends as its fork does; :func:`family` has the forks. What
+            looks for a stopped rank, or is a bare ``deepspeed`` that is killed, is not as in a user's launch.
+    """
+    environment = variables()
+    if forked and warm.suits(environment):
+        line = [str(warm.interpreter()), *(line[1:] if line[0] == sys.executable else line)]
+    how = how or {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(line, cwd=cwd, env=environment, text=True, **how)
 
 
 def wait_until_begun(results: Path, *processes: subprocess.Popen[str], size: int = 0) -> None:
@@ -231,25 +251,32 @@ def wait_until_begun(results: Path, *processes: subprocess.Popen[str], size: int
         time.sleep(0.05)
 
 
+def family(process: psutil.Process) -> list[tuple[list[str], psutil.Process]]:
+    """Returns what a process has started and what these have: each with its command line, forks for their stand-ins."""
+    found = []
+    for child in warm.fork_of(process).children():
+        with suppress(psutil.NoSuchProcess):  # it has ended
+            found.append((child.cmdline(), warm.fork_of(child)))
+            found += family(child)
+    return found
+
+
 def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """Returns the rank processes of a launch, in the order of their local rank; a lone one is the process itself."""
-    found = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if any(part.endswith("harness/main.py") for part in child.cmdline())
-        and "--local_rank" in " ".join(child.cmdline())
-        and "deepspeed.launcher.launch" not in child.cmdline()
-    ]
-    if not found:
-        return [psutil.Process(process.pid)]
-    return sorted(found, key=lambda child: next(part for part in child.cmdline() if "--local_rank" in part))
+    found = {
+        word: member
+        for words, member in family(psutil.Process(process.pid))
+        for word in words
+        if word.startswith("--local_rank=") and any(part.endswith("harness/main.py") for part in words)
+    }
+    return [found[word] for word in sorted(found)] or [warm.fork_of(psutil.Process(process.pid))]
 
 
 def ended(process: subprocess.Popen[str], results: Path, within_s: float = 120) -> tuple[int, str, dict[str, str]]:
     """Waits for the end; returns exit status, stderr and the row, having checked that nothing was left behind."""
-    family = psutil.Process(process.pid).children(recursive=True)
+    started = [member for _, member in family(psutil.Process(process.pid))]
     _, stderr = process.communicate(timeout=within_s)
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(started, timeout=10)
     assert not alive
     (row,) = read_rows(results / "runs.csv")
     lines = read_completions(results / row["run_id"] / "completions.jsonl")

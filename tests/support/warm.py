@@ -32,6 +32,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 PRELOADED = [
     "harness.main",
     "harness.running.start",
@@ -56,9 +58,9 @@ HEADER, STATUS = struct.Struct("=Q"), struct.Struct("=i")  # a request's length,
 STAND_IN = """#!{python} -IS
 import json, os, signal, socket, struct, sys
 words = sys.argv[2:] if sys.argv[1:2] == ["-u"] else sys.argv[1:]
-if not words or not (words[0].endswith(".py") or words[:2] == ["-m", "deepspeed.launcher.launch"]):
+if not words or not (words[0].endswith((".py", "/deepspeed")) or words[:2] == ["-m", "deepspeed.launcher.launch"]):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
-request = json.dumps([words, os.getcwd(), dict(os.environ)]).encode()
+request = json.dumps([words, os.getcwd(), dict(os.environ), os.getpid()]).encode()
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
 socket.send_fds(server, [struct.pack("=Q", len(request))], [0, 1, 2])
@@ -92,7 +94,7 @@ def run(
     with tempfile.TemporaryDirectory() as place, _connected(_server()) as server:
         files = [Path(os.devnull), Path(place, "stdout"), Path(place, "stderr")]
         handles = [os.open(file, os.O_RDWR | os.O_CREAT) for file in files]
-        request = json.dumps([words, str(directory), variables]).encode()
+        request = json.dumps([words, str(directory), variables, None]).encode()
         socket.send_fds(server, [HEADER.pack(len(request))], handles)
         server.sendall(request)
         for handle in handles:
@@ -106,12 +108,31 @@ def run(
         return subprocess.CompletedProcess(words, status, *(file.read_text() for file in files[1:]))
 
 
+def interpreter() -> Path:
+    """Returns a program that does as Python would, in a fork, where its environment :func:`suits`."""
+    return _server().parent / "python"
+
+
+def fork_of(process: psutil.Process) -> psutil.Process:
+    """Returns the fork that does a stand-in's work, to be looked at, stopped or killed; any other process itself."""
+    try:
+        return psutil.Process(int((_place() / f"fork of {process.pid}").read_text()))
+    except FileNotFoundError:
+        return process
+
+
+@cache
+def _place() -> Path:
+    """Returns the directory of the session's server, which need not have been started."""
+    session = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    here = hashlib.sha256(f"{__file__} {session}".encode()).hexdigest()[:16]  # a session may start another, of a copy
+    return Path(tempfile.gettempdir(), f"harness-tests-{os.getuid()}-{here}")
+
+
 @cache
 def _server() -> Path:
     """Returns the address of the session's server, which lives as long as a test process is connected."""
-    session = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-    here = hashlib.sha256(f"{__file__} {session}".encode()).hexdigest()[:16]  # a session may start another, of a copy
-    place = Path(tempfile.gettempdir(), f"harness-tests-{os.getuid()}-{here}")
+    place = _place()
     place.mkdir(mode=0o700, exist_ok=True)
     address = place / "server"
     with open(place / "lock", "w") as lock:
@@ -179,9 +200,13 @@ def _serve(address: Path) -> list[str]:
 def _guard(client: socket.socket, size: int, files: list[int], stand_in: Path) -> list[str]:
     """Forks the process asked for and sees to it until it or its client ends; returns, in the fork, its words."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    words, directory, variables = json.loads(client.recv(size, socket.MSG_WAITALL))
+    words, directory, variables, asking = json.loads(client.recv(size, socket.MSG_WAITALL))
     pid = os.fork()
     if pid == 0:
+        if asking is not None:  # before it does anything that a test could wait for
+            new = stand_in.parent / f"new {asking}"
+            new.write_text(str(os.getpid()))
+            new.rename(stand_in.parent / f"fork of {asking}")
         client.close()
         for number, file in enumerate(files):
             os.dup2(file, number)
@@ -205,6 +230,8 @@ def _guard(client: socket.socket, size: int, files: list[int], stand_in: Path) -
         if not numbers:  # the client has gone
             watched = [process]
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if asking is not None:
+        (stand_in.parent / f"fork of {asking}").unlink(missing_ok=True)  # another process may get that number
     try:
         client.sendall(STATUS.pack(status))
     except OSError:  # it has gone
