@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -92,7 +93,8 @@ def kill(process: subprocess.Popen[str], victim: str) -> None:
 def interrupt(process: subprocess.Popen[str]) -> None:
     """Sends SIGINT to all of a launch, as Ctrl-C in a terminal does."""
     for member in family(process).values():
-        member.send_signal(signal.SIGINT)
+        with suppress(psutil.NoSuchProcess):
+            member.send_signal(signal.SIGINT)
 
 
 def passed(moment: float) -> bool:

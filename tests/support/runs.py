@@ -228,8 +228,8 @@ def begun(line: list[str], cwd: Path = ROOT, forked: bool = False, **how: Any) -
     Args:
         how: what else :class:`subprocess.Popen` is told; without it there are pipes of text.
         forked: it and its ranks are forks, as in :func:`ran`: for tests that look at ranks and kill some. What is
-            returned is a fork's stand-in, which ends as its fork does; :func:`family` has the forks. What
-            looks for a stopped rank, or is a bare ``deepspeed`` that is killed, is not as in a user's launch.
+            returned is a fork's stand-in, which ends as its fork does; :func:`family` has the forks. It is not a user's
+            launch where a launcher looks for stopped ranks, or ranks for a killed ``deepspeed``.
     """
     environment = variables()
     if forked and warm.suits(environment):
