@@ -117,7 +117,7 @@ def fork_of(process: psutil.Process) -> psutil.Process:
     """Returns the fork that does a stand-in's work, to be looked at, stopped or killed; any other process itself."""
     try:
         return psutil.Process(int((_place() / f"fork of {process.pid}").read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, psutil.NoSuchProcess):  # the latter where it has just ended
         return process
 
 
