@@ -259,8 +259,8 @@ def reference_scores(demo_model: Path, texts: list[Scored]) -> Callable[[str], T
 
     @cache
     def scores(dtype: str) -> Tensor:
-        model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=getattr(torch, dtype)).eval()
-        return torch.cat([expected(model, item)[0] for item in texts])
+        model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32).eval()
+        return torch.cat([expected(model.to(getattr(torch, dtype)), item)[0] for item in texts])
 
     return scores
 
