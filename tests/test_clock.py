@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from support.resuming import REQUESTS, begin, check_sums, family, has_lines, kill, run_id_in, wait_for, watchdogs
-from support.runs import PACED, ROOT, Run, command, deepspeed, ended, ranks_of, start, variables
+from support.runs import PACED, ROOT, Run, begun, command, deepspeed, ended, ranks_of, start
 
 from harness.results import lifeline, segments
 from harness.results.closing import close_unfinished
@@ -218,7 +218,7 @@ def test_of_two_that_resume_at_once_one_is_refused(tmp_path: Path, launchers: tu
     for ranks in launchers:
         launcher = deepspeed(ranks, *BARE) if ranks else (sys.executable,)
         line = command(f"resume={run_id}", f"results_dir={tmp_path}", launcher=launcher)
-        both.append(subprocess.Popen(line, cwd=ROOT, env=variables(), stdout=-1, stderr=-1, text=True))
+        both.append(begun(line))
     deadline = time.monotonic() + 300
     while all(each.poll() is None for each in both) and time.monotonic() < deadline:
         time.sleep(0.1)

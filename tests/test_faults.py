@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from support.hosts import NAMESPACES, NETWORK, networked
 from support.resuming import watchdogs
-from support.runs import BIN, RANDOM, ROOT, TINY, Run, command, deepspeed, ended, ranks_of, start, variables
+from support.runs import BIN, RANDOM, ROOT, TINY, Run, begun, command, deepspeed, ended, ranks_of, start, variables
 
 from harness.basics.errors import UserError
 from harness.config.compose import to_config
@@ -235,7 +235,7 @@ def run_out_of_memory(group: Path, results: Path, victim: int, *overrides: str, 
     """
     inside = ["bash", "-c", 'echo $$ >"$0" && exec "$@"', str(group / "cgroup.procs")]
     line = [*inside, *command(*GROWING, *overrides, f"results_dir={results}", **how)]
-    process = subprocess.Popen(line, cwd=ROOT, env=variables(OMP_NUM_THREADS="1"), stdout=-1, stderr=-1, text=True)
+    process = begun(line, environment=variables(OMP_NUM_THREADS="1"))
     for _ in range(1200):
         if any(len(path.read_text().splitlines()) > 5 for path in results.glob("*/passes.csv")):
             break

@@ -93,7 +93,7 @@ def start(tmp_path: Path) -> Callable[..., Hosts]:
             line = [BIN / "deepspeed", *flags, "--master_port", port, "--log_level", "critical", MAIN, *overrides]
             # Every host has a disk of its own.
             line.append(f"results_dir={tmp_path / ('results' if number == 0 else 'elsewhere')}")
-            launchers.append(begun([str(part) for part in line], directory, forked))
+            launchers.append(begun([str(part) for part in line], directory, forked=forked))
         return Hosts(launchers, tmp_path / "results")
 
     return begin

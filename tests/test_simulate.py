@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from support import made_runs
 from support.in_process import answered, begin_anew
-from support.runs import ROOT, TINY, Run, assert_refused, command, python, ran, variables
+from support.runs import ROOT, TINY, Run, assert_refused, begun, command, python, ran, variables
 
 from harness.basics.errors import UserError
 from harness.compare.comparison import compare
@@ -240,7 +240,7 @@ assert not heavy, heavy
 def killed(results: Path, *words: str) -> str:
     """Starts a simulation that takes its time, kills it once some requests are done, and returns its run id."""
     line = command(*H100, "parallel.tp=8", *words, f"results_dir={results}")
-    process = subprocess.Popen(line, cwd=ROOT, env=variables(), stdout=-1, stderr=-1, text=True)
+    process = begun(line)
     for _ in range(1200):
         if [path for path in results.glob("*/completions.jsonl") if path.read_bytes().count(b"\n") > 5]:
             break

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.runs import PACED, RANDOM, ROOT, TINY, Run, command, ran, variables
+from support.runs import PACED, RANDOM, ROOT, TINY, Run, begun, command, ran, variables
 from support.slurm import Slurm, why_not
 
 ODD = ROOT / "tests" / "support" / "odd"
@@ -41,7 +41,7 @@ def sweep(slurm: Slurm, results: Path, *words: str, **more: str) -> Run:
 def started(slurm: Slurm, results: Path, *words: str) -> subprocess.Popen[str]:
     """Starts such a sweep."""
     line = command("-m", *JOBS, *words, f"results_dir={results}", launcher=(sys.executable,))
-    return subprocess.Popen(line, cwd=ROOT, env=variables(**slurm.environment), stdout=-1, stderr=-1, text=True)
+    return begun(line, environment=variables(**slurm.environment))
 
 
 def wait_for_requests(slurm: Slurm, results: Path, lines: int, within_s: float = 240.0) -> Path:

@@ -24,6 +24,7 @@ from support.runs import (
     TINY,
     Run,
     assert_refused,
+    begun,
     command,
     deepspeed,
     ran,
@@ -86,7 +87,7 @@ def in_job(scontrol: Path, restarts: int = 0) -> dict[str, str]:
 def told(results: Path, signum: int, *overrides: str, **more: str) -> Run:
     """Runs the job and signals it when some requests are finished."""
     line = command(*JOB, *overrides, f"results_dir={results}", launcher=(sys.executable,))
-    process = subprocess.Popen(line, cwd=ROOT, env=variables(**more), stdout=-1, stderr=-1, text=True)
+    process = begun(line, environment=variables(**more))
     wait_until_begun(results, process, size=2000)
     process.send_signal(signum)
     stdout, stderr = process.communicate(timeout=120)
@@ -158,8 +159,7 @@ def test_two_ranks_that_slurm_signals_all_at_once_are_one_pause(tmp_path: Path, 
     results = tmp_path / "results"
     job = [*TINY, *RANDOM, "dataset.num_samples=100000", "dataset.input_len=16", "dataset.output_len=16"]
     line = command(*job, "parallel.dp=2", "requeue=true", f"results_dir={results}", launcher=deepspeed(2))
-    environment = variables(**in_job(scontrol))
-    process = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True, process_group=0)
+    process = begun(line, environment=variables(**in_job(scontrol)), process_group=0)
     wait_until_begun(results, process, size=2000)
     os.killpg(process.pid, signal.SIGTERM)
     process.communicate(timeout=120)

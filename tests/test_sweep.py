@@ -8,7 +8,6 @@ import re
 import shlex
 import signal
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +25,9 @@ from support.runs import (
     TINY,
     Run,
     assert_refused,
+    begun,
     command,
     deepspeed,
-    variables,
     wait_until_begun,
 )
 
@@ -167,7 +166,7 @@ def test_deepspeed_with_m_drives_the_sweep_from_its_first_rank(harness: Harness)
 @pytest.mark.slow
 def test_a_sweep_whose_reader_leaves_goes_on(tmp_path: Path) -> None:
     arguments = command("-m", *SMALL, *SIMULATED, "dataset.seed=1,2", f"results_dir={tmp_path / 'results'}")
-    process = subprocess.Popen(arguments, cwd=ROOT, env=variables(), stdout=-1, stderr=-1, text=True)
+    process = begun(arguments)
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.readline() == "[1/2] dataset.seed=1\n"
     process.stdout.close()
@@ -194,7 +193,7 @@ def test_ctrl_c_ends_the_current_job_and_leaves_the_sweep_resumable(tmp_path: Pa
     words = ["-m", *TINY, *RANDOM, *PACED, "dataset.input_len=16", "dataset.output_len=16"]
     words.append("dataset.num_samples=4,100000,5")
     arguments = command(*words, f"results_dir={tmp_path / 'results'}")
-    process = subprocess.Popen(arguments, cwd=ROOT, env=variables(), stdout=-1, stderr=-1, text=True)
+    process = begun(arguments)
     wait_until_begun(tmp_path / "results", process, size=10_000)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)

@@ -60,7 +60,7 @@ def on_two_ranks(directories: list[Path], place: Path) -> dict[str, dict[str, An
         listed.write_text("\n".join(map(str, left)))
         done = python(
             *deepspeed(2, "--log_level", "critical"),
-            *(str(Path(families_check.__file__)), str(listed), str(lines)),
+            *map(str, (families_check.__file__, listed, lines)),
             timeout=7200,
             OMP_NUM_THREADS="1",
             PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}",

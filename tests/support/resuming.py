@@ -72,8 +72,8 @@ def family(process: subprocess.Popen[str]) -> dict[str, psutil.Process]:
     for line, member in runs.family(launcher):
         if "deepspeed.launcher.launch" in line:
             found["deepspeed"] = member
-        elif (number := next((word for word in line if word.startswith("--local_rank=")), None)) is not None:
-            found.setdefault(f"rank {number.removeprefix('--local_rank=')}", member)
+        elif (number := runs.local_rank(line)) is not None:
+            found[f"rank {number}"] = member
     if len(found) == 1:
         found["rank 0"] = found["launcher"]
     return found

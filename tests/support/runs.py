@@ -222,20 +222,23 @@ def start(
     return process
 
 
-def begun(line: list[str], cwd: Path = ROOT, forked: bool = False, **how: Any) -> subprocess.Popen[str]:
-    """Starts a command line and returns its process.
+def begun(
+    line: list[str], cwd: Path = ROOT, environment: dict[str, str] | None = None, forked: bool = False, **how: Any
+) -> subprocess.Popen[str]:
+    """Starts a command line, between pipes of text, and returns its process.
 
     Args:
-        how: what else :class:`subprocess.Popen` is told; without it there are pipes of text.
+        environment: that of :func:`variables`, where nothing is said.
+        how: what else :class:`subprocess.Popen` is told.
         forked: it and its ranks are forks, as in :func:`ran`: for tests that look at ranks and kill some. What is
             returned is a fork's stand-in, which ends as its fork does; :func:`family` has the forks. It is not a user's
             launch where a launcher looks for stopped ranks, or ranks for a killed ``deepspeed``.
     """
-    environment = variables()
+    environment = environment or variables()
     if forked and warm.suits(environment):
         line = [str(warm.interpreter()), *(line[1:] if line[0] == sys.executable else line)]
-    how = how or {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(line, cwd=cwd, env=environment, text=True, **how)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(line, cwd=cwd, env=environment, text=True, **(pipes | how))
 
 
 def wait_until_begun(results: Path, *processes: subprocess.Popen[str], size: int = 0) -> None:
@@ -261,15 +264,17 @@ def family(process: psutil.Process) -> list[tuple[list[str], psutil.Process]]:
     return found
 
 
+def local_rank(words: list[str]) -> int | None:
+    """Returns which rank of its host a command line starts; None for any other."""
+    found = [int(word.removeprefix("--local_rank=")) for word in words if word.startswith("--local_rank=")]
+    return found[0] if found and any(word.endswith("harness/main.py") for word in words) else None
+
+
 def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """Returns the rank processes of a launch, in the order of their local rank; a lone one is the process itself."""
-    found = {
-        word: member
-        for words, member in family(psutil.Process(process.pid))
-        for word in words
-        if word.startswith("--local_rank=") and any(part.endswith("harness/main.py") for part in words)
-    }
-    return [found[word] for word in sorted(found)] or [warm.fork_of(psutil.Process(process.pid))]
+    launcher = psutil.Process(process.pid)
+    found = {number: member for words, member in family(launcher) if (number := local_rank(words)) is not None}
+    return [found[number] for number in sorted(found)] or [warm.fork_of(launcher)]
 
 
 def ended(process: subprocess.Popen[str], results: Path, within_s: float = 120) -> tuple[int, str, dict[str, str]]:
