@@ -122,8 +122,9 @@ class FastGenEngine(Engine[FastGenConfig]):
         prompts = [length, beside][: self.settings.engine.max_sequences] if length > 0 else []
         for uid, prompt in enumerate(prompts):
             scheduler.submit(Sequence(uid, [1] * prompt, prompt, 4))
-        for _ in Loop(self.runner, scheduler, Clock()).passes():
-            pass
+        with self.runner.warming():
+            for _ in Loop(self.runner, scheduler, Clock()).passes():
+                pass
         if self.team is not None:
             self.team.release()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 from harness.engines.fastgen.batch import RaggedBatch, Sequence
@@ -49,6 +50,9 @@ class Runner(Protocol):
     def allocate(self, max_blocks: int) -> int:
         """Makes the KV cache, at most ``max_blocks`` blocks, and returns how many there are."""
 
+    def warming(self) -> AbstractContextManager[None]:
+        """In it, passes need give no right ids: only run the code and touch the memory that later passes will."""
+
     def launch(self, batch: RaggedBatch) -> Wait:
         """Starts a pass that computes all tokens of ``batch`` and stores their keys and values.
 
@@ -79,6 +83,10 @@ class AtOnce:
     """The ``launch`` of a runner that has computed a pass when ``forward`` returns."""
 
     depth = 0
+
+    def warming(self) -> AbstractContextManager[None]:
+        """See :meth:`Runner.warming`."""
+        return nullcontext()
 
     def forward(self, batch: RaggedBatch) -> Tensor:
         """Computes a pass; returns the greedy token ids of ``batch.sampled``, int64 ``[rows]``."""

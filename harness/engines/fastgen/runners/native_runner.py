@@ -7,7 +7,9 @@ The model is loaded by transformers and taken apart layer by layer: its weights 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -71,6 +73,16 @@ class NativeRunner(AtOnce):
         positions = blocks * block_size
         self._make_cache(blocks, min(positions, self.settings.max_context or positions))
         return blocks
+
+    @contextmanager
+    def warming(self) -> Iterator[None]:
+        """See :meth:`Runner.warming`: two layers do, the last being another than those before it."""
+        layers = self.model.layer_count
+        self.model.layer_count = min(2, layers)
+        try:
+            yield
+        finally:
+            self.model.layer_count = layers
 
     def forward(self, batch: RaggedBatch) -> Tensor:
         """Returns the greedy token ids, int64 ``[rows]``, one for each of ``batch.sampled``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 from harness.engines.fastgen.batch import Chunk, RaggedBatch, Sequence
@@ -63,6 +64,10 @@ class ShardedRunner:
     def allocate(self, max_blocks: int) -> int:
         """Makes this rank's cache; returns the blocks of the rank that has the fewest."""
         return self.tensor.least(self.runner.allocate(max_blocks))
+
+    def warming(self) -> AbstractContextManager[None]:
+        """See :meth:`Runner.warming`; the followers compute all of every pass."""
+        return nullcontext()
 
     def launch(self, batch: RaggedBatch) -> Wait:
         """Starts ``batch`` with the followers; the leader's."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -150,6 +151,10 @@ class TritonRunner:
         self.decoder = self._decoder(self._limits(blocks), blocks)
         self.planner = self.decoder.planner
         self.graphs = Graphs(self.decoder.choose, self._fill, self.settings.engine.max_sequences, self.device)
+
+    def warming(self) -> AbstractContextManager[None]:
+        """See :meth:`Runner.warming`."""
+        return nullcontext()
 
     @torch.inference_mode()
     def launch(self, batch: RaggedBatch) -> Wait:
