@@ -28,7 +28,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.basics.command import output_ended
+from harness.basics.command import collect_seldom, output_ended
 from harness.basics.errors import FULL_ERROR, INTERRUPTED, REFUSED, UserError, complain, full_error, report
 from harness.basics.outcome import leave
 from harness.basics.places import CONF
@@ -144,6 +144,7 @@ def _refuse(error: Exception, rank: Rank | None) -> int:
 
 def entry() -> NoReturn:
     """The command ``llama-harness``."""
+    collect_seldom()
     leave(main())
 
 

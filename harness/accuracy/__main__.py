@@ -19,7 +19,7 @@ if __name__ == "__main__":
     root = Path(__file__).resolve().parents[2]
     sys.path[:1] = [] if (root / "harness" / "conf").is_dir() else [str(root)]
 
-from harness.basics.command import Parser, not_negative, positive, whole
+from harness.basics.command import Parser, collect_seldom, not_negative, positive, whole
 from harness.basics.errors import INTERRUPTED, REFUSED, UserError, report
 from harness.basics.outcome import leave
 from harness.basics.places import PROGRAM
@@ -116,6 +116,7 @@ def _launch(job: Job, words: list[str]) -> int:
 
 def entry() -> NoReturn:
     """The command ``llama-harness-accuracy``."""
+    collect_seldom()
     leave(main())
 
 

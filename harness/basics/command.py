@@ -1,8 +1,9 @@
-"""What the commands have in common: argparse that refuses in one line, checks of numbers, and output that may fail."""
+"""What the commands have in common: argparse that refuses in one line, checks of numbers, output that may fail."""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import os
 import sys
@@ -60,6 +61,14 @@ def not_negative(text: str) -> float:
     if not 0 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number of at least 0")
     return number
+
+
+def collect_seldom() -> None:
+    """Has Python look for garbage seldom; for processes that import torch and transformers.
+
+    These leave a million objects, and to look at all of them again and again takes a second of every start.
+    """
+    gc.set_threshold(500_000, 20, 50)
 
 
 def show_any_text() -> None:
