@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 from harness.engines.fastgen.batch import Chunk, RaggedBatch, Sequence
@@ -22,6 +23,7 @@ class _Told(NamedTuple):
         grown: uid, slot and blocks of each sequence whose blocks have changed.
         chunks: uid, start, last and token ids; none where there are no more passes.
         logits: whether the leader calls :meth:`Runner.logits`, and they with it.
+        warming: whether it is in :meth:`Runner.warming`.
     """
 
     freed: list[int]
@@ -30,6 +32,7 @@ class _Told(NamedTuple):
     decode_tokens: int = 0
     draft_tokens: int = 0
     logits: bool = False
+    warming: bool = False
 
 
 class ShardedRunner:
@@ -45,6 +48,7 @@ class ShardedRunner:
         self.depth = runner.depth
         self.device_time = runner.device_time
         self.every_token = False
+        self._warming = False
         self._freed: list[int] = []
         self._followed: dict[int, Sequence] = {}
 
@@ -65,9 +69,15 @@ class ShardedRunner:
         """Makes this rank's cache; returns the blocks of the rank that has the fewest."""
         return self.tensor.least(self.runner.allocate(max_blocks))
 
-    def warming(self) -> AbstractContextManager[None]:
-        """See :meth:`Runner.warming`; the followers compute all of every pass."""
-        return nullcontext()
+    @contextmanager
+    def warming(self) -> Iterator[None]:
+        """See :meth:`Runner.warming`; for the followers too. The leader's."""
+        self._warming = True
+        try:
+            with self.runner.warming():
+                yield
+        finally:
+            self._warming = False
 
     def launch(self, batch: RaggedBatch) -> Wait:
         """Starts ``batch`` with the followers; the leader's."""
@@ -86,7 +96,8 @@ class ShardedRunner:
             (sequence.uid, start, last, sequence.tokens[start : start + length])
             for sequence, start, length, last in batch.chunks
         ]
-        self.tensor.share(_Told(self._freed, grown, chunks, batch.decode_tokens, batch.draft_tokens, logits))
+        counts = batch.decode_tokens, batch.draft_tokens
+        self.tensor.share(_Told(self._freed, grown, chunks, *counts, logits, self._warming))
         self._freed = []
 
     def free(self, sequence: Sequence) -> None:
@@ -109,10 +120,11 @@ class ShardedRunner:
                     self.runner.free(sequence)
             if told.chunks:
                 batch = self._batch(told)
-                if told.logits:
-                    self.runner.logits(batch)
-                else:
-                    launched.append(self.runner.launch(batch))
+                with self.runner.warming() if told.warming else nullcontext():
+                    if told.logits:
+                        self.runner.logits(batch)
+                    else:
+                        launched.append(self.runner.launch(batch))
             while len(launched) > (self.depth if told.chunks else 0):
                 launched.popleft()()
             if not told.chunks:

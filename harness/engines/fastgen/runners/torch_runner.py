@@ -7,10 +7,13 @@ interface, so that every Llama-like model works and DeepSpeed's AutoTP can shard
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.engines.base import EngineSettings
 from harness.engines.fastgen.batch import RaggedBatch, Sequence
@@ -68,6 +71,20 @@ class TorchRunner(AtOnce):
             KvCache(*(self._zeros(blocks, heads, block_size, head_dim) for _ in range(2))) for heads, head_dim in shapes
         ]
         return blocks
+
+    @contextmanager
+    def warming(self) -> Iterator[None]:
+        """See :meth:`Runner.warming`: on a CPU two layers do, whose memory the others use again."""
+        decoder: Any = getattr(self.model, "model", None)
+        layers = getattr(decoder, "layers", None)
+        if self.device.type != "cpu" or not isinstance(layers, nn.ModuleList):
+            yield
+            return
+        decoder.layers = layers[:2]
+        try:
+            yield
+        finally:
+            decoder.layers = layers
 
     @torch.inference_mode()
     def forward(self, batch: RaggedBatch) -> Tensor:
