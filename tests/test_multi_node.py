@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support import warm
 from support.hosts import NAMESPACES, NETWORK
 from support.runs import (
     BIN,
@@ -311,7 +312,7 @@ def test_what_multi_node_py_refuses_is_one_line(tmp_path: Path, arguments: list[
 
 
 @pytest.mark.slow
-def test_the_slurm_file_starts_one_run_on_two_nodes(tmp_path: Path) -> None:
+def test_the_slurm_file_starts_one_run_on_two_nodes(tmp_path: Path, scale: Callable[[bool, bool], bool]) -> None:
     subprocess.run(["bash", "-n", ROOT / "launch" / "slurm.sbatch"], check=True)
     copy = tmp_path / "slurm_script"  # Slurm runs a copy, in a directory of its own
     shutil.copy(ROOT / "launch" / "slurm.sbatch", copy)
@@ -321,7 +322,7 @@ def test_the_slurm_file_starts_one_run_on_two_nodes(tmp_path: Path) -> None:
         cwd=tmp_path,
         env=variables(
             PATH=stand_ins(tmp_path, srun=SRUN, scontrol=SCONTROL),
-            PYTHON=sys.executable,
+            PYTHON=str(warm.interpreter()) if scale(True, False) else sys.executable,
             SLURM_SUBMIT_DIR=str(ROOT),
             SLURM_JOB_ID=str(free_port()),
             SLURM_JOB_NODELIST="127.0.0.[1-2]",
