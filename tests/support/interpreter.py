@@ -28,6 +28,7 @@ def interpret() -> None:
     _round_to_nearest(interpreter)
     _count_with_one(interpreter)
     _patch_once(interpreter)
+    _know_types(interpreter)
 
 
 def _round_to_nearest(interpreter: Any) -> None:
@@ -71,3 +72,19 @@ def _patch_once(interpreter: Any) -> None:
         return all(one.__module__ == interpreter.__name__ for one in (tl.core.reduce, *(each.load for each in known)))
 
     interpreter._patch_lang = lambda function: None if patched(function) else patch(function)
+
+
+def _know_types(interpreter: Any) -> None:
+    """Remembers NumPy's type for each of Triton's, of all of which a table is made anew for every operation."""
+    import triton.language as tl
+
+    find = interpreter._get_np_dtype
+    known: dict[str, Any] = {}
+
+    def remembered(kind: Any) -> Any:
+        name = "pointer" if isinstance(kind.scalar, tl.pointer_type) else kind.scalar.name
+        if name not in known:
+            known[name] = find(kind)
+        return known[name]
+
+    interpreter._get_np_dtype = remembered
