@@ -116,7 +116,7 @@ def test_a_run_is_found_with_what_it_left_behind(stage: Stage) -> None:
 
 @pytest.mark.slow
 def test_a_run_is_disturbed_once_it_has_finished_some_requests(stage: Stage) -> None:
-    words = [*PACED, *TINY, *RANDOM, "dataset.num_samples=100000"]
+    words = [*PACED, *TINY, *RANDOM, "dataset.num_samples=10000"]
     tick = on_failures.signalled(stage, signal.SIGTERM)
     (run,) = together([harness_run.harness_steps(stage, "disturbed", *words, timeout_s=100, tick=tick)], 1)
     assert (run.status, run.record["status"]) == (130, "interrupted"), run.how

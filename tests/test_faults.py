@@ -477,7 +477,7 @@ def test_a_run_that_loses_a_host_ends(tmp_path: Path, scale: Callable[[int, int]
     networked(tmp_path)
     (tmp_path / "hostfile").write_text("nodea slots=1\nnodeb slots=1\n")
     flags = ["--hostfile", tmp_path / "hostfile", "--no_ssh", "--master_addr", "nodea", "--log_level", "critical"]
-    job = [*TINY, *RANDOM, "dataset.num_samples=100000", "dataset.input_len=16", "dataset.output_len=16"]
+    job = [*TINY, *RANDOM, "dataset.num_samples=20000", "dataset.input_len=16", "dataset.output_len=80"]
     script = """
 "$@" --node_rank 0 $JOB & a=$!
 on_b "$@" --node_rank 1 $JOB & c=$!

@@ -17,6 +17,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
+from support import warm
 from support.models import save_model
 from support.runs import ROOT, Run, variables
 
@@ -413,7 +414,7 @@ def test_no_control_character_of_a_name_or_a_prompt_is_obeyed(
     job = ["-m", word("model.path", model), f"model.tokenizer={demo_model}", "dataset=asc24"]
     job += [word("dataset.path", data), "model.dtype=float32", "generation.stop=length"]
     done = subprocess.run(
-        [sys.executable, "harness/main.py", *job, word("results_dir", results)],
+        [warm.interpreter(), "harness/main.py", *job, word("results_dir", results)],
         cwd=ROOT,
         env=variables(),
         capture_output=True,
@@ -436,7 +437,7 @@ def test_no_control_character_of_a_name_or_a_prompt_is_obeyed(
 
     # A refusal names the path, and its row has it.
     refused = subprocess.run(
-        [sys.executable, "harness/main.py", word("model.path", f"{model}x"), word("results_dir", results)],
+        [warm.interpreter(), "harness/main.py", word("model.path", f"{model}x"), word("results_dir", results)],
         cwd=ROOT,
         env=variables(),
         capture_output=True,

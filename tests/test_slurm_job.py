@@ -157,7 +157,7 @@ def test_a_second_segment_in_a_row_that_finished_nothing_is_the_last() -> None:
 @pytest.mark.slow
 def test_two_ranks_that_slurm_signals_all_at_once_are_one_pause(tmp_path: Path, scontrol: Path) -> None:
     results = tmp_path / "results"
-    job = [*TINY, *RANDOM, "dataset.num_samples=100000", "dataset.input_len=16", "dataset.output_len=16"]
+    job = [*TINY, *RANDOM, "dataset.num_samples=20000", "dataset.input_len=16", "dataset.output_len=80"]
     line = command(*job, "parallel.dp=2", "requeue=true", f"results_dir={results}", launcher=deepspeed(2))
     process = begun(line, environment=variables(**in_job(scontrol)), process_group=0)
     wait_until_begun(results, process, size=2000)

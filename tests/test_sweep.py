@@ -191,7 +191,7 @@ def test_a_launch_over_several_hosts_says_how_to_sweep_instead(tmp_path: Path, r
 @pytest.mark.slow
 def test_ctrl_c_ends_the_current_job_and_leaves_the_sweep_resumable(tmp_path: Path) -> None:
     words = ["-m", *TINY, *RANDOM, *PACED, "dataset.input_len=16", "dataset.output_len=16"]
-    words.append("dataset.num_samples=4,100000,5")
+    words.append("dataset.num_samples=4,10000,5")
     arguments = command(*words, f"results_dir={tmp_path / 'results'}")
     process = begun(arguments)
     wait_until_begun(tmp_path / "results", process, size=10_000)
