@@ -156,7 +156,7 @@ def test_a_run_of_before_can_be_resumed(tmp_path: Path, harness: Harness) -> Non
         section = (kept if name == "config.yaml" else kept["config"])["engine"]
         section |= {key: value for key, value in ALL_KEYS.items() if key not in section}
         (directory / name).write_text(written(kept))
-    run = harness(f"resume={directory.name}", "timeout_s=15", results=results)
+    run = harness(f"resume={directory.name}", "timeout_s=8", results=results)
     assert run.row["status"] == "timeout", run.stderr
     assert run.record["segments"][-1]["changed"] == {}
     assert "batch_size" not in yaml.safe_load((directory / "config.yaml").read_text())["engine"]

@@ -268,10 +268,10 @@ def test_a_search_lengthens_its_trials_and_an_interrupted_one_goes_on_with_its_r
     search = [*("-m", "experiment=tune", *TINY, *RANDOM), "dataset.input_len=20", "dataset.output_len=4"]
     search += ["dataset.num_samples=1", "engine.token_budget=choice(32)", "engine.max_sequences=choice(4)"]
     search += ["parallel.dp=1", "parallel.tp=1", "hydra.sweeper.n_trials=1", "sweep.confirm_samples=2"]
-    search += ["sweep.confirm=1", "sweep.least_s=0.2"]
+    search += ["sweep.confirm=1", "sweep.least_s=0.05"]
     first = harness(*search, "sweep.confirm_rounds=3")
     assert first.status == 0, first.stdout + first.stderr
-    assert "less than sweep.least_s=0.2 s: each trial gets dataset.num_samples=" in first.stdout
+    assert "less than sweep.least_s=0.05 s: each trial gets dataset.num_samples=" in first.stdout
     records = [json.loads((first.results / row["run_id"] / "record.json").read_text()) for row in first.rows]
     series = [one["round"] for one in records if one["round"]["series"].startswith("confirm-")]
     numbers = [one["number"] for one in series]
