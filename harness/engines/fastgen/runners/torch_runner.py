@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness.engines.base import EngineSettings
 from harness.engines.fastgen.batch import RaggedBatch, Sequence
@@ -24,6 +23,7 @@ from harness.engines.shared.device_time import DeviceTime
 from harness.engines.shared.kv_memory import affordable_blocks, free_memory
 from harness.engines.shared.packed_linear import can_pack, pack_linears
 from harness.engines.shared.plain_attention import probe
+from harness.models.architecture import LLAMA_LIKE
 from harness.models.generation import stop_ids
 
 ATTENTION = "harness_ragged"
@@ -74,12 +74,12 @@ class TorchRunner(AtOnce):
 
     @contextmanager
     def warming(self) -> Iterator[None]:
-        """See :meth:`Runner.warming`: on a CPU two layers do, whose memory the others use again."""
-        decoder: Any = getattr(self.model, "model", None)
-        layers = getattr(decoder, "layers", None)
-        if self.device.type != "cpu" or not isinstance(layers, nn.ModuleList):
+        """See :meth:`Runner.warming`: on a CPU two layers do where all are alike, and use the same memory."""
+        if self.device.type != "cpu" or self.model.config.model_type not in LLAMA_LIKE:
             yield
             return
+        decoder = self.model.model
+        layers = decoder.layers
         decoder.layers = layers[:2]
         try:
             yield
