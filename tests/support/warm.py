@@ -58,8 +58,8 @@ HEADER, STATUS = struct.Struct("=Q"), struct.Struct("=i")  # a request's length,
 STAND_IN = """#!{python} -IS
 import json, os, signal, socket, struct, sys
 words = sys.argv[2:] if sys.argv[1:2] == ["-u"] else sys.argv[1:]
-known = ["deepspeed.launcher.launch"], ["deepspeed.launcher.runner"]
-if not words or not (words[0].endswith((".py", "/deepspeed")) or words[0] == "-m" and words[1:2] in known):
+launchers = ["-m", "deepspeed.launcher.launch"], ["-m", "deepspeed.launcher.runner"]
+if not words or not (words[0].endswith((".py", "/deepspeed")) or words[:2] in launchers):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 request = json.dumps([words, os.getcwd(), dict(os.environ), os.getpid()]).encode()
 server = socket.socket(socket.AF_UNIX)
