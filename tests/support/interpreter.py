@@ -29,6 +29,7 @@ def interpret() -> None:
     _count_with_one(interpreter)
     _patch_once(interpreter)
     _know_types(interpreter)
+    _know_shapes()
 
 
 def _round_to_nearest(interpreter: Any) -> None:
@@ -88,3 +89,36 @@ def _know_types(interpreter: Any) -> None:
         return known[name]
 
     interpreter._get_np_dtype = remembered
+
+
+def _know_shapes() -> None:
+    """Remembers what follows from a block's shape, which is worked out anew for every value and every comparison."""
+    import triton.language as tl
+
+    make_type, make_value = tl.block_type.__init__, tl.tensor.__init__
+    of_types: dict[tuple[int, ...], tuple[Any, int, str]] = {}
+    of_values: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+    def typed(self: Any, element_ty: Any, shape: Any) -> None:
+        self.sizes = tuple(getattr(size, "value", size) for size in shape)
+        if self.sizes not in of_types:
+            make_type(self, element_ty, shape)
+            of_types[self.sizes] = self.shape, self.numel, str(self.shape)
+        self.element_ty = element_ty
+        self.shape, self.numel, text = of_types[self.sizes]
+        self.name = f"<{text}, {element_ty}>"
+
+    def valued(self: Any, handle: Any, type: Any) -> None:
+        sizes = type.sizes if type.is_block() else ()
+        if sizes not in of_values:
+            make_value(self, handle, type)
+            of_values[sizes] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = of_values[sizes]
+
+    def same(self: Any, other: Any) -> bool:
+        if not isinstance(other, tl.block_type):
+            return False
+        return self.sizes == other.sizes and self.element_ty == other.element_ty
+
+    tl.block_type.__init__, tl.tensor.__init__, tl.block_type.__eq__ = typed, valued, same
