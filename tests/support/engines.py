@@ -156,8 +156,9 @@ class LayersThatRemember(torch.nn.Module):
 @torch.inference_mode()
 def expected(model: Any, item: Scored) -> tuple[Tensor, bool]:
     """Returns Hugging Face's own answer: float32 ``[tokens]``, and whether greedy decoding would say the same."""
-    logits = model(torch.tensor([item.context_ids + item.target_ids[:-1]])).logits[0, len(item.context_ids) - 1 :]
     target = torch.tensor(item.target_ids)
+    ids = torch.tensor([item.context_ids + item.target_ids[:-1]])
+    logits = model(ids, logits_to_keep=len(target)).logits[0]
     logprobs = logits.float().log_softmax(-1)[torch.arange(len(target)), target]
     return logprobs, bool((logits.argmax(-1) == target).all())
 
