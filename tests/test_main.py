@@ -150,7 +150,7 @@ def test_finished_requests_cost_no_memory(harness: Harness, tmp_path: Path) -> N
     peaks = []
     for count in (500, 10_000):
         job = [f"dataset.num_samples={count}", "dataset.input_len=8", "dataset.output_len=4"]
-        run = harness(*TINY, *RANDOM, *job, results=tmp_path / str(count), cold=True)
+        run = harness(*TINY, *RANDOM, *job, results=tmp_path / str(count))
         assert run.status == 0, run.stderr
         assert run.row["completed"] == str(count)
         peaks.append(int(run.row["peak_memory_bytes"]))
