@@ -16,6 +16,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from support import warm
 from support.hosts import NAMESPACES, NETWORK, networked
 from support.resuming import watchdogs
 from support.runs import BIN, RANDOM, ROOT, TINY, Run, begun, command, deepspeed, ended, ranks_of, start, variables
@@ -218,13 +219,13 @@ def limit(group: Path, room: int) -> None:
     (group / ("memory.limit_in_bytes" if version1 else "memory.max")).write_text(str(used + room))
 
 
-# A wide cache that fills as the outputs grow, 4 MiB a pass.
+# A wide cache that fills as the outputs grow: 64 MiB each 16 passes.
 GROWING = [
     *TINY,
     *RANDOM,
     *("engine.kernels=torch", "+model.architecture.head_dim=128", "model.architecture.num_attention_heads=32"),
     *("model.architecture.num_key_value_heads=32", "dataset.num_samples=64", "dataset.input_len=16"),
-    *("dataset.output_len=2000", "engine.kv_memory=4GiB"),
+    *("dataset.output_len=2000", "engine.kv_memory=4GiB", "engine.kv_block_size=16"),
 ]
 
 
@@ -234,8 +235,8 @@ def run_out_of_memory(group: Path, results: Path, victim: int, *overrides: str, 
     The kernel ends what is largest; ``victim`` is the local rank that it is told to take.
     """
     inside = ["bash", "-c", 'echo $$ >"$0" && exec "$@"', str(group / "cgroup.procs")]
-    line = [*inside, *command(*GROWING, *overrides, f"results_dir={results}", **how)]
-    process = begun(line, environment=variables(OMP_NUM_THREADS="1"))
+    line = command(*GROWING, *overrides, f"results_dir={results}", **how)
+    process = begun([*inside, str(warm.interpreter()), *(line[1:] if line[0] == sys.executable else line)])
     for _ in range(1200):
         if any(len(path.read_text().splitlines()) > 5 for path in results.glob("*/passes.csv")):
             break

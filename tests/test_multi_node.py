@@ -226,7 +226,8 @@ while true; do
   [ $code -gt $status ] && status=$code
 done
 """
-# The words joined, %n replaced, and a shell on the other side that knows nothing of this one's variables.
+# The words joined, %n replaced, and a shell on the other side that knows nothing of this one's variables; its Python is
+# one of the test's choice.
 PDSH = (
     """#!/usr/bin/env bash
 while [[ $1 == -* ]]; do
@@ -236,7 +237,7 @@ while [[ $1 == -* ]]; do
     *) shift ;;
   esac
 done
-command=$*
+command=${*//$OURS/$THEIRS}
 for n in "${!hosts[@]}"; do
   line=${command//%n/$n}
   env -i HOME="$HOME" PATH=/usr/bin:/bin sh -c "${line//%%/%}" &
@@ -267,7 +268,9 @@ def stand_ins(directory: Path, **scripts: str) -> str:
 
 
 @pytest.mark.slow
-def test_multi_node_py_takes_arguments_and_variables_through_pdsh(tmp_path: Path) -> None:
+def test_multi_node_py_takes_arguments_and_variables_through_pdsh(
+    tmp_path: Path, scale: Callable[[bool, bool], bool]
+) -> None:
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
     flags = ["--hostfile", hostfile, "--no_ssh_check", "--master_addr", "127.0.0.1", "--log_level", "critical"]
@@ -275,7 +278,13 @@ def test_multi_node_py_takes_arguments_and_variables_through_pdsh(tmp_path: Path
     done = subprocess.run(
         [sys.executable, ROOT / "launch" / "multi_node.py", *flags, "--", *job, f"results_dir={tmp_path / 'results'}"],
         cwd=ROOT,
-        env=variables(PATH=stand_ins(tmp_path, pdsh=PDSH), OMP_NUM_THREADS="1", TORCH_ODD='a "b" $c `d` \\e'),
+        env=variables(
+            PATH=stand_ins(tmp_path, pdsh=PDSH),
+            OURS=sys.executable,
+            THEIRS=str(warm.interpreter()) if scale(True, False) else sys.executable,
+            OMP_NUM_THREADS="1",
+            TORCH_ODD='a "b" $c `d` \\e',
+        ),
         capture_output=True,
         text=True,
         timeout=120,
@@ -337,16 +346,19 @@ def test_the_slurm_file_starts_one_run_on_two_nodes(tmp_path: Path, scale: Calla
 
 
 @pytest.mark.slow
-def test_two_hosts_that_name_themselves_by_a_loopback_address(tmp_path: Path) -> None:
+def test_two_hosts_that_name_themselves_by_a_loopback_address(
+    tmp_path: Path, scale: Callable[[bool, bool], bool]
+) -> None:
     probe = subprocess.run([*NAMESPACES, NETWORK], cwd=tmp_path, capture_output=True, text=True)
     if probe.returncode:
         pytest.skip(f"no network namespaces here: {probe.stderr.strip()}")
     (tmp_path / "hostfile").write_text("nodea slots=1\nnodeb slots=1\n")
     flags = ["--hostfile", tmp_path / "hostfile", "--no_ssh", "--master_addr", "nodea", "--log_level", "critical"]
     job = [*TINY, *SMALL, "parallel.dp=2", f"results_dir={tmp_path / 'results'}"]
+    python = warm.interpreter() if scale(True, False) else sys.executable
     done = subprocess.run(
         [*NAMESPACES, NETWORK + '"$@" --node_rank 0 $JOB & a=$!; on_b "$@" --node_rank 1 $JOB; wait $a', "bash"]
-        + [str(part) for part in (BIN / "deepspeed", *flags)],
+        + [str(part) for part in (python, BIN / "deepspeed", *flags)],
         cwd=tmp_path,
         env=variables(JOB=" ".join([str(MAIN), *job])),
         capture_output=True,

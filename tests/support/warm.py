@@ -4,12 +4,14 @@ Python takes eight seconds to import them and, of a tiny model, less to do its w
 and our modules, none of which has been called. It forks for every command that is handed to it, and for what such a
 command starts by ``sys.executable``, the ranks of a launch among them: a stand-in asks the server for a fork and passes
 on its signals, its own end, and how the fork ends. Each has its own arguments, environment, working directory and
-output. Where it matters how a process comes to be, what it inherits or how it is killed, tests start one as users do.
+output, and its stand-in's namespaces and memory control group. Where it matters how a process comes to be, what it
+inherits or how it is killed, tests start one as users do.
 """
 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import fcntl
 import gc
 import hashlib
@@ -205,6 +207,7 @@ def _guard(client: socket.socket, size: int, files: list[int], stand_in: Path) -
     pid = os.fork()
     if pid == 0:
         if asking is not None:  # before it does anything that a test could wait for
+            _join(asking)
             new = stand_in.parent / f"new {asking}"
             new.write_text(str(os.getpid()))
             new.rename(stand_in.parent / f"fork of {asking}")
@@ -238,6 +241,23 @@ def _guard(client: socket.socket, size: int, files: list[int], stand_in: Path) -
     except OSError:  # it has gone
         pass
     os._exit(0)
+
+
+def _join(process: int) -> None:
+    """Moves this process into the memory control groups and the namespaces of another, where they are not its own."""
+    from harness.machine import cgroups
+
+    places = [cgroups.memory_hierarchies(Path(f"/proc/{who}/cgroup").read_text()) for who in ("self", process)]
+    for own, other in zip(*places, strict=True):
+        if own != other:
+            (other.groups[0] / "cgroup.procs").write_text(str(os.getpid()))
+    libc = ctypes.CDLL(None, use_errno=True)
+    for name in ("user", "net", "uts", "mnt"):  # that of users first: it allows the others
+        place = f"/proc/{process}/ns/{name}"
+        if os.readlink(place) != os.readlink(f"/proc/self/ns/{name}"):
+            with open(place) as namespace:
+                if libc.setns(namespace.fileno(), 0):
+                    raise OSError(ctypes.get_errno(), f"setns: {place}")
 
 
 def _become(words: list[str]) -> None:
