@@ -8,6 +8,7 @@ from torch import nn
 
 from harness.engines.shared.packed_linear import (
     PIECE_BYTES,
+    WIDE,
     PackedLinear,
     WidenedLinear,
     can_pack,
@@ -68,7 +69,18 @@ def test_every_linear_of_a_model_is_packed_and_nothing_else() -> None:
     assert isinstance(model["special"], Scaled)
 
 
-def test_only_bfloat16_on_a_cpu_is_packed() -> None:
-    assert can_pack(torch.device("cpu"), torch.bfloat16)
-    assert not can_pack(torch.device("cpu"), torch.float32)
+def test_of_float32_a_head_alone_is_packed() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 32), nn.Linear(32, WIDE))
+    inputs = torch.randn(3, 24)
+    with torch.inference_mode():
+        expected = model(inputs)
+        assert pack_linears(model) == 1
+        assert [type(layer) for layer in model] == [nn.Linear, PackedLinear]
+        torch.testing.assert_close(model(inputs), expected)
+
+
+def test_what_is_packed_is_on_a_cpu() -> None:
+    assert can_pack(torch.device("cpu"), torch.bfloat16) and can_pack(torch.device("cpu"), torch.float32)
+    assert not can_pack(torch.device("cpu"), torch.float16)
     assert not can_pack(torch.device("cuda"), torch.bfloat16)
