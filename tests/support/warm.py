@@ -15,7 +15,7 @@ import ctypes
 import fcntl
 import gc
 import hashlib
-import importlib
+import importlib.machinery
 import json
 import os
 import runpy
@@ -60,8 +60,9 @@ HEADER, STATUS = struct.Struct("=Q"), struct.Struct("=i")  # a request's length,
 STAND_IN = """#!{python} -IS
 import json, os, signal, socket, struct, sys
 words = sys.argv[2:] if sys.argv[1:2] == ["-u"] else sys.argv[1:]
-launchers = ["-m", "deepspeed.launcher.launch"], ["-m", "deepspeed.launcher.runner"]
-if not words or not (words[0].endswith((".py", "/deepspeed")) or words[:2] in launchers):
+modules = ["-m", "deepspeed.launcher.launch"], ["-m", "deepspeed.launcher.runner"], ["-m", "harness.main"]
+script = words and (words[0].endswith((".py", "/deepspeed")) or "/llama-harness" in words[0])
+if not script and words[:2] not in modules:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 request = json.dumps([words, os.getcwd(), dict(os.environ), os.getpid()]).encode()
 server = socket.socket(socket.AF_UNIX)
@@ -271,7 +272,14 @@ def _become(words: list[str]) -> None:
     named = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     sys.path[:] = [first, *named, *PLACES]
     importlib.invalidate_caches()
-    sys.stdout.reconfigure(line_buffering=True)
+    sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
+    found = importlib.machinery.PathFinder.find_spec("harness", sys.path)
+    if found is not None and found.origin != sys.modules["harness"].__file__:  # a package of it, which imports its own
+        for name in [name for name in sys.modules if name.split(".")[0] == "harness"]:
+            del sys.modules[name]
+    for number, name in ((1, "stdout"), (2, "stderr")):  # anew: what the server's own may do is remembered in them
+        how = {"encoding": getattr(sys, name).encoding, "errors": getattr(sys, name).errors, "closefd": False}
+        setattr(sys, name, os.fdopen(number, "w", buffering=1, **how))
     try:
         if module:
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
