@@ -12,6 +12,7 @@ from torch import Tensor
 
 from harness.basics.errors import UserError, quoted
 from harness.models import made_up
+from harness.models.architecture import LLAMA_LIKE
 from harness.models.directory import weight_files
 from harness.models.loading import refuse_other_weights
 from harness.models.source import Source
@@ -75,6 +76,16 @@ class Checkpoint:
             return 0
         return sum(self._fill(path, wanted) for path in self.files)
 
+    def read(self, name: str, dtype: torch.dtype) -> None:
+        """Gives a module of :attr:`model`, such as ``model.norm``, its weights, in ``dtype`` on the CPU."""
+        parts = []
+        for place, module in self.model.get_submodule(name).named_modules(prefix=name):
+            for leaf, weight in module.named_parameters(recurse=False):
+                made = torch.nn.Parameter(torch.empty(weight.shape, dtype=dtype), requires_grad=False)
+                setattr(module, leaf, made)
+                parts.append(Part(f"{place}.{leaf}", made))
+        self.fill(parts)
+
     def _fill(self, path: Path, wanted: dict[str, list[Part]]) -> int:
         from safetensors import safe_open
 
@@ -87,6 +98,22 @@ class Checkpoint:
                     part.to.copy_(stored)
                     read += stored.numel() * stored.element_size()
         return read
+
+
+def plain(source: Source) -> Checkpoint | None:
+    """Returns a checkpoint that can be read weight by weight; None where transformers is needed to make sense of it.
+
+    It can be where a plain family's weights have the names and shapes that the family's model has. What is wrong with
+    another one is for transformers to say.
+    """
+    facts = source.architecture
+    unusual = source.pickled or source.trust_remote_code or facts.get("quantization_config") is not None
+    if source.kind not in ("directory", "dummy") or unusual or facts.get("model_type") not in LLAMA_LIKE:
+        return None
+    try:
+        return Checkpoint(source)
+    except UserError:
+        return None
 
 
 def files(source: Source, shapes: dict[str, tuple[int, ...]], needless: Collection[str] = ()) -> dict[Path, list[str]]:

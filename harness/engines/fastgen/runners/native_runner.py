@@ -1,7 +1,7 @@
 """Forward passes in C++ for CPUs with AVX2, AVX-512 or AMX, from the weights of the Hugging Face model.
 
-The model is loaded by transformers and taken apart layer by layer: its weights are packed in the order in which
-``native/matrix.h`` reads them.
+The model is read layer by layer where it can be, else loaded by transformers and taken apart so: its weights are packed
+in the order in which ``native/matrix.h`` reads them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from harness.engines.fastgen.runners.native.library import LINE, LONGEST_BLOCK, 
 from harness.engines.shared import auto_tp
 from harness.engines.shared.attention_checks import refuse_unusual_attention
 from harness.engines.shared.kv_memory import affordable_blocks, free_memory
+from harness.models import tensors
 from harness.models.generation import stop_ids
+from harness.models.tensors import Checkpoint
 
 
 class NativeRunner(AtOnce):
@@ -54,11 +56,12 @@ class NativeRunner(AtOnce):
 
     def load(self) -> None:
         """Loads and packs the weights; raises UserError for what the user can mend."""
-        model = auto_tp.load_whole(self.settings, None)
+        checkpoint = tensors.plain(self.settings.source)
+        model = auto_tp.load_whole(self.settings, None) if checkpoint is None else checkpoint.model
         refuse_unusual_attention(model.config.to_dict(), self.settings.max_context, "fastgen")
         self.ids = stop_ids(model, self.settings.generation)
         with torch.inference_mode():
-            self._take(model)
+            self._take(model, checkpoint)
 
     def stop_ids(self) -> frozenset[int]:
         """Returns the checkpoint's end-of-sequence ids, none under ``generation.stop=length``."""
@@ -145,8 +148,18 @@ class NativeRunner(AtOnce):
             raise FloatingPointError("the model's logits are not numbers")
         return torch.from_numpy(next_ids)
 
-    def _take(self, model: Any) -> None:
-        """Packs the weights into one piece of memory; the model's own go meanwhile, layer by layer."""
+    def _take(self, model: Any, checkpoint: Checkpoint | None) -> None:
+        """Packs the weights into one piece of memory; the model's own go meanwhile, layer by layer.
+
+        Args:
+            checkpoint: has them, where the model has none yet.
+        """
+
+        def read(*names: str) -> None:
+            if checkpoint is not None:
+                for name in names:
+                    checkpoint.read(name, self.dtype)
+
         config, decoder = model.config, model.model
         attention = decoder.layers[0].self_attn
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
@@ -161,10 +174,12 @@ class NativeRunner(AtOnce):
         )
         self.layers = (library.Layer * layers)()
         for number, layer in enumerate(decoder.layers):
+            read(f"model.layers.{number}")
             self.layers[number] = self._layer(layer)
             decoder.layers[number] = nn.Identity()
+        read("model.embed_tokens", "model.norm", *(() if config.tie_word_embeddings else ("lm_head",)))
         embedding_scale, residual_scale, logits_divisor = _scales(config, self.dtype)
-        self.rotary = decoder.rotary_emb
+        self.rotary = type(decoder.rotary_emb)(config)
         self.model = library.Model(
             layer_count=layers,
             hidden=hidden,
@@ -182,7 +197,7 @@ class NativeRunner(AtOnce):
             residual_scale=residual_scale,
             embedding=self._keep(decoder.embed_tokens.weight.detach().contiguous()),
             norm=self._vector(self._norm_weight(decoder.norm) / logits_divisor),  # where it costs nothing
-            head=self._pack(model.lm_head.weight),
+            head=self._pack((decoder.embed_tokens if config.tie_word_embeddings else model.lm_head).weight),
             layers=self.layers,
         )
 
