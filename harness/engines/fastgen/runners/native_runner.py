@@ -177,7 +177,8 @@ class NativeRunner(AtOnce):
             read(f"model.layers.{number}")
             self.layers[number] = self._layer(layer)
             decoder.layers[number] = nn.Identity()
-        read("model.embed_tokens", "model.norm", *(() if config.tie_word_embeddings else ("lm_head",)))
+        tied = checkpoint is not None and checkpoint.tied
+        read("model.embed_tokens", "model.norm", *(() if tied else ("lm_head",)))
         embedding_scale, residual_scale, logits_divisor = _scales(config, self.dtype)
         self.rotary = type(decoder.rotary_emb)(config)
         self.model = library.Model(
@@ -197,7 +198,7 @@ class NativeRunner(AtOnce):
             residual_scale=residual_scale,
             embedding=self._keep(decoder.embed_tokens.weight.detach().contiguous()),
             norm=self._vector(self._norm_weight(decoder.norm) / logits_divisor),  # where it costs nothing
-            head=self._pack((decoder.embed_tokens if config.tie_word_embeddings else model.lm_head).weight),
+            head=self._pack((decoder.embed_tokens if tied else model.lm_head).weight),
             layers=self.layers,
         )
 
