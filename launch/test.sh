@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a tested one: environment, DeepSpeed-MII, lint, types, tests.
 #   bash launch/test.sh            every module, and a real launch of each kind: minutes
-#   bash launch/test.sh --all      every case: what CI runs, 25 to 45 minutes on two cores
+#   bash launch/test.sh --all      every case: what CI runs, 20 to 30 minutes on two cores
 #   bash launch/test.sh --full     with all repetitions of the tests marked endurance: an hour or two
 # Further arguments are pytest's: bash launch/test.sh -k scheduler
 set -euo pipefail

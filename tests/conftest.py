@@ -42,7 +42,7 @@ def one_thread() -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds the tiers: nothing for the one of minutes, ``--all``, ``--full``."""
-    parser.addoption("--all", action="store_true", help="the tests marked slow too: what CI runs (25 to 45 minutes)")
+    parser.addoption("--all", action="store_true", help="the tests marked slow too: what CI runs (20 to 30 minutes)")
     parser.addoption(
         "--full", action="store_true", help="--all, and all repetitions of the tests marked endurance (an hour or two)"
     )
