@@ -51,7 +51,8 @@ class Job:
         split: what the ranks were asked to be, and why they are what they are.
         dtype: torch type of weights and activations, ``auto`` resolved.
         max_context: longest prompt plus output in tokens, None where the model states none.
-        job_hash: 12 hex digits, equal for runs of the same config on the same dataset, kind of device and code.
+        job_hash: 12 hex digits, equal for runs of the same config on the same dataset, kind of device and code; empty
+            for a job that is only planned.
         prediction: what the record says of the run beforehand: ``peak_memory_bytes`` of a rank, where it can be told.
         simulated: whether one process here plays all ranks, on the machine that ``config.hardware`` describes.
         sizes: how large the engine's passes are and why, where the config left it open; else None.
@@ -169,7 +170,8 @@ def prepare(composed: DictConfig, rank: Rank | None = None, planned: Target | No
     job = sizes.settle(replace(job, config=_with_split(config, chosen.tp, chosen.dp), split=chosen), machine)
     check(job.config, accelerator)
     settings = job.settings | {"parallel": asdict(job.config.parallel)}
-    job = replace(job, settings=settings, job_hash=_job_hash(settings, accelerator, requests))
+    runs = planned is None or simulated  # of another machine's job no run will bear the hash
+    job = replace(job, settings=settings, job_hash=_job_hash(settings, accelerator, requests) if runs else "")
     _check_sharding(job)
     return job if planned else _preflight(job, machine, job.ranks if rank is None else rank.local_world)
 
