@@ -74,7 +74,8 @@ class Checkpoint:
             for part in (part for some in wanted.values() for part in some):
                 made_up.draw(part.name, part.to, self.shapes[part.name], part.dim, part.begin)
             return 0
-        return sum(self._fill(path, wanted) for path in self.files)
+        holding = [path for path, names in self.files.items() if not wanted.keys().isdisjoint(names)]
+        return sum(self._fill(path, wanted) for path in holding)
 
     def read(self, name: str, dtype: torch.dtype) -> None:
         """Gives a module of :attr:`model`, such as ``model.norm``, its weights, in ``dtype`` on the CPU."""

@@ -1,7 +1,7 @@
 """Forward passes in C++ for CPUs with AVX2, AVX-512 or AMX, from the weights of the Hugging Face model.
 
-The model is read layer by layer where it can be, else loaded by transformers and taken apart so: its weights are packed
-in the order in which ``native/matrix.h`` reads them.
+The model is read layer by layer where it can be, else loaded by transformers and taken apart: its weights are packed in
+the order in which ``native/matrix.h`` reads them.
 """
 
 from __future__ import annotations
