@@ -12,7 +12,7 @@ from typing import Any
 
 import hypothesis
 import pytest
-from support import answers, interpreter, repeats
+from support import answers, interpreter, repeats, warm
 from support.runs import Run, ran
 
 from harness.machine import numa
@@ -100,6 +100,12 @@ def scale(request: pytest.FixtureRequest) -> Callable[..., Any]:
         return every if full else few if more or fewest is None else fewest
 
     return pick
+
+
+@pytest.fixture
+def quick_python(scale: Callable[..., Any]) -> str:
+    """Returns the Python of what tests start by scripts of their own: of forks, or with ``--full`` the true one."""
+    return sys.executable if scale(False, True) else str(warm.interpreter())
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
-from support import warm
+from support import runs
 from support.hosts import NAMESPACES, NETWORK, networked
 from support.resuming import watchdogs
 from support.runs import BIN, RANDOM, ROOT, TINY, Run, begun, command, deepspeed, ended, ranks_of, start, variables
@@ -236,7 +236,7 @@ def run_out_of_memory(group: Path, results: Path, victim: int, *overrides: str, 
     """
     inside = ["bash", "-c", 'echo $$ >"$0" && exec "$@"', str(group / "cgroup.procs")]
     line = command(*GROWING, *overrides, f"results_dir={results}", **how)
-    process = begun([*inside, str(warm.interpreter()), *(line[1:] if line[0] == sys.executable else line)])
+    process = begun([*inside, *runs.as_fork(line)])
     for _ in range(1200):
         if any(len(path.read_text().splitlines()) > 5 for path in results.glob("*/passes.csv")):
             break

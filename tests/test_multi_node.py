@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support import warm
 from support.hosts import NAMESPACES, NETWORK
 from support.runs import (
     BIN,
@@ -268,9 +267,7 @@ def stand_ins(directory: Path, **scripts: str) -> str:
 
 
 @pytest.mark.slow
-def test_multi_node_py_takes_arguments_and_variables_through_pdsh(
-    tmp_path: Path, scale: Callable[[bool, bool], bool]
-) -> None:
+def test_multi_node_py_takes_arguments_and_variables_through_pdsh(tmp_path: Path, quick_python: str) -> None:
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
     flags = ["--hostfile", hostfile, "--no_ssh_check", "--master_addr", "127.0.0.1", "--log_level", "critical"]
@@ -281,7 +278,7 @@ def test_multi_node_py_takes_arguments_and_variables_through_pdsh(
         env=variables(
             PATH=stand_ins(tmp_path, pdsh=PDSH),
             OURS=sys.executable,
-            THEIRS=str(warm.interpreter()) if scale(True, False) else sys.executable,
+            THEIRS=quick_python,
             OMP_NUM_THREADS="1",
             TORCH_ODD='a "b" $c `d` \\e',
         ),
@@ -321,7 +318,7 @@ def test_what_multi_node_py_refuses_is_one_line(tmp_path: Path, arguments: list[
 
 
 @pytest.mark.slow
-def test_the_slurm_file_starts_one_run_on_two_nodes(tmp_path: Path, scale: Callable[[bool, bool], bool]) -> None:
+def test_the_slurm_file_starts_one_run_on_two_nodes(tmp_path: Path, quick_python: str) -> None:
     subprocess.run(["bash", "-n", ROOT / "launch" / "slurm.sbatch"], check=True)
     copy = tmp_path / "slurm_script"  # Slurm runs a copy, in a directory of its own
     shutil.copy(ROOT / "launch" / "slurm.sbatch", copy)
@@ -331,7 +328,7 @@ def test_the_slurm_file_starts_one_run_on_two_nodes(tmp_path: Path, scale: Calla
         cwd=tmp_path,
         env=variables(
             PATH=stand_ins(tmp_path, srun=SRUN, scontrol=SCONTROL),
-            PYTHON=str(warm.interpreter()) if scale(True, False) else sys.executable,
+            PYTHON=quick_python,
             SLURM_SUBMIT_DIR=str(ROOT),
             SLURM_JOB_ID=str(free_port()),
             SLURM_JOB_NODELIST="127.0.0.[1-2]",
@@ -346,19 +343,16 @@ def test_the_slurm_file_starts_one_run_on_two_nodes(tmp_path: Path, scale: Calla
 
 
 @pytest.mark.slow
-def test_two_hosts_that_name_themselves_by_a_loopback_address(
-    tmp_path: Path, scale: Callable[[bool, bool], bool]
-) -> None:
+def test_two_hosts_that_name_themselves_by_a_loopback_address(tmp_path: Path, quick_python: str) -> None:
     probe = subprocess.run([*NAMESPACES, NETWORK], cwd=tmp_path, capture_output=True, text=True)
     if probe.returncode:
         pytest.skip(f"no network namespaces here: {probe.stderr.strip()}")
     (tmp_path / "hostfile").write_text("nodea slots=1\nnodeb slots=1\n")
     flags = ["--hostfile", tmp_path / "hostfile", "--no_ssh", "--master_addr", "nodea", "--log_level", "critical"]
     job = [*TINY, *SMALL, "parallel.dp=2", f"results_dir={tmp_path / 'results'}"]
-    python = warm.interpreter() if scale(True, False) else sys.executable
     done = subprocess.run(
         [*NAMESPACES, NETWORK + '"$@" --node_rank 0 $JOB & a=$!; on_b "$@" --node_rank 1 $JOB; wait $a', "bash"]
-        + [str(part) for part in (python, BIN / "deepspeed", *flags)],
+        + [str(part) for part in (quick_python, BIN / "deepspeed", *flags)],
         cwd=tmp_path,
         env=variables(JOB=" ".join([str(MAIN), *job])),
         capture_output=True,

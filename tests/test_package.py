@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import warm
 from support.runs import ROOT, SIMULATED, TINY, Run, deepspeed, variables
 
 from harness.config import own
@@ -72,18 +71,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def installed(
-    site: Path, tmp_path: Path, scale: Callable[[Path, str], Path | str]
-) -> Callable[..., subprocess.CompletedProcess[str]]:
+def installed(site: Path, tmp_path: Path, quick_python: str) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Returns a function that runs a command of the installed package from ``/``, which leaves the package as it is.
 
     But for ``--full`` it is a fork that imports the package's modules alone.
     """
-    interpreter = str(scale(warm.interpreter(), sys.executable))
 
     def run(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
         before = contents(site)
-        line = [interpreter, str(site / "bin" / words[0]), *words[1:]] if words[0].startswith("llama") else list(words)
+        line = [quick_python, str(site / "bin" / words[0]), *words[1:]] if words[0].startswith("llama") else list(words)
         environment = variables(PYTHONPATH=str(site), PYTHONDONTWRITEBYTECODE="1", **more)
         done = subprocess.run(line, cwd="/", env=environment, capture_output=True, text=True, timeout=600)
         assert contents(site) == before

@@ -222,6 +222,11 @@ def start(
     return process
 
 
+def as_fork(line: list[str]) -> list[str]:
+    """Returns the command line of a fork that does what another one does: that of Python, or of one of its scripts."""
+    return [str(warm.interpreter()), *(line[1:] if line[0] == sys.executable else line)]
+
+
 def begun(
     line: list[str], cwd: Path = ROOT, environment: dict[str, str] | None = None, forked: bool = False, **how: Any
 ) -> subprocess.Popen[str]:
@@ -236,7 +241,7 @@ def begun(
     """
     environment = environment or variables()
     if forked and warm.suits(environment):
-        line = [str(warm.interpreter()), *(line[1:] if line[0] == sys.executable else line)]
+        line = as_fork(line)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(line, cwd=cwd, env=environment, text=True, **(pipes | how))
 

@@ -61,7 +61,7 @@ STAND_IN = """#!{python} -IS
 import json, os, signal, socket, struct, sys
 words = sys.argv[2:] if sys.argv[1:2] == ["-u"] else sys.argv[1:]
 modules = ["-m", "deepspeed.launcher.launch"], ["-m", "deepspeed.launcher.runner"], ["-m", "harness.main"]
-script = words and (words[0].endswith((".py", "/deepspeed")) or "/llama-harness" in words[0])
+script = words and (words[0].endswith((".py", "/deepspeed")) or "/llama-harness" in words[0][words[0].rfind("/"):])
 if not script and words[:2] not in modules:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 request = json.dumps([words, os.getcwd(), dict(os.environ), os.getpid()]).encode()
